@@ -1,0 +1,117 @@
+"""The loss of a comparison, as a pure function of a handful of log-probabilities.
+
+A loss sees no model and no tokens: only, for each comparison, the log-probability that the policy and the reference
+give to the chosen and to the rejected response. Its gradient comes from autograd on those few scalars, and the head
+turns that gradient into the gradient of its weights.
+
+To add a loss, write a function of `Comparisons` that returns one value per comparison and register it:
+
+    @register_loss("my_loss")
+    def my_loss(pairs: Comparisons, *, beta: float, label_smoothing: float) -> Tensor:
+        return torch.relu(1 - beta * pairs.margins)
+
+It is then a valid `loss_type` of the trainer and of `linear_dpo_loss`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """What a loss may depend on. Every field has shape (C,), one entry per comparison, fp32 or fp64.
+
+    `*_logps` are summed over the response's tokens, in nats; `*_lengths` count the response's tokens.
+    """
+
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    ref_chosen_logps: Tensor
+    ref_rejected_logps: Tensor
+    chosen_lengths: Tensor
+    rejected_lengths: Tensor
+
+    @property
+    def chosen_logratios(self) -> Tensor:
+        """log π(y_w|x) − log π_ref(y_w|x), shape (C,)."""
+        return self.chosen_logps - self.ref_chosen_logps
+
+    @property
+    def rejected_logratios(self) -> Tensor:
+        """log π(y_l|x) − log π_ref(y_l|x), shape (C,)."""
+        return self.rejected_logps - self.ref_rejected_logps
+
+    @property
+    def margins(self) -> Tensor:
+        """Difference of the two log-ratios, shape (C,); times β it is the reward margin."""
+        return self.chosen_logratios - self.rejected_logratios
+
+
+LossFunction = Callable[..., Tensor]
+LOSSES: dict[str, LossFunction] = {}
+
+
+def register_loss(name: str) -> Callable[[LossFunction], LossFunction]:
+    """Make a function `(Comparisons, *, beta, label_smoothing) -> (C,)` available as `loss_type=name`."""
+
+    def add(function: LossFunction) -> LossFunction:
+        if name in LOSSES:
+            raise ValueError(f"a loss named {name!r} is registered already")
+        LOSSES[name] = function
+        return function
+
+    return add
+
+
+def get_loss(name: str) -> LossFunction:
+    """Look up a registered loss; an unknown name raises a `ValueError` that lists the known ones."""
+    if name not in LOSSES:
+        raise ValueError(f"unknown loss_type {name!r}; known: {', '.join(sorted(LOSSES))}")
+    return LOSSES[name]
+
+
+@register_loss("sigmoid")
+def sigmoid(pairs: Comparisons, *, beta: float, label_smoothing: float) -> Tensor:
+    """DPO, Rafailov et al. 2023 (arXiv:2305.18290), eq. 7, with the label smoothing ε of cDPO (Mitchell 2023):
+
+    −(1 − ε)·log σ(β·margin) − ε·log σ(−β·margin), shape (C,).
+    """
+    logits = beta * pairs.margins
+    if label_smoothing == 0.0:
+        return -logsigmoid(logits)
+    return -(1 - label_smoothing) * logsigmoid(logits) - label_smoothing * logsigmoid(-logits)
+
+
+@register_loss("ipo")
+def ipo(pairs: Comparisons, *, beta: float, label_smoothing: float) -> Tensor:
+    """IPO, Azar et al. 2023 (arXiv:2310.12036), eq. 17, on log-ratios averaged over the response's tokens:
+
+    (mean log-ratio of chosen − mean log-ratio of rejected − 1/(2β))², shape (C,); β is the paper's τ.
+    """
+    chosen = pairs.chosen_logratios / pairs.chosen_lengths.clamp(min=1)
+    rejected = pairs.rejected_logratios / pairs.rejected_lengths.clamp(min=1)
+    return (chosen - rejected - 1 / (2 * beta)) ** 2
+
+
+@register_loss("hinge")
+def hinge(pairs: Comparisons, *, beta: float, label_smoothing: float) -> Tensor:
+    """SLiC-HF's hinge, Zhao et al. 2023 (arXiv:2305.10425), on DPO's rewards:
+
+    max(0, 1 − β·margin), shape (C,).
+    """
+    return torch.relu(1 - beta * pairs.margins)
+
+
+@register_loss("robust")
+def robust(pairs: Comparisons, *, beta: float, label_smoothing: float) -> Tensor:
+    """Robust DPO, Chowdhury et al. 2024 (arXiv:2403.00409), eq. 12: unbiased when a share ε of labels is flipped:
+
+    (−(1 − ε)·log σ(β·margin) + ε·log σ(−β·margin)) / (1 − 2ε), shape (C,); ε = `label_smoothing` < 0.5.
+    """
+    logits = beta * pairs.margins
+    clean = -(1 - label_smoothing) * logsigmoid(logits)
+    return (clean + label_smoothing * logsigmoid(-logits)) / (1 - 2 * label_smoothing)

@@ -1,0 +1,71 @@
+"""The specification: every operation of the package in plain PyTorch, in any dtype up to fp64.
+
+Nothing here is chunked or fused, so the whole (T, V) logits exist. Tests compare every other path with this one.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .losses import Comparisons
+
+
+def logits_of(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+) -> Tensor:
+    """z = cap·tanh(scale·(x·Wᵀ + b) / cap) / temperature, shape (..., V); no tanh when `softcap` is None."""
+    logits = hidden @ weight.T
+    if bias is not None:
+        logits = logits + bias
+    logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits / temperature
+
+
+def token_stats(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> dict[str, Tensor]:
+    """Log-probability of the target and every optional output, each of `targets`' shape, 0 where ignored."""
+    valid = targets != ignore_index
+    index = targets.masked_fill(~valid, 0).unsqueeze(-1)
+    logp = logits.log_softmax(-1)
+    probs = logp.exp()
+    target_logp = logp.gather(-1, index).squeeze(-1)
+    stats = {
+        "logprob": target_logp,
+        "entropy": -(probs * logp).sum(-1),
+        "mean_logit": logits.mean(-1),
+        "is_top1": target_logp >= logp.amax(-1),
+        "log_sum_sq_prob": (probs**2).sum(-1).log(),
+        "lse": logits.logsumexp(-1),
+    }
+    return {name: value.masked_fill(~valid, 0) for name, value in stats.items()}
+
+
+def dpo_loss(
+    token_logps: Tensor,
+    response_ids: Tensor,
+    comparisons: Tensor,
+    ref_logps: Tensor,
+    loss_function: Callable[[Comparisons], Tensor],
+    comparison_weights: Tensor,
+    response_lengths: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Σ weight·loss over comparisons, and the log-probability of each response, shape (R,)."""
+    logps = token_logps.new_zeros(ref_logps.shape[0]).index_add(0, response_ids, token_logps)
+    chosen, rejected = comparisons.unbind(1)
+    pairs = Comparisons(
+        logps[chosen],
+        logps[rejected],
+        ref_logps[chosen],
+        ref_logps[rejected],
+        response_lengths[chosen],
+        response_lengths[rejected],
+    )
+    return (comparison_weights * loss_function(pairs)).sum(), logps
