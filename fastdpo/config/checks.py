@@ -1,0 +1,100 @@
+"""Conditions between several keys, and settings that have no effect in this combination."""
+
+from typing import TYPE_CHECKING
+
+from .schedule import SCHEDULERS
+
+if TYPE_CHECKING:
+    from . import TrainConfig
+
+TABLES = (".jsonl", ".json", ".parquet", ".csv")
+
+
+def check_together(config: "TrainConfig") -> None:
+    """Raise `ConfigError` for values that are right one by one and wrong together."""
+    if not config.loss_type:
+        raise config.error("loss_type", "expected at least one loss")
+    if config.loss_weights is not None and len(config.loss_weights) != len(config.loss_type):
+        raise config.error(
+            "loss_weights",
+            f"expected one weight for each entry of loss_type, {len(config.loss_type)}, "
+            f"got {len(config.loss_weights)}",
+        )
+    if config.loss_weights is not None and not any(config.loss_weights):
+        raise config.error("loss_weights", "expected at least one weight above 0")
+    _check_schedule(config)
+    if config.resume_from_checkpoint and config.overwrite_output_dir:
+        raise config.error(
+            "overwrite_output_dir",
+            "cannot go with resume_from_checkpoint: one starts anew, the other goes on",
+        )
+    data = config.dataset_name
+    if config.evaluates and config.eval_dataset_name is None and data and data.endswith(TABLES):
+        raise config.error(
+            "eval_dataset_name",
+            f"expected the data to evaluate on, since dataset_name is one file ({data}) without "
+            f"a {config.dataset_test_split} split; or set eval_strategy: no",
+        )
+
+
+def _check_schedule(config: "TrainConfig") -> None:
+    name, options = config.lr_scheduler_type, config.lr_scheduler_kwargs or {}
+    for option in options:
+        if option not in SCHEDULERS[name]:
+            known = ", ".join(SCHEDULERS[name]) or "no options"
+            raise config.error(
+                "lr_scheduler_kwargs", f"the {name} schedule takes {known}, not {option}"
+            )
+    if name == "warmup_stable_decay" and "num_decay_steps" not in options:
+        raise config.error("lr_scheduler_kwargs", f"the {name} schedule needs num_decay_steps")
+    if "min_lr" in SCHEDULERS[name] and ("min_lr" in options) == ("min_lr_rate" in options):
+        raise config.error(
+            "lr_scheduler_kwargs", f"the {name} schedule needs either min_lr or min_lr_rate"
+        )
+
+
+def idle_settings(config: "TrainConfig") -> list[str]:
+    """One line for each key that was set and does nothing because of another key's value."""
+    conditions = {
+        "use_peft is false": (
+            not config.use_peft,
+            [
+                *(name for name in vars(config) if name.startswith("lora_")),
+                "use_rslora",
+                "use_dora",
+            ],
+        ),
+        "nothing is evaluated (eval_strategy is no)": (
+            not config.evaluates,
+            ["eval_dataset_name", "per_device_eval_batch_size"],
+        ),
+        f"eval_strategy is {config.eval_strategy}": (
+            config.eval_strategy != "steps",
+            ["eval_steps"],
+        ),
+        f"save_strategy is {config.save_strategy}": (
+            config.save_strategy != "steps",
+            ["save_steps"],
+        ),
+        "max_steps sets the length of the run": (config.max_steps > 0, ["num_train_epochs"]),
+        "precompute_ref_log_probs is false": (
+            not config.precompute_ref_log_probs,
+            ["reference_cache_dir"],
+        ),
+        "the constant schedule has no warm-up; constant_with_warmup has": (
+            config.lr_scheduler_type == "constant",
+            ["warmup_steps"],
+        ),
+        "sgd has no moments": (
+            config.optim == "sgd",
+            ["adam_beta1", "adam_beta2", "adam_epsilon"],
+        ),
+    }
+    changed = set(config.changed())
+    return [
+        f"{name} has no effect: {reason}"
+        for reason, (holds, names) in conditions.items()
+        if holds
+        for name in names
+        if name in changed
+    ]

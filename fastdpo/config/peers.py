@@ -1,0 +1,178 @@
+"""The keys of TRL and transformers that fastdpo does not have, and what to do in place of each.
+
+The table is static so that reading a configuration imports neither library; a test compares it with
+the installed ones.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class PeerKey:
+    """A key of TRL 1.16 that is not ours.
+
+    TRL's command line reads `DPOConfig`, `ModelConfig`, `ScriptArguments`, `DatasetMixtureConfig`.
+
+    Attributes:
+        default: its default there; that value asks for nothing and is accepted.
+        instead: what to do for the effect it has there, one sentence.
+        also: further values that describe what fastdpo does anyway, accepted too.
+    """
+
+    default: Any
+    instead: str
+    also: tuple[Any, ...] = ()
+
+
+_LOADER = "Rows are packed before the run, so there is no data loader to set up."
+_HUB = "Upload output_dir after the run with the hf command."
+_QUANTISED = "Quantised base models are not supported: train adapters on the base in bf16."
+_SHARDED = "Sharding the model over devices is not supported."
+_SYNC = "The reference stays the starting policy: there is no TR-DPO synchronisation."
+_COMPILE = "The model is not compiled."
+_METRICS = "Evaluation reports the metrics of the loss and no others."
+_BEST = "Pick the best checkpoint from the eval lines of metrics.jsonl."
+_DDP = "The gradients are averaged by fastdpo itself, which has nothing to set here."
+_LOSS = "Only losses of the plain log-ratios are available."
+_REPORT = "Set it in the tracker's own environment variables."
+_NODES = "Only the first process logs and saves."
+_DATASETS = "Name one data set with dataset_name; join several into one file first."
+_LAYER_KERNELS = "fastdpo brings its own fused head and chooses the layers' kernels itself."
+
+PEER_KEYS: dict[str, PeerKey] = {
+    # Model
+    "disable_dropout": PeerKey(True, "The model's dropout is always off."),
+    "model_init_kwargs": PeerKey(
+        None, "Use model_revision, dtype, trust_remote_code and attn_implementation."
+    ),
+    "router_aux_loss_coef": PeerKey(None, "The balance loss of experts is not added to the loss."),
+    "pad_token": PeerKey(
+        None, "Nothing is padded; set the token in the tokenizer if you need one."
+    ),
+    "use_cache": PeerKey(False, "Training keeps no key-value cache."),
+    "activation_offloading": PeerKey(False, "Use gradient_checkpointing to save memory."),
+    "gradient_checkpointing_kwargs": PeerKey(
+        None, "Every layer is checkpointed, without re-entrance.", also=({"use_reentrant": False},)
+    ),
+    "neftune_noise_alpha": PeerKey(None, "Noise on the embeddings is not supported."),
+    "use_liger_kernel": PeerKey(False, _LAYER_KERNELS),
+    "liger_kernel_config": PeerKey(None, _LAYER_KERNELS),
+    "load_in_8bit": PeerKey(False, _QUANTISED),
+    "load_in_4bit": PeerKey(False, _QUANTISED),
+    "bnb_4bit_quant_type": PeerKey("nf4", _QUANTISED),
+    "use_bnb_nested_quant": PeerKey(False, _QUANTISED),
+    "bnb_4bit_quant_storage": PeerKey(None, _QUANTISED),
+    "lora_target_parameters": PeerKey(None, "Adapters go on modules: use lora_target_modules."),
+    "lora_task_type": PeerKey("CAUSAL_LM", "Only causal language models are trained."),
+    # Data
+    "padding_free": PeerKey(False, "Nothing is ever padded.", also=(True,)),
+    "pad_to_multiple_of": PeerKey("auto", "Nothing is padded.", also=(None,)),
+    "datasets": PeerKey([], _DATASETS),
+    "streaming": PeerKey(False, "The data is read whole, since rows are packed before the run."),
+    "dataset_streaming": PeerKey(
+        False, "The data is read whole, since rows are packed before the run."
+    ),
+    "test_split_size": PeerKey(None, "Split the data first and set eval_dataset_name."),
+    "remove_unused_columns": PeerKey(
+        True, "Columns that are not needed are never read.", also=(False,)
+    ),
+    "train_sampling_strategy": PeerKey(
+        "random", "Use shuffle: false for the file's order; packing balances lengths by itself."
+    ),
+    "length_column_name": PeerKey("length", "Lengths are measured, not read."),
+    "label_names": PeerKey(None, "Labels are made from the responses."),
+    "dataloader_drop_last": PeerKey(False, "The last, smaller step is taken."),
+    "dataloader_num_workers": PeerKey(0, _LOADER),
+    "dataloader_pin_memory": PeerKey(True, _LOADER),
+    "dataloader_persistent_workers": PeerKey(False, _LOADER),
+    "dataloader_prefetch_factor": PeerKey(None, _LOADER),
+    "dataloader_multiprocessing_context": PeerKey(None, _LOADER),
+    "dataloader_in_order": PeerKey(True, _LOADER),
+    "accelerator_config": PeerKey(None, _LOADER),
+    # Reference and loss
+    "precompute_ref_batch_size": PeerKey(
+        None, "The reference pass is packed by tokens: use max_tokens_per_batch."
+    ),
+    "sync_ref_model": PeerKey(False, _SYNC),
+    "ref_model_mixup_alpha": PeerKey(0.6, _SYNC),
+    "ref_model_sync_steps": PeerKey(512, _SYNC),
+    "ld_alpha": PeerKey(None, _LOSS),
+    "f_divergence_type": PeerKey("reverse_kl", _LOSS),
+    "f_alpha_divergence_coef": PeerKey(0.5, _LOSS),
+    "use_weighting": PeerKey(False, _LOSS),
+    "discopop_tau": PeerKey(0.05, _LOSS),
+    "label_smoothing_factor": PeerKey(0.0, "Use label_smoothing."),
+    # Training
+    "fp16": PeerKey(False, "Use bf16: half precision would need a loss scale."),
+    "fp16_full_eval": PeerKey(False, "Evaluation computes as training does: use bf16."),
+    "bf16_full_eval": PeerKey(False, "Evaluation computes as training does: use bf16."),
+    "optim_args": PeerKey(None, "Use adam_beta1, adam_beta2, adam_epsilon and weight_decay."),
+    "optim_target_modules": PeerKey(None, "Use use_peft for training few parameters."),
+    "average_tokens_across_devices": PeerKey(
+        True, "The loss is a mean over comparisons on all devices."
+    ),
+    "torch_compile": PeerKey(False, _COMPILE),
+    "torch_compile_backend": PeerKey(None, _COMPILE),
+    "torch_compile_mode": PeerKey(None, _COMPILE),
+    "torch_empty_cache_steps": PeerKey(None, "Lower max_tokens_per_batch to save memory."),
+    "auto_find_batch_size": PeerKey(
+        False, "Leave max_tokens_per_batch unset: it is chosen to fit the device."
+    ),
+    "full_determinism": PeerKey(
+        False, "Set seed; the kernels' order of additions is the device's."
+    ),
+    "ignore_data_skip": PeerKey(False, "A resumed run goes on where the checkpoint was taken."),
+    "restore_callback_states_from_checkpoint": PeerKey(False, "There are no callbacks."),
+    "local_rank": PeerKey(-1, "The launcher (torchrun) sets it."),
+    "do_train": PeerKey(False, "The train command trains.", also=(True,)),
+    "do_predict": PeerKey(False, "There is nothing to predict."),
+    "debug": PeerKey("", "Not available.", also=([],)),
+    "skip_memory_metrics": PeerKey(True, "peak_memory_mib is always reported."),
+    # Many devices
+    "parallelism_config": PeerKey(None, _SHARDED),
+    "fsdp": PeerKey(None, _SHARDED, also=("", [], False)),
+    "fsdp_config": PeerKey(None, _SHARDED),
+    "deepspeed": PeerKey(None, _SHARDED),
+    "ddp_find_unused_parameters": PeerKey(None, _DDP, also=(False,)),
+    "ddp_bucket_cap_mb": PeerKey(None, _DDP),
+    "ddp_broadcast_buffers": PeerKey(None, _DDP),
+    "ddp_static_graph": PeerKey(None, _DDP),
+    "ddp_backend": PeerKey(None, "NCCL is used on GPUs and Gloo on CPUs."),
+    "ddp_timeout": PeerKey(1800, _DDP),
+    "ignore_bias_buffers": PeerKey(False, _DDP),
+    # Evaluation
+    "eval_delay": PeerKey(0, "Use eval_steps."),
+    "prediction_loss_only": PeerKey(False, _METRICS),
+    "eval_do_concat_batches": PeerKey(True, _METRICS),
+    "eval_use_gather_object": PeerKey(False, _METRICS),
+    "eval_accumulation_steps": PeerKey(None, "Evaluation keeps no logits, so nothing piles up."),
+    "include_for_metrics": PeerKey([], _METRICS),
+    "batch_eval_metrics": PeerKey(False, _METRICS),
+    "load_best_model_at_end": PeerKey(False, _BEST),
+    "metric_for_best_model": PeerKey(None, _BEST),
+    "greater_is_better": PeerKey(None, _BEST),
+    # Logging
+    "logging_strategy": PeerKey("steps", "Use logging_steps."),
+    "log_on_each_node": PeerKey(True, _NODES),
+    "log_level": PeerKey("passive", "Set TRANSFORMERS_VERBOSITY for transformers' messages."),
+    "log_level_replica": PeerKey("warning", _NODES),
+    "logging_nan_inf_filter": PeerKey(True, "A loss that is not a number stops the run."),
+    "include_num_input_tokens_seen": PeerKey(
+        "no", "num_tokens is always reported.", also=(False, True, "all", "non_padding")
+    ),
+    "project": PeerKey("huggingface", _REPORT),
+    "trackio_space_id": PeerKey(None, _REPORT),
+    "trackio_bucket_id": PeerKey(None, _REPORT),
+    "trackio_static_space_id": PeerKey(None, _REPORT),
+    # Saving
+    "save_on_each_node": PeerKey(False, _NODES),
+    "enable_jit_checkpoint": PeerKey(False, "Use save_steps."),
+    "push_to_hub": PeerKey(False, _HUB),
+    "hub_token": PeerKey(None, _HUB),
+    "hub_private_repo": PeerKey(None, _HUB),
+    "hub_model_id": PeerKey(None, _HUB),
+    "hub_strategy": PeerKey("every_save", _HUB),
+    "hub_always_push": PeerKey(False, _HUB),
+    "hub_revision": PeerKey(None, _HUB),
+}

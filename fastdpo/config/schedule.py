@@ -1,0 +1,291 @@
+"""How the run proceeds: the keys of training, evaluation, logging and saving."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .declare import (
+    AT_LEAST_ONE,
+    INTERVAL,
+    NOT_BLANK,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SHARE,
+    STEPS_OR_UNSET,
+    WARMUP,
+    key,
+    trackers,
+    yaml_no,
+)
+
+OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "sgd")
+
+SCHEDULERS: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "cosine": ("num_cycles",),
+    "cosine_with_restarts": ("num_cycles",),
+    "polynomial": ("lr_end", "power"),
+    "constant": (),
+    "constant_with_warmup": (),
+    "inverse_sqrt": ("timescale",),
+    "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
+    "cosine_warmup_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate", "warmup_lr_rate"),
+    "warmup_stable_decay": (
+        "num_decay_steps",
+        "num_stable_steps",
+        "warmup_type",
+        "decay_type",
+        "min_lr_ratio",
+        "num_cycles",
+    ),
+}
+"""transformers' learning-rate schedules that follow the step alone, with the options of each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingKeys:
+    """Steps, optimizer, schedule, precision and seeds."""
+
+    num_train_epochs: float = field(
+        default=3.0,
+        metadata=key(
+            "training", "Passes over the data, where max_steps sets no limit.", rule=POSITIVE
+        ),
+    )
+    max_steps: int = field(
+        default=-1,
+        metadata=key(
+            "training",
+            "Optimizer steps to take, over as many epochs as that needs; -1 leaves it to "
+            "num_train_epochs.",
+            rule=STEPS_OR_UNSET,
+        ),
+    )
+    per_device_train_batch_size: int = field(
+        default=8,
+        metadata=key(
+            "training",
+            "Preference pairs a device takes for one step, before accumulation.",
+            rule=AT_LEAST_ONE,
+        ),
+    )
+    gradient_accumulation_steps: int = field(
+        default=1,
+        metadata=key(
+            "training",
+            "Multiplies the pairs of a step; the gradient is that of one large batch.",
+            rule=AT_LEAST_ONE,
+        ),
+    )
+    learning_rate: float = field(
+        default=1e-6, metadata=key("training", "Highest learning rate.", rule=NOT_NEGATIVE)
+    )
+    lr_scheduler_type: str = field(
+        default="linear",
+        metadata=key(
+            "training",
+            "How the learning rate changes after the warm-up.",
+            choices=tuple(SCHEDULERS),
+        ),
+    )
+    lr_scheduler_kwargs: dict[str, Any] | None = field(
+        default=None,
+        metadata=key("training", "Options of the schedule, as JSON on the command line."),
+    )
+    warmup_steps: int | float = field(
+        default=0,
+        metadata=key(
+            "training",
+            "Steps over which the learning rate rises from 0; below 1 it is a share of the run.",
+            rule=WARMUP,
+        ),
+    )
+    optim: str = field(
+        default="adamw_torch_fused",
+        metadata=key("training", "Optimizer, of torch's own.", choices=OPTIMIZERS),
+    )
+    weight_decay: float = field(
+        default=0.0,
+        metadata=key(
+            "training", "Weight decay; biases and norms are left out of it.", rule=NOT_NEGATIVE
+        ),
+    )
+    adam_beta1: float = field(
+        default=0.9, metadata=key("training", "Decay of AdamW's first moment.", rule=SHARE)
+    )
+    adam_beta2: float = field(
+        default=0.999, metadata=key("training", "Decay of AdamW's second moment.", rule=SHARE)
+    )
+    adam_epsilon: float = field(
+        default=1e-8,
+        metadata=key("training", "Keeps AdamW's division away from zero.", rule=POSITIVE),
+    )
+    max_grad_norm: float = field(
+        default=1.0,
+        metadata=key(
+            "training",
+            "Gradients with a larger norm are scaled down to it; 0 is off.",
+            rule=NOT_NEGATIVE,
+        ),
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata=key(
+            "training",
+            "Compute in bfloat16. Unset: on where the device is faster that way, decided "
+            "and said at start-up.",
+        ),
+    )
+    tf32: bool | None = field(
+        default=None,
+        metadata=key(
+            "training",
+            "TensorFloat-32 for float32 products on a GPU; unset leaves torch's setting.",
+        ),
+    )
+    use_cpu: bool = field(
+        default=False, metadata=key("training", "Train on the CPU even where there is a GPU.")
+    )
+    seed: int = field(
+        default=42,
+        metadata=key(
+            "training", "Seed of everything random, the order of the data too.", rule=SEED
+        ),
+    )
+    data_seed: int | None = field(
+        default=None,
+        metadata=key(
+            "training", "Another seed for the order of the data; unset is seed.", rule=SEED
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationKeys:
+    """When the policy is evaluated, and how."""
+
+    do_eval: bool = field(
+        default=False,
+        metadata=key(
+            "evaluation", "Evaluate once after the last step, also with eval_strategy no."
+        ),
+    )
+    eval_strategy: str = field(
+        default="no",
+        metadata=key(
+            "evaluation",
+            "When to evaluate while training.",
+            choices=("no", "steps", "epoch"),
+            prepare=yaml_no,
+        ),
+    )
+    eval_steps: int | float | None = field(
+        default=None,
+        metadata=key(
+            "evaluation",
+            "Steps between evaluations; below 1 it is a share of the run. Unset is logging_steps.",
+            rule=INTERVAL,
+        ),
+    )
+    eval_on_start: bool = field(
+        default=False, metadata=key("evaluation", "Evaluate before the first step too.")
+    )
+    per_device_eval_batch_size: int = field(
+        default=8,
+        metadata=key(
+            "evaluation",
+            "Preference pairs a device takes for one evaluation batch.",
+            rule=AT_LEAST_ONE,
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingKeys:
+    """What is reported, when and where."""
+
+    logging_steps: int | float = field(
+        default=10,
+        metadata=key(
+            "logging",
+            "Steps between two lines of metrics; below 1 it is a share of the run.",
+            rule=INTERVAL,
+        ),
+    )
+    logging_first_step: bool = field(
+        default=False, metadata=key("logging", "Report the first step too.")
+    )
+    report_to: list[str] = field(
+        default_factory=list,
+        metadata=key(
+            "logging",
+            "Trackers that get the metrics besides metrics.jsonl and the terminal.",
+            choices=("tensorboard", "wandb", "trackio"),
+            prepare=trackers,
+        ),
+    )
+    run_name: str | None = field(
+        default=None, metadata=key("logging", "Name of the run for the trackers.")
+    )
+    disable_tqdm: bool | None = field(
+        default=None,
+        metadata=key("logging", "No progress bar; unset shows one on a terminal only."),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavingKeys:
+    """What is written, when and where."""
+
+    output_dir: str = field(
+        default="trainer_output",
+        metadata=key(
+            "saving",
+            "Directory for the trained model, its checkpoints, metrics.jsonl and this "
+            "configuration.",
+            rule=NOT_BLANK,
+            path=True,
+        ),
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata=key(
+            "saving",
+            "Start anew in an output_dir that holds another run; without it, or "
+            "resume_from_checkpoint, that is an error.",
+        ),
+    )
+    save_strategy: str = field(
+        default="steps",
+        metadata=key(
+            "saving",
+            "When to write a checkpoint while training.",
+            choices=("no", "steps", "epoch"),
+            prepare=yaml_no,
+        ),
+    )
+    save_steps: int | float = field(
+        default=500,
+        metadata=key(
+            "saving", "Steps between checkpoints; below 1 it is a share of the run.", rule=INTERVAL
+        ),
+    )
+    save_total_limit: int | None = field(
+        default=None,
+        metadata=key("saving", "Keep only this many newest checkpoints.", rule=AT_LEAST_ONE),
+    )
+    save_only_model: bool = field(
+        default=False,
+        metadata=key(
+            "saving",
+            "Leave the optimizer's state out of checkpoints, which then cannot be resumed.",
+        ),
+    )
+    resume_from_checkpoint: bool | str | None = field(
+        default=None,
+        metadata=key(
+            "saving",
+            "Go on from this checkpoint directory; true takes the newest one in output_dir.",
+            path=True,
+        ),
+    )

@@ -1,0 +1,155 @@
+"""Where values come from: YAML files and flags, each value with the words for where it stood."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import ConfigError
+from .peers import PEER_KEYS
+from .replaced import OTHER_NAMES, REPLACED_KEYS
+
+
+@dataclass(frozen=True)
+class Given:
+    """A raw value and its place: `config.yaml, line 3` or `--beta`."""
+
+    value: Any
+    place: str
+
+
+def read_yaml(path: str | Path) -> dict[str, Given]:
+    """The top level of a YAML file, each key with its line.
+
+    Raises:
+        ConfigError: not there, not UTF-8, not YAML, not a mapping, or a key that is there twice.
+    """
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot read the configuration file ({error.strerror})"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected UTF-8 text ({error.reason})") from error
+    try:
+        return _mapping_with_lines(text, str(path))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "a character that YAML does not allow"
+        raise ConfigError(f"{path}{line}: expected YAML ({problem})") from error
+
+
+def _mapping_with_lines(text: str, path: str) -> dict[str, Given]:
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return {}
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{path}: expected a mapping of keys to values, one a line")
+        found: dict[str, Given] = {}
+        for key_node, value_node in node.value:
+            place = f"{path}, line {key_node.start_mark.line + 1}"
+            name = str(loader.construct_object(key_node)).replace("-", "_")
+            if name in found:
+                raise ConfigError(f"{place}: {name} was already given at {found[name].place}")
+            found[name] = Given(loader.construct_object(value_node, deep=True), place)
+        return found
+    finally:
+        loader.dispose()
+
+
+def read_flags(
+    arguments: Sequence[str], flags: Iterable[str], lists: Iterable[str], valued: Iterable[str]
+) -> tuple[list[str], dict[str, Given]]:
+    """Split a command line into the words before its first flag and its flags.
+
+    `--key value`, `--key=value`, `--list one two`, `--flag` (true) and `--no_flag` (false); `-` and
+    `_` are the same in a key, and the last of several wins.
+
+    Args:
+        arguments: the command line after the command.
+        flags: keys that are true or false, for which the value may be left out.
+        lists: keys that take several words.
+        valued: keys that need a value.
+
+    Raises:
+        ConfigError: a key without its value, or with too many.
+    """
+    words: list[str] = []
+    found: dict[str, list[str]] = {}
+    current = words
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            current = found[name.replace("-", "_")] = [value] if equals else []
+        else:
+            current.append(argument)
+    kinds = (frozenset(flags), frozenset(lists), frozenset(valued))
+    return words, dict(_flag_value(name, values, *kinds) for name, values in found.items())
+
+
+def _flag_value(
+    name: str,
+    values: list[str],
+    flags: frozenset[str],
+    lists: frozenset[str],
+    valued: frozenset[str],
+) -> tuple[str, Given]:
+    place = f"--{name}"
+    if name.startswith("no_") and name[3:] in flags:
+        if values:
+            raise ConfigError(f"{place}: takes no value, got {' '.join(values)}")
+        return name[3:], Given(False, place)
+    if name in lists and values:
+        return name, Given(values, place)
+    if len(values) > 1:
+        raise ConfigError(f"{place}: expected one value, got {len(values)}: {' '.join(values)}")
+    if not values and name in valued:
+        raise ConfigError(f"{place}: expected a value after it")
+    return name, Given(values[0] if values else True, place)
+
+
+def check_foreign_key(name: str, given: Given, known: Iterable[str]) -> None:
+    """Let a key of TRL's pass whose value asks for nothing; refuse every other that is not ours.
+
+    Raises:
+        ConfigError: a key that we do not honour, that is gone, or that nobody knows.
+    """
+    if name in REPLACED_KEYS:
+        raise ConfigError(f"{given.place}: {name} does not exist any more. {REPLACED_KEYS[name]}")
+    if name not in PEER_KEYS:
+        candidates = [*known, *PEER_KEYS]
+        nearest = OTHER_NAMES.get(name) or get_close_matches(name, candidates, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"{given.place}: unknown key {name}; the nearest known key is {nearest}")
+    peer = PEER_KEYS[name]
+    if not any(_same(given.value, accepted) for accepted in (peer.default, *peer.also)):
+        default = yaml.safe_dump(peer.default, default_flow_style=True).split("\n")[0]
+        raise ConfigError(
+            f"{given.place}: {name} is a key of TRL's that fastdpo does not honour, so only its "
+            f"default, {default}, is accepted. {peer.instead}"
+        )
+
+
+def _same(value: Any, accepted: Any) -> bool:
+    """Whether a raw value (text, from a flag) says the same as `accepted`."""
+    if isinstance(value, str) and not isinstance(accepted, str):
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError:
+            return False
+        if isinstance(value, str) and isinstance(accepted, int | float):
+            try:
+                value = float(value)
+            except ValueError:
+                return False
+        if isinstance(value, str) and value.lower() == "none":
+            value = None
+    if isinstance(value, bool) != isinstance(accepted, bool):
+        return False
+    return bool(value == accepted)

@@ -1,0 +1,90 @@
+"""A configuration as text: the help of its keys, the table a run prints, the YAML it saves."""
+
+import shutil
+import textwrap
+from collections.abc import Mapping
+from dataclasses import Field
+from types import NoneType
+from typing import TYPE_CHECKING, Any, get_origin
+
+import yaml
+
+from .. import __version__
+from .checks import idle_settings
+from .declare import GROUPS, default_of
+from .values import members_of, show
+
+if TYPE_CHECKING:
+    from . import TrainConfig
+
+TYPE_WORDS = {bool: "BOOL", int: "INT", float: "NUMBER", str: "TEXT", list: "LIST", dict: "JSON"}
+
+
+def key_help(keys: "Mapping[str, Field[Any]]") -> str:
+    """The keys by section, each with its type, its meaning and its default."""
+    width = min(max(shutil.get_terminal_size((100, 24)).columns, 60), 100)
+    lines: list[str] = []
+    for group, heading in GROUPS.items():
+        lines += ["", f"{heading}:"]
+        for name, declared in keys.items():
+            if declared.metadata["group"] == group:
+                lines.append(f"  --{name} {_takes(declared)}")
+                about = f"{declared.metadata['help']} (default: {_default(declared)})"
+                lines += textwrap.wrap(
+                    about, width, initial_indent=" " * 6, subsequent_indent=" " * 6
+                )
+    return "\n".join(lines[1:])
+
+
+def _takes(declared: "Field[Any]") -> str:
+    choices = declared.metadata["choices"]
+    if choices and sum(map(len, choices)) < 60:
+        return "{" + ",".join(choices) + "}"
+    kinds = [get_origin(member) or member for member in members_of(declared.type)]
+    words = [TYPE_WORDS[kind] for kind in kinds if kind is not NoneType]
+    text = "NUMBER" if "NUMBER" in words else "|".join(words)
+    about = f"[{text}]" if "BOOL" in words else text
+    if choices:
+        return (
+            "{"
+            + ",\n      ".join(", ".join(choices[i : i + 4]) for i in range(0, len(choices), 4))
+            + "}"
+        )
+    return f"{words[0]} ..." if "LIST" in words else about
+
+
+def _default(declared: "Field[Any]") -> str:
+    default = default_of(declared)
+    if isinstance(default, list):
+        return " ".join(default) or "none"
+    return "unset" if default is None else show(default)
+
+
+def table(config: "TrainConfig", defaults: bool) -> str:
+    """Keys, values and origins, the changed ones first; then the settings that have no effect."""
+    changed = config.changed()
+    origin = {name: config.origins.get(name, "given") for name in changed}
+    rows = [
+        (name, show(value), origin.get(name, config.origins.get(name, "default")))
+        for name, value in config.to_dict().items()
+    ]
+    first = [row for row in rows if row[0] in changed]
+    rest = [row for row in rows if row[0] not in changed] if defaults else []
+    wide = [max((len(row[column]) for row in first + rest), default=0) for column in (0, 1)]
+    lines = [f"{name:<{wide[0]}}  {value:<{wide[1]}}  {place}" for name, value, place in first]
+    lines += [""] if first and rest else []
+    lines += [f"{name:<{wide[0]}}  {value:<{wide[1]}}  {place}" for name, value, place in rest]
+    return "\n".join([*lines, *(f"note: {line}" for line in idle_settings(config))])
+
+
+def as_yaml(config: "TrainConfig") -> str:
+    """Every key by sections, so that reading it gives an equal configuration."""
+    lines = [f"# fastdpo {__version__}"]
+    group = ""
+    for name, declared in config.keys().items():
+        if declared.metadata["group"] != group:
+            group = declared.metadata["group"]
+            lines += ["", f"# {GROUPS[group]}"]
+        entry = {name: getattr(config, name)}
+        lines.append(yaml.safe_dump(entry, allow_unicode=True, width=1000).rstrip("\n"))
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,150 @@
+"""Turning what a YAML file, a flag or a Python call holds into the type that a key declares.
+
+Flags are always text and YAML reads `1e-6` as text, so text that spells a value is that value.
+Nothing is rounded, cut or guessed: whatever does not fit is a `ValueError`.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
+
+TRUE_WORDS = frozenset({"true", "yes", "on", "1"})
+FALSE_WORDS = frozenset({"false", "no", "off", "0"})
+NONE_WORDS = frozenset({"none", "null"})
+
+
+def convert(value: Any, annotation: Any) -> Any:
+    """`value` as `annotation`: bool, int, float, str, list[...], dict[str, Any], or a union.
+
+    Raises:
+        ValueError: the value is of another type; the message is what was expected.
+    """
+    members = members_of(annotation)
+    if NoneType in members and (value is None or _spells(value, NONE_WORDS)):
+        return None
+    for member in members:
+        if member is NoneType:
+            continue
+        try:
+            return _reader(member)(value)
+        except (ValueError, OverflowError):
+            continue
+    raise ValueError(describe_type(annotation))
+
+
+def members_of(annotation: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type that it is."""
+    return get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+
+
+def describe_type(annotation: Any) -> str:
+    """The words for a type in an error message, such as "a whole number or none"."""
+    members = members_of(annotation)
+    names = [_name(member) for member in members]
+    if "a whole number" in names and "a number" in names:
+        names.remove("a whole number")
+    return " or ".join(names)
+
+
+def show(value: Any) -> str:
+    """A value the way a configuration file writes it, for messages and tables."""
+    if isinstance(value, str):
+        return value if value.strip() == value and value else json.dumps(value)
+    if isinstance(value, list):
+        return f"[{', '.join(show(item) for item in value)}]"
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _name(member: Any) -> str:
+    if get_origin(member) is list:
+        return f"a list ({_name(get_args(member)[0])} each)"
+    if get_origin(member) is dict:
+        return "a mapping (JSON on the command line)"
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    return "none" if member is NoneType else names[member]
+
+
+def _reader(member: Any) -> Callable[[Any], Any]:
+    if get_origin(member) is list:
+        item = get_args(member)[0]
+        return lambda value: [
+            _reader(item)(entry)
+            for entry in (value if isinstance(value, list | tuple) else [value])
+        ]
+    if get_origin(member) is dict:
+        return _mapping
+    readers: dict[Any, Callable[[Any], Any]] = {
+        bool: _boolean,
+        int: _whole,
+        float: _number,
+        str: _text,
+    }
+    return readers[member]
+
+
+def _spells(value: Any, words: frozenset[str]) -> bool:
+    return isinstance(value, str) and value.strip().lower() in words
+
+
+def _boolean(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if _spells(value, TRUE_WORDS):
+        return True
+    if _spells(value, FALSE_WORDS):
+        return False
+    raise ValueError
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        try:
+            return int(value)
+        except ValueError:
+            pass
+    number = _number(value)
+    if number != int(number):
+        raise ValueError
+    return int(number)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError
+    return value
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        value = json.loads(value)
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise ValueError
+    return {name: _plain(entry) for name, entry in value.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A mapping's entry, with numbers that YAML left as text (`1e-7`) made numbers."""
+    if isinstance(value, str):
+        try:
+            return _number(value)
+        except ValueError:
+            return value
+    return value if value is None or isinstance(value, bool) else _finite(value)
+
+
+def _finite(value: Any) -> int | float:
+    _number(value)
+    return value
