@@ -14,7 +14,7 @@ from typing import Any, get_origin
 
 from ..errors import ConfigError
 from .adapters import AdapterKeys
-from .checks import check_together
+from .checks import ONE_FILE, check_together
 from .declare import GROUPS, default_of
 from .inputs import DataKeys, LossKeys, ModelKeys, OwnKeys, ReferenceKeys
 from .peers import PEER_KEYS
@@ -124,9 +124,9 @@ class TrainConfig(
             if item is None or isinstance(item, dict):
                 continue
             if about["choices"] and item not in about["choices"]:
-                raise self.error(
-                    name, f"expected one of {', '.join(about['choices'])}, got {show(item)}"
-                )
+                known = ", ".join(about["choices"])
+                one_of = "one of " if len(about["choices"]) > 1 else ""
+                raise self.error(name, f"expected {one_of}{known}, got {show(item)}")
             if about["rule"] and not about["rule"].holds(item):
                 raise self.error(name, f"expected {about['rule'].expected}, got {show(item)}")
         return value
@@ -155,6 +155,21 @@ class TrainConfig(
     def evaluates(self) -> bool:
         """Whether the run evaluates at all."""
         return self.do_eval or self.eval_on_start or self.eval_strategy != "no"
+
+    @property
+    def eval_source(self) -> tuple[str, str] | None:
+        """The data set and the split to evaluate on; None where nothing is evaluated.
+
+        A file of `eval_dataset_name` is evaluated whole unless `dataset_test_split` names a part.
+        """
+        name = self.eval_dataset_name or self.dataset_name
+        if not self.evaluates or name is None:
+            return None
+        whole = self.eval_dataset_name is not None and name.endswith(ONE_FILE)
+        return (
+            name,
+            "train" if whole and self.dataset_test_split == "test" else self.dataset_test_split,
+        )
 
     def interval(self, name: str, total_steps: int) -> int:
         """`logging_steps`, `save_steps` or `eval_steps` in steps; a share is of `total_steps`.

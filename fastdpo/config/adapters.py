@@ -28,7 +28,11 @@ class AdapterKeys:
     )
     lora_dropout: float = field(
         default=0.05,
-        metadata=key("adapters", "Dropout on the adapters' input while training.", rule=SHARE),
+        metadata=key(
+            "adapters",
+            "Dropout on the adapters' input while training.",
+            rule=SHARE,
+        ),
     )
     lora_target_modules: list[str] | None = field(
         default=None,

@@ -7,7 +7,8 @@ from .schedule import SCHEDULERS
 if TYPE_CHECKING:
     from . import TrainConfig
 
-TABLES = (".jsonl", ".json", ".parquet", ".csv")
+ONE_FILE = (".jsonl", ".json", ".parquet", ".csv", ".arrow", ".gz")
+"""How the name of a data set ends that is one file; all its rows are the split "train"."""
 
 
 def check_together(config: "TrainConfig") -> None:
@@ -28,13 +29,14 @@ def check_together(config: "TrainConfig") -> None:
             "overwrite_output_dir",
             "cannot go with resume_from_checkpoint: one starts anew, the other goes on",
         )
-    data = config.dataset_name
-    if config.evaluates and config.eval_dataset_name is None and data and data.endswith(TABLES):
-        raise config.error(
-            "eval_dataset_name",
-            f"expected the data to evaluate on, since dataset_name is one file ({data}) without "
-            f"a {config.dataset_test_split} split; or set eval_strategy: no",
-        )
+    if config.eval_source is not None and config.eval_dataset_name is None:
+        name, split = config.eval_source
+        if name.endswith(ONE_FILE) and not split.startswith("train"):
+            raise config.error(
+                "eval_dataset_name",
+                f"expected the data to evaluate on, since {name} is one file without a {split} "
+                "split; or a part of it, such as dataset_test_split: train[90%:]",
+            )
 
 
 def _check_schedule(config: "TrainConfig") -> None:

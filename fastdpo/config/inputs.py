@@ -106,8 +106,8 @@ class DataKeys:
         default="keep_start",
         metadata=key(
             "data",
-            "Which end of a sequence longer than max_length stays.",
-            choices=("keep_start", "keep_end"),
+            "Which end of a sequence longer than max_length stays; TRL drops keep_end too.",
+            choices=("keep_start",),
         ),
     )
 

@@ -28,15 +28,14 @@ class PeerKey:
 _LOADER = "Rows are packed before the run, so there is no data loader to set up."
 _HUB = "Upload output_dir after the run with the hf command."
 _QUANTISED = "Quantised base models are not supported: train adapters on the base in bf16."
-_SHARDED = "Sharding the model over devices is not supported."
 _SYNC = "The reference stays the starting policy: there is no TR-DPO synchronisation."
 _COMPILE = "The model is not compiled."
 _METRICS = "Evaluation reports the metrics of the loss and no others."
 _BEST = "Pick the best checkpoint from the eval lines of metrics.jsonl."
-_DDP = "The gradients are averaged by fastdpo itself, which has nothing to set here."
-_LOSS = "Only losses of the plain log-ratios are available."
+_DEVICES = "A run takes one process and one device."
+_DIVERGENCE = "Only the reverse KL divergence is available."
 _REPORT = "Set it in the tracker's own environment variables."
-_NODES = "Only the first process logs and saves."
+_NODES = "The one process logs and saves."
 _DATASETS = "Name one data set with dataset_name; join several into one file first."
 _LAYER_KERNELS = "fastdpo brings its own fused head and chooses the layers' kernels itself."
 
@@ -97,11 +96,11 @@ PEER_KEYS: dict[str, PeerKey] = {
     "sync_ref_model": PeerKey(False, _SYNC),
     "ref_model_mixup_alpha": PeerKey(0.6, _SYNC),
     "ref_model_sync_steps": PeerKey(512, _SYNC),
-    "ld_alpha": PeerKey(None, _LOSS),
-    "f_divergence_type": PeerKey("reverse_kl", _LOSS),
-    "f_alpha_divergence_coef": PeerKey(0.5, _LOSS),
-    "use_weighting": PeerKey(False, _LOSS),
-    "discopop_tau": PeerKey(0.05, _LOSS),
+    "ld_alpha": PeerKey(None, "Length desensitisation (LD-DPO) is not available."),
+    "f_divergence_type": PeerKey("reverse_kl", _DIVERGENCE),
+    "f_alpha_divergence_coef": PeerKey(0.5, _DIVERGENCE),
+    "use_weighting": PeerKey(False, "WPO's weights are not available."),
+    "discopop_tau": PeerKey(0.05, "The discopop loss is not available."),
     "label_smoothing_factor": PeerKey(0.0, "Use label_smoothing."),
     # Training
     "fp16": PeerKey(False, "Use bf16: half precision would need a loss scale."),
@@ -110,7 +109,7 @@ PEER_KEYS: dict[str, PeerKey] = {
     "optim_args": PeerKey(None, "Use adam_beta1, adam_beta2, adam_epsilon and weight_decay."),
     "optim_target_modules": PeerKey(None, "Use use_peft for training few parameters."),
     "average_tokens_across_devices": PeerKey(
-        True, "The loss is a mean over comparisons on all devices."
+        True, "The loss is the mean over a step's comparisons.", also=(False,)
     ),
     "torch_compile": PeerKey(False, _COMPILE),
     "torch_compile_backend": PeerKey(None, _COMPILE),
@@ -124,23 +123,23 @@ PEER_KEYS: dict[str, PeerKey] = {
     ),
     "ignore_data_skip": PeerKey(False, "A resumed run goes on where the checkpoint was taken."),
     "restore_callback_states_from_checkpoint": PeerKey(False, "There are no callbacks."),
-    "local_rank": PeerKey(-1, "The launcher (torchrun) sets it."),
+    "local_rank": PeerKey(-1, _DEVICES),
     "do_train": PeerKey(False, "The train command trains.", also=(True,)),
     "do_predict": PeerKey(False, "There is nothing to predict."),
     "debug": PeerKey("", "Not available.", also=([],)),
     "skip_memory_metrics": PeerKey(True, "peak_memory_mib is always reported."),
     # Many devices
-    "parallelism_config": PeerKey(None, _SHARDED),
-    "fsdp": PeerKey(None, _SHARDED, also=("", [], False)),
-    "fsdp_config": PeerKey(None, _SHARDED),
-    "deepspeed": PeerKey(None, _SHARDED),
-    "ddp_find_unused_parameters": PeerKey(None, _DDP, also=(False,)),
-    "ddp_bucket_cap_mb": PeerKey(None, _DDP),
-    "ddp_broadcast_buffers": PeerKey(None, _DDP),
-    "ddp_static_graph": PeerKey(None, _DDP),
-    "ddp_backend": PeerKey(None, "NCCL is used on GPUs and Gloo on CPUs."),
-    "ddp_timeout": PeerKey(1800, _DDP),
-    "ignore_bias_buffers": PeerKey(False, _DDP),
+    "parallelism_config": PeerKey(None, _DEVICES),
+    "fsdp": PeerKey(None, _DEVICES, also=("", [], False)),
+    "fsdp_config": PeerKey(None, _DEVICES),
+    "deepspeed": PeerKey(None, _DEVICES),
+    "ddp_find_unused_parameters": PeerKey(None, _DEVICES, also=(False,)),
+    "ddp_bucket_cap_mb": PeerKey(None, _DEVICES),
+    "ddp_broadcast_buffers": PeerKey(None, _DEVICES),
+    "ddp_static_graph": PeerKey(None, _DEVICES),
+    "ddp_backend": PeerKey(None, _DEVICES),
+    "ddp_timeout": PeerKey(1800, _DEVICES),
+    "ignore_bias_buffers": PeerKey(False, _DEVICES),
     # Evaluation
     "eval_delay": PeerKey(0, "Use eval_steps."),
     "prediction_loss_only": PeerKey(False, _METRICS),

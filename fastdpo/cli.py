@@ -1,0 +1,151 @@
+"""The command line: `fastdpo train | precompute | doctor`.
+
+What a user got wrong is one line on stderr and exit code 2, never a traceback; an interrupted run
+is 130, as in a shell. Nothing heavy is imported before it is needed, so that `--help` and mistakes
+answer at once.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from . import __version__
+from .config import TrainConfig
+from .config.text import key_help
+from .errors import ConfigError, FastDPOError
+
+USAGE = """\
+fastdpo trains language models on preferences (DPO), without padding, repeated prompts or logits.
+
+  fastdpo train config.yaml --beta 0.2
+  fastdpo train --model_name_or_path MODEL --dataset_name pairs.jsonl --output_dir out
+
+Commands:
+  train         train a model, and evaluate and save it
+  precompute    compute and cache the reference's log-probabilities, without training
+  doctor        what is installed here, and which kernels would run and why
+
+Options:
+  --help        this text; after a command, the text of that command
+  --version     the version
+"""
+
+KEY_USAGE = """\
+fastdpo {command}: {summary}
+
+  fastdpo {command} config.yaml
+  fastdpo {command} config.yaml --beta 0.2 --max_steps 50
+  fastdpo {command} --model_name_or_path MODEL --dataset_name pairs.jsonl
+
+Every key can stand in the YAML file (key: value) or on the command line (--key value), which wins.
+True or false keys may do without a value (--use_peft), or take a no_ (--no_gradient_checkpointing).
+Lists are separated by spaces. Keys, meanings and defaults are TRL's wherever it has the same key.
+"""
+
+DOCTOR_USAGE = """\
+fastdpo doctor: what is installed here, and which kernels would run and why
+
+  fastdpo doctor
+  fastdpo doctor config.yaml
+  fastdpo doctor --model_name_or_path MODEL --use_cpu
+
+With a model, it also says how its rows would be laid out. It takes the keys of fastdpo train.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (default: the process's own) and return its exit code.
+
+    0 is success, 2 an error of the user's, 130 an interruption. Errors of the program are raised.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except FastDPOError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments:
+        print(USAGE, end="", file=sys.stderr)
+        return 2
+    command, rest = arguments[0], arguments[1:]
+    if command in ("--help", "-h", "help"):
+        print(USAGE, end="")
+        return 0
+    if command in ("--version", "-V"):
+        print(f"fastdpo {__version__}")
+        return 0
+    if command not in COMMANDS:
+        nearest = get_close_matches(command, COMMANDS, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"unknown command {command}; the nearest is {nearest} (fastdpo --help)")
+    run, help_text = COMMANDS[command]
+    if "--help" in rest or "-h" in rest:
+        print(help_text(), end="")
+        return 0
+    run(rest)
+    return 0
+
+
+def _train(arguments: Sequence[str]) -> None:
+    config = _runnable(arguments)
+    from .train.run import train
+
+    _print_result(train(config))
+
+
+def _precompute(arguments: Sequence[str]) -> None:
+    config = _runnable(arguments)
+    from .train.run import precompute
+
+    _print_result(precompute(config))
+
+
+def _doctor(arguments: Sequence[str]) -> None:
+    from .doctor import report
+
+    print(report(TrainConfig.parse(arguments)))
+
+
+def _runnable(arguments: Sequence[str]) -> TrainConfig:
+    config = TrainConfig.parse(arguments)
+    config.require("model_name_or_path", "dataset_name")
+    if _is_first_process():
+        print(config.describe(defaults=False), flush=True)
+    return config
+
+
+def _print_result(result: Mapping[str, Any]) -> None:
+    if _is_first_process():
+        for name, value in result.items():
+            print(f"{name}: {value}")
+
+
+def _is_first_process() -> bool:
+    """Whether this is the only process, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _key_usage(command: str, summary: str) -> Callable[[], str]:
+    usage = KEY_USAGE.format(command=command, summary=summary)
+    return lambda: f"{usage}\n{key_help(TrainConfig.keys())}\n"
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], Callable[[], str]]] = {
+    "train": (_train, _key_usage("train", "train a model, and evaluate and save it")),
+    "precompute": (
+        _precompute,
+        _key_usage("precompute", "compute and cache the reference's log-probabilities"),
+    ),
+    "doctor": (_doctor, lambda: DOCTOR_USAGE),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""`fastdpo doctor`: what is installed, what the machine offers, what a run would choose and why.
+
+It asks the functions that a run asks. Whatever is missing or fails becomes a line of the report.
+"""
+
+import os
+import platform
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+from . import __version__
+from .config import TrainConfig
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "datasets",
+    "peft",
+    "flash-attn",
+    "liger-kernel",
+    "trl",
+)
+GIB = 2**30
+
+
+def report(config: TrainConfig) -> str:
+    """The report for a configuration, which may name a model or nothing at all."""
+    sections = [("Versions", _versions), ("Machine", _machine), ("Choices", _choices)]
+    if config.model_name_or_path is not None:
+        sections.append(("Model", _model))
+    lines: list[str] = []
+    for title, section in sections:
+        lines += ["", title, *(f"  {name:<14}{text}" for name, text in section(config))]
+    return "\n".join(lines[1:])
+
+
+def _versions(config: TrainConfig) -> list[tuple[str, str]]:
+    found = [("fastdpo", __version__), ("python", platform.python_version())]
+    return found + [(name, _version(name)) for name in PACKAGES]
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _machine(config: TrainConfig) -> list[tuple[str, str]]:
+    return [
+        ("system", f"{platform.system()} {platform.machine()}"),
+        ("device", _told(lambda: _device_text(config))),
+        ("memory", _told(_memory_text)),
+    ]
+
+
+def _choices(config: TrainConfig) -> list[tuple[str, str]]:
+    return [
+        ("precision", _told(lambda: _precision_text(config))),
+        ("cpu bf16", _told(_cpu_bf16_text)),
+        ("attention", _told(lambda: _attention_text(config, None))),
+        ("head", _told(lambda: _head_text(config))),
+    ]
+
+
+def _model(config: TrainConfig) -> list[tuple[str, str]]:
+    from .model.load import load_model_config
+
+    lines = [("model", str(config.model_name_or_path))]
+    try:
+        shape = load_model_config(config)
+        parameters = _count_parameters(shape, config.trust_remote_code)
+    except Exception as error:
+        return [*lines, ("layout", f"not known: {_one_line(error)}")]
+    width = 2 if config.dtype in ("bfloat16", "float16") else 4
+    needed = parameters * width
+    return [
+        *lines,
+        ("size", f"{parameters / 1e6:,.0f} M parameters, {needed / GIB:.1f} GiB of weights"),
+        ("attention", _told(lambda: _attention_text(config, shape))),
+        ("layout", _told(lambda: _layout_text(config, needed))),
+    ]
+
+
+def _told(text: Callable[[], str]) -> str:
+    """What `text` says, or why it could not say it."""
+    try:
+        return text()
+    except Exception as error:
+        return f"not known: {_one_line(error)}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _device(config: TrainConfig) -> Any:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+
+
+def _device_text(config: TrainConfig) -> str:
+    import torch
+
+    if _device(config).type == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        each = f"{properties.name}, {properties.total_memory / GIB:.0f} GiB"
+        return f"{torch.cuda.device_count()} x {each}"
+    reason = "use_cpu is set" if torch.cuda.is_available() else "torch sees no GPU"
+    return f"CPU with {torch.get_num_threads()} threads ({reason})"
+
+
+def _memory_text() -> str:
+    page = os.sysconf("SC_PAGE_SIZE")
+    total, free = (os.sysconf(name) * page for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
+    return f"{total / GIB:.1f} GiB, {free / GIB:.1f} GiB of it free"
+
+
+def _precision_text(config: TrainConfig) -> str:
+    from .model.precision import choose_precision
+
+    dtype, reason = choose_precision(config.bf16, _device(config))
+    return f"{_dtype_name(dtype) if dtype else f'that of the weights, {config.dtype}'}: {reason}"
+
+
+def _cpu_bf16_text() -> str:
+    from .model.precision import cpu_bf16_is_faster
+
+    faster, reason = cpu_bf16_is_faster()
+    return f"{'faster' if faster else 'not faster'}: {reason}"
+
+
+def _attention_text(config: TrainConfig, shape: Any) -> str:
+    import torch
+
+    from .model.backends import choose_backend
+    from .model.precision import choose_precision
+
+    if config.attn_implementation:
+        return f"{config.attn_implementation}: attn_implementation asks for it"
+    device = _device(config)
+    weights = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = choose_precision(config.bf16, device)[0] or weights
+    if shape is None:
+        chosen = choose_backend(device, dtype)
+    else:
+        text = shape.get_text_config()
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        softcap = bool(getattr(text, "attn_logit_softcapping", None))
+        chosen = choose_backend(device, dtype, head_dim=head_dim, softcap=softcap)
+    return f"{chosen.name}: {chosen.reason}"
+
+
+def _head_text(config: TrainConfig) -> str:
+    from fastdpo_kernels.ops import BACKENDS
+
+    if "triton" in BACKENDS and _device(config).type == "cuda":
+        return "triton: fused kernels on a GPU"
+    return f"torch: in pieces of at most {config.head_workspace_mib} MiB, no full logits"
+
+
+def _count_parameters(shape: Any, trust_remote_code: bool) -> int:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape, trust_remote_code=trust_remote_code)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _layout_text(config: TrainConfig, needed: int) -> str:
+    """The layout that a run's own start-up check chooses; it runs the model, so that has to fit."""
+    from .model.precision import choose_precision
+    from .train.run import load_scorer
+
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > free / 2:
+        return (
+            f"not checked: the check runs the model, whose {needed / GIB:.1f} GiB of weights are "
+            f"more than half of the {free / GIB:.1f} GiB of free memory"
+        )
+    device = _device(config)
+    autocast = choose_precision(config.bf16, device)[0]
+    return load_scorer(config, device, autocast, say=lambda line: None).layout.reason
+
+
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
