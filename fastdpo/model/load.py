@@ -1,0 +1,144 @@
+"""Loading a tokenizer and a causal language model, with messages for what can be wrong about them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from ..config import TrainConfig
+from ..errors import ModelError
+
+
+def load_tokenizer(config: TrainConfig) -> Any:
+    """The tokenizer of the model; its pad token defaults to its EOS token, as in TRL.
+
+    Raises:
+        ModelError: there is none at that place.
+    """
+    path = _path(config.model_name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path,
+            revision=config.model_revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path}: no tokenizer could be loaded ({_first_line(error)})") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model_config(config: TrainConfig, path: str | None = None) -> Any:
+    """The model's configuration.
+
+    Raises:
+        ModelError: there is none at that place.
+    """
+    path = _path(path or config.model_name_or_path)
+    try:
+        model_config = AutoConfig.from_pretrained(
+            path,
+            revision=config.model_revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path}: no model could be loaded ({_first_line(error)})") from error
+    return model_config
+
+
+def load_model(config: TrainConfig, device: torch.device, path: str | None = None) -> PreTrainedModel:
+    """The causal language model at `path` (default: the policy's), without dropout, from safetensors alone.
+
+    Raises:
+        ModelError: no such model, no safetensors, or no causal language model.
+    """
+    model_config = load_model_config(config, path)
+    dropouts = _dropouts(model_config)
+    for part, name, _ in dropouts:
+        setattr(part, name, 0.0)
+    path = _path(path or config.model_name_or_path)
+    dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=model_config,
+            revision=config.model_revision,
+            dtype=dtype,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+            attn_implementation=config.attn_implementation,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{path}: no causal language model in safetensors could be loaded ({_first_line(error)})"
+        ) from error
+    model.fastdpo_dropouts = [(part, name, value) for part, name, value in dropouts if value]
+    return model.to(device)
+
+
+@contextmanager
+def original_dropout(model: Any) -> Iterator[None]:
+    """The configuration with the dropouts it was loaded with, while the model is being saved."""
+    changed = getattr(model, "fastdpo_dropouts", [])
+    for part, name, value in changed:
+        setattr(part, name, value)
+    try:
+        yield
+    finally:
+        for part, name, _ in changed:
+            setattr(part, name, 0.0)
+
+
+def _dropouts(model_config: Any) -> list[tuple[Any, str, float]]:
+    parts = {id(c): c for c in (model_config, model_config.get_text_config())}.values()
+    return [
+        (part, name, value)
+        for part in parts
+        for name, value in part.to_dict().items()
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float)
+    ]
+
+
+def add_adapter(model: PreTrainedModel, config: TrainConfig) -> Any:
+    """The model with a new LoRA or DoRA adapter to train.
+
+    Raises:
+        ModelError: target modules that the model does not have.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets: Any = config.lora_target_modules
+    if targets is not None and len(targets) == 1:
+        targets = targets[0] if targets[0] == "all-linear" else targets
+    adapter = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        modules_to_save=config.lora_modules_to_save,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, adapter)
+    except ValueError as error:
+        raise ModelError(f"lora_target_modules: {_first_line(error)}") from error
+
+
+def _path(name: str | None) -> str:
+    if not name:
+        raise ModelError("model_name_or_path: expected a local directory or a hub name")
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    path = Path(name).expanduser()
+    if looks_local and not path.exists():
+        raise ModelError(f"model_name_or_path: {name} does not exist")
+    return str(path) if path.exists() else name
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,189 @@
+"""Reference log-probabilities: computed once per model and response, kept on disk, found again whatever else changes.
+
+The store of a model is a directory named by everything that its numbers depend on: weights, configuration, precision.
+In it every response is found by a digest of its tokens and its prompt's. So a change of `output_dir`,
+`learning_rate`, order, packing or split hits, and a change of a model or of a token misses, for that response alone.
+"""
+
+import json
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from . import files
+from .data.batch import make_batch
+from .data.groups import Group
+from .data.plan import reference_rows
+from .model.scorer import Scorer
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_WRITES = 20.0
+_FORMAT = "1"
+_NOT_IN_THE_NUMBERS = {"_name_or_path", "name_or_path", "transformers_version", "use_cache"}
+
+
+def model_fingerprint(model: torch.nn.Module, autocast: torch.dtype | None) -> str:
+    """32 hex digits of the weights (names, dtypes, shapes, bytes), the architecture's configuration and the precision."""
+    content = xxhash.xxh3_128(_FORMAT.encode())
+    config = getattr(model, "config", None)
+    if config is not None:
+        known = {k: v for k, v in config.to_dict().items() if k not in _NOT_IN_THE_NUMBERS}
+        content.update(json.dumps(known, sort_keys=True, default=str).encode())
+    content.update(str(autocast).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        content.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return content.hexdigest()
+
+
+class LogpStore:
+    """The log-probabilities of one reference model: digest of (prompt, response) → sum, and per token where asked.
+
+    Shards are written atomically, so an interrupted run leaves whole ones, and the next run computes only the rest.
+    """
+
+    def __init__(self, directory: Path, *, per_token: bool = False) -> None:
+        self.directory = directory
+        self.per_token = per_token
+        self._sums: dict[bytes, float] = {}
+        self._tokens: dict[bytes, np.ndarray] = {}
+        for shard in sorted(directory.glob("*.safetensors")):
+            self._read(shard)
+
+    def _read(self, shard: Path) -> None:
+        try:
+            data = load_file(shard)
+            digests, sums = data["digests"], data["logps"]
+        except (SafetensorError, KeyError, OSError) as error:
+            logger.warning("%s: unreadable (%s), its values are computed again", shard, error)
+            return
+        keys = [d.tobytes() for d in digests]
+        if "token_logps" in data:
+            ends = data["ends"]
+            parts = np.split(data["token_logps"], ends[:-1])
+            self._tokens.update(zip(keys, parts, strict=True))
+        elif self.per_token:
+            return
+        self._sums.update(zip(keys, sums.tolist(), strict=True))
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in (self._tokens if self.per_token else self._sums)
+
+    def __len__(self) -> int:
+        return len(self._tokens if self.per_token else self._sums)
+
+    def logp(self, digest: bytes) -> float:
+        """Log-probability of the response, nats. KeyError if unknown."""
+        return self._sums[digest]
+
+    def token_logps(self, digest: bytes) -> np.ndarray:
+        """Log-probability of each scored token (n,), fp32, nats. KeyError if unknown."""
+        return self._tokens[digest]
+
+    def add(self, digests: Sequence[bytes], token_logps: Sequence[np.ndarray]) -> None:
+        """Keep the values of these responses, in memory and as one new shard on disk."""
+        if not digests:
+            return
+        sums = np.array([t.astype(np.float64).sum() for t in token_logps])
+        data = {
+            "digests": np.frombuffer(b"".join(digests), np.uint8).reshape(len(digests), 16),
+            "logps": sums,
+        }
+        if self.per_token:
+            data["token_logps"] = np.concatenate(token_logps)
+            data["ends"] = np.cumsum([len(t) for t in token_logps])
+            self._tokens.update(zip(digests, token_logps, strict=True))
+        self._sums.update(zip(digests, sums.tolist(), strict=True))
+        with files.atomic_file(self.directory / f"{uuid.uuid4().hex}.safetensors") as path:
+            save_file(data, path)
+
+
+@dataclass(frozen=True)
+class ReferenceReport:
+    """How many of the distinct responses were found, and how many were computed."""
+
+    found: int
+    computed: int
+    directory: Path
+
+    def __str__(self) -> str:
+        return f"{self.found} found, {self.computed} computed ({self.directory})"
+
+
+def fill_reference(
+    groups: Sequence[Group],
+    scorer: Scorer | Callable[[], Scorer],
+    store: LogpStore,
+    *,
+    max_tokens: int,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
+) -> ReferenceReport:
+    """Set `ref_logps` of every group, from the store where they are known, computing and keeping the others.
+
+    A `scorer` that is a function is called only if something has to be computed.
+    """
+    digests = [[g.digest(r) for r in range(len(g.responses))] for g in groups]
+    wanted: dict[bytes, tuple[int, int]] = {}
+    distinct = {d for group in digests for d in group}
+    for index, group in enumerate(digests):
+        for response, digest in enumerate(group):
+            if digest not in store:
+                wanted.setdefault(digest, (index, response))
+    if wanted:
+        model = scorer if isinstance(scorer, Scorer) else scorer()
+        _compute(groups, digests, list(wanted.values()), model, store, max_tokens, progress)
+    for group, keys in zip(groups, digests, strict=True):
+        group.ref_logps = np.array([store.logp(d) for d in keys])
+    return ReferenceReport(len(distinct) - len(wanted), len(wanted), store.directory)
+
+
+def _compute(groups, digests, wanted, scorer: Scorer, store, max_tokens, progress) -> None:
+    layout = scorer.layout.name
+    windows = reference_rows(groups, wanted, max_tokens=max_tokens, layout=layout)
+    rows = [row for window in windows for row in window]
+    names: list[bytes] = []
+    values: list[np.ndarray] = []
+    written = time.monotonic()
+    for row in progress(rows, len(rows)) if progress else rows:
+        batch = make_batch(groups, row, layout)
+        logps = scorer.token_logps(batch.to(scorer.device)).float().cpu().numpy()
+        count = np.bincount(batch.response_ids.numpy(), minlength=len(batch.response_lengths))
+        values += np.split(logps, np.cumsum(count)[:-1])
+        names += [digests[part.group][r] for part in row for r in part.responses]
+        if time.monotonic() - written > _SECONDS_BETWEEN_WRITES:
+            store.add(names, values)
+            names, values, written = [], [], time.monotonic()
+    store.add(names, values)
+
+
+@dataclass
+class OnlineReference:
+    """A reference that is evaluated at every step: a second model, or the policy with its adapter switched off."""
+
+    scorer: Scorer
+    adapter_off: bool = False
+
+    def response_logps(self, batch) -> torch.Tensor:
+        """Log-probability (R,) of every response of the batch, nats; no gradient."""
+        model: Any = self.scorer.model
+        off: AbstractContextManager[Any] = model.disable_adapter() if self.adapter_off else nullcontext()
+        training = model.training
+        model.eval()
+        try:
+            with off:
+                return self.scorer.response_logps(batch)
+        finally:
+            model.train(training)

@@ -1,0 +1,43 @@
+"""The model card that a trained model is saved with."""
+
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..config import TrainConfig
+
+_SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "eval_loss", "eval_rewards/accuracies")
+
+
+def write_card(output_dir: Path, config: TrainConfig, metrics: dict[str, Any]) -> None:
+    """Write `README.md` with the hub's metadata, what was trained on what, and the last metrics.
+
+    peft writes a card of its own beside an adapter; this one replaces it.
+    """
+    local = Path(str(config.model_name_or_path)).exists()
+    name = Path(str(config.model_name_or_path)).name if local else config.model_name_or_path
+    header = ["---", "library_name: peft" if config.use_peft else "library_name: transformers"]
+    header += [] if local else [f"base_model: {config.model_name_or_path}"]
+    header += ["tags:", "- dpo", "- fastdpo", "---", ""]
+    rows = [f"| {key} | {metrics[key]:.4f} |" for key in _SHOWN if key in metrics]
+    adapter = ""
+    if config.use_peft:
+        kind = "DoRA" if config.use_dora else "LoRA"
+        adapter = f" as a {kind} adapter (rank {config.lora_r})"
+    lines = [
+        f"# {name}, tuned with DPO",
+        "",
+        f"Trained from `{name}`{adapter} with [Direct Preference Optimization]"
+        "(https://arxiv.org/abs/2305.18290) "
+        f"on `{Path(str(config.dataset_name)).name}`, by fastdpo {__version__}.",
+        "",
+        f"Loss `{', '.join(config.loss_type)}`, beta {config.beta}, learning rate "
+        f"{config.learning_rate}. The complete configuration is in "
+        "`training_config.yaml`, the metrics of every step in `metrics.jsonl`.",
+        "",
+        "| metric | last value |",
+        "|---|---|",
+        *rows,
+        "",
+    ]
+    (output_dir / "README.md").write_text("\n".join([*header, *lines]), encoding="utf-8")

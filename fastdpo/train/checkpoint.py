@@ -1,0 +1,200 @@
+"""Checkpoints: what `from_pretrained` loads, and beside it everything that makes a resumed run equal, bit for bit.
+
+`checkpoint-N/` holds the model or adapter (`save_pretrained`), the tokenizer, `optimizer.safetensors`,
+`rng.safetensors`, `trainer_state.json` and, written last, `manifest.json` with the size and digest of every file. It
+appears by one rename, so a killed process leaves it whole or not at all.
+"""
+
+import json
+import logging
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from safetensors.torch import load_file, save_file
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..errors import CheckpointError
+from ..files import atomic_directory
+from ..model.load import original_dropout
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+
+
+def save_checkpoint(
+    path: Path,
+    *,
+    model: Any,
+    tokenizer: Any,
+    optimizer: Optimizer | None,
+    scheduler: LRScheduler | None,
+    state: dict[str, Any],
+) -> None:
+    """Write a checkpoint; without optimizer and scheduler, one that cannot be resumed (`save_only_model`)."""
+    with atomic_directory(path) as temporary:
+        save_model(temporary, model, tokenizer)
+        if optimizer is not None and scheduler is not None:
+            tensors, rest = _flatten(optimizer.state_dict())
+            save_file(tensors, temporary / "optimizer.safetensors")
+            save_file(_rng_tensors(), temporary / "rng.safetensors")
+            full = {
+                **state,
+                "optimizer": rest,
+                "scheduler": scheduler.state_dict(),
+                "python_rng": random.getstate(),
+            }
+            (temporary / "trainer_state.json").write_text(json.dumps(full), encoding="utf-8")
+        manifest = {f.name: _fingerprint(f) for f in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def save_model(path: Path, model: Any, tokenizer: Any) -> None:
+    """What `AutoModelForCausalLM` (or peft) and `AutoTokenizer` load, as safetensors."""
+    with original_dropout(model):
+        model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def load_checkpoint(
+    path: Path, *, load_weights: Any, optimizer: Optimizer, scheduler: LRScheduler
+) -> dict[str, Any]:
+    """Restore everything from a verified checkpoint; returns the state that was saved with it.
+
+    `load_weights(path)` puts the weights into the model.
+
+    Raises:
+        CheckpointError: files are missing, truncated or changed, or it holds no optimizer state.
+    """
+    problem = damage(path)
+    if problem:
+        raise CheckpointError(f"{path}: {problem}")
+    file = path / "trainer_state.json"
+    if not file.exists():
+        raise CheckpointError(
+            f"{path}: holds the model alone (save_only_model), so it cannot be resumed"
+        )
+    state = json.loads(file.read_text(encoding="utf-8"))
+    load_weights(path)
+    saved = state.pop("optimizer")
+    try:
+        optimizer.load_state_dict(_unflatten(load_file(path / "optimizer.safetensors"), saved))
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: made with another optimizer or model ({error})") from error
+    scheduler.load_state_dict(state.pop("scheduler"))
+    version, internal, gauss = state.pop("python_rng")
+    random.setstate((version, tuple(internal), gauss))
+    _restore_rng(load_file(path / "rng.safetensors"))
+    return state
+
+
+def find_checkpoint(output_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run; damaged ones are passed over with a warning."""
+    for path in reversed(_checkpoints(output_dir)):
+        problem = damage(path)
+        if problem is None:
+            return path
+        logger.warning("%s: %s; trying the one before it", path, problem)
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint directory, None if nothing is."""
+    if not path.is_dir():
+        return "there is no such checkpoint directory"
+    manifest = path / MANIFEST
+    if not manifest.exists():
+        return f"{MANIFEST} is missing, so the checkpoint is incomplete"
+    for name, expected in json.loads(manifest.read_text(encoding="utf-8")).items():
+        file = path / name
+        if not file.exists():
+            return f"{name} is missing"
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            return f"{name} has {size} bytes where {expected['bytes']} were written"
+        if _fingerprint(file) != expected:
+            return f"{name} is not what was written (digest differs)"
+    return None
+
+
+def rotate(output_dir: Path, keep: int | None) -> None:
+    """Remove the oldest checkpoints so that `keep` are left."""
+    if keep is not None:
+        for path in _checkpoints(output_dir)[: -keep or None]:
+            shutil.rmtree(path)
+
+
+def remove_all(output_dir: Path) -> None:
+    """Remove every checkpoint and the metrics of an earlier run."""
+    for path in _checkpoints(output_dir):
+        shutil.rmtree(path)
+    (output_dir / "metrics.jsonl").unlink(missing_ok=True)
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    found = [
+        (int(match[1]), path)
+        for path in output_dir.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    content = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            content.update(block)
+    return {"bytes": file.stat().st_size, "xxh3_128": content.hexdigest()}
+
+
+def _flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    tensors: dict[str, torch.Tensor] = {}
+    numbers: dict[str, dict[str, Any]] = {}
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{name}"] = value.contiguous()
+            else:
+                numbers.setdefault(str(index), {})[name] = value
+    groups = [
+        {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in group.items()}
+        for group in state["param_groups"]
+    ]
+    return tensors, {"param_groups": groups, "numbers": numbers}
+
+
+def _unflatten(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in rest["numbers"].items()}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": rest["param_groups"]}
+
+
+def _rng_tensors() -> dict[str, torch.Tensor]:
+    _, keys, position, has_gauss, gauss = np.random.get_state()
+    tensors = {
+        "torch": torch.get_rng_state(),
+        "numpy_keys": torch.from_numpy(keys.astype(np.int64)),
+        "numpy_rest": torch.tensor([position, has_gauss, gauss], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def _restore_rng(tensors: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(tensors["torch"])
+    position, has_gauss, gauss = tensors["numpy_rest"].tolist()
+    keys = tensors["numpy_keys"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), gauss))
+    if torch.cuda.is_available() and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"])

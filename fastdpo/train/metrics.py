@@ -1,0 +1,216 @@
+"""Metrics under TRL's names: summed over the rows of a step on the device, averaged exactly over its comparisons."""
+
+import json
+import resource
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..data.batch import Batch
+from ..errors import ConfigError
+
+TOKEN_STATS = ("entropy", "mean_logit", "is_top1")
+_SUMS = (
+    "loss",
+    "comparisons",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "chosen_tokens",
+    "rejected_tokens",
+    "entropy",
+    "logits/chosen",
+    "logits/rejected",
+    "mean_token_accuracy",
+)
+
+
+class StepSums:
+    """Sums over the comparisons and tokens of one step (or one evaluation).
+
+    A token of a response that several comparisons name counts once for each, as it does where every comparison is a
+    pair of sequences. A tie of rewards counts one half, so a policy that still is its reference has accuracy 0.5.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
+        self.comparisons = 0
+        self.pair_tokens = 0
+        self.computed_tokens = 0
+
+    def add(
+        self, batch: Batch, loss: Tensor, logps: Tensor, ref_logps: Tensor, stats: Any, beta: float
+    ) -> None:
+        """Add one row: its share of the loss, (R,) log-probabilities of both models, per-token statistics."""
+        win, lose = batch.comparisons.unbind(1)
+        chosen, rejected = (beta * (logps[i] - ref_logps[i]) for i in (win, lose))
+        margins = chosen - rejected
+        count = logps.new_zeros(2, len(logps))
+        ones = logps.new_ones(len(win))
+        wins = count[0].index_add_(0, win, ones)[batch.response_ids]
+        losses = count[1].index_add_(0, lose, ones)[batch.response_ids]
+        values = [
+            loss.detach(),
+            ones.sum(),
+            chosen.sum(),
+            rejected.sum(),
+            (margins.sign() / 2 + 0.5).sum(),
+            margins.sum(),
+            logps[win].sum(),
+            logps[lose].sum(),
+            wins.sum(),
+            losses.sum(),
+            ((wins + losses) * stats.entropy).sum(),
+            (wins * stats.mean_logit).sum(),
+            (losses * stats.mean_logit).sum(),
+            (wins * stats.is_top1).sum(),
+        ]
+        self.sums += torch.stack([v.double() for v in values])
+        self.comparisons += len(win)
+        self.pair_tokens += batch.pair_tokens
+        self.computed_tokens += batch.computed_tokens
+
+    def means(self) -> dict[str, float]:
+        """The metrics, each a mean over comparisons or over tokens; reads the device once."""
+        total = dict(zip(_SUMS, self.sums.tolist(), strict=True))
+        pairs = max(total.pop("comparisons"), 1.0)
+        chosen = max(total.pop("chosen_tokens"), 1.0)
+        rejected = max(total.pop("rejected_tokens"), 1.0)
+        divisor = {
+            "loss": 1.0,
+            "entropy": chosen + rejected,
+            "logits/chosen": chosen,
+            "logits/rejected": rejected,
+            "mean_token_accuracy": chosen,
+        }
+        return {name: value / divisor.get(name, pairs) for name, value in total.items()}
+
+    def rates(self, seconds: float, model: torch.nn.Module) -> dict[str, float]:
+        """Throughput of the step that took `seconds`.
+
+        `tokens_per_second` counts the tokens that two unpadded sequences per comparison hold, so sharing shows in it.
+        """
+        rates = {
+            "tokens_per_second": self.pair_tokens / seconds,
+            "pairs_per_second": self.comparisons / seconds,
+            "tokens_saved_by_sharing": 1 - self.computed_tokens / self.pair_tokens,
+        }
+        parameters = sum(p.numel() for p in model.parameters())
+        mfu = model_flops_utilisation(parameters, self.computed_tokens, seconds)
+        return rates if mfu is None else rates | {"mfu": mfu}
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Most memory held so far: allocated on the GPU, or resident in this process on a CPU. MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+_PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "B200": 2250.0, "A100": 312.0, "L40S": 362.0}
+
+
+def model_flops_utilisation(parameters: int, tokens: int, seconds: float) -> float | None:
+    """6·parameters·tokens / seconds over the GPU's dense bf16 peak; None where the peak is not known."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    peak = next((v for key, v in _PEAK_TFLOPS.items() if key in name), None)
+    return None if peak is None else 6.0 * parameters * tokens / seconds / (peak * 1e12)
+
+
+class Tracker(Protocol):
+    """What a metrics service has to offer."""
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Send the metrics of a step."""
+
+
+class _TensorBoard:
+    def __init__(self, output_dir: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(output_dir / "runs"))
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            prefix = "" if name.startswith("eval_") else "train/"
+            self.writer.add_scalar(prefix + name, value, step)
+        self.writer.flush()
+
+
+class _Run:
+    """wandb and trackio share this interface."""
+
+    def __init__(self, module: str, run_name: str | None, config: dict[str, Any]) -> None:
+        service = __import__(module)
+        self.run = service.init(project="fastdpo", name=run_name, config=config)
+        self.service = service
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.service.log(metrics, step=step)
+
+
+def make_trackers(
+    report_to: Iterable[str], output_dir: Path, run_name: str | None, config: dict[str, Any]
+) -> list[Tracker]:
+    """The services that `report_to` names. ConfigError for one that is not installed."""
+    trackers: list[Tracker] = []
+    for name in report_to:
+        if name == "none":
+            continue
+        try:
+            if name == "tensorboard":
+                trackers.append(_TensorBoard(output_dir))
+            else:
+                trackers.append(_Run(name, run_name, config))
+        except ImportError as error:
+            raise ConfigError(f"report_to: {name} is not installed ({error})") from error
+    return trackers
+
+
+def show(metrics: dict[str, float]) -> str:
+    """The few metrics that a person watches, in one line."""
+    names = {
+        "loss": "loss",
+        "rewards/margins": "margin",
+        "rewards/accuracies": "reward accuracy",
+        "tokens_per_second": "tokens/s",
+    }
+    found = ((short, metrics.get(n, metrics.get(f"eval_{n}"))) for n, short in names.items())
+    return ", ".join(f"{short} {value:.4g}" for short, value in found if value is not None)
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line. A resumed run first drops the lines of steps it will repeat."""
+
+    def __init__(self, path: Path, trackers: list[Tracker], resumed_step: int | None) -> None:
+        self.path = path
+        self.trackers = trackers
+        kept: list[str] = []
+        if resumed_step is not None and path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step(line) <= resumed_step]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def write(self, metrics: dict[str, float], step: int) -> None:
+        """Append the metrics of a step and hand them to the trackers."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        for tracker in self.trackers:
+            tracker.log(metrics, step)
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")

@@ -1,0 +1,271 @@
+"""From a configuration to a trained model: loads everything, says which paths are active, and runs the loop."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import set_seed
+
+from ..config import TrainConfig
+from ..data.groups import Group, count_comparisons, make_groups
+from ..data.load import load_rows
+from ..data.tokenize import tokenize_dataset
+from ..errors import CheckpointError, ConfigError, ModelError
+from ..files import cache_root
+from ..losses import make_loss
+from ..model.head import check_head, find_head
+from ..model.layout import Layout, choose_layout
+from ..model.load import add_adapter, load_model, load_model_config, load_tokenizer
+from ..model.precision import cpu_bf16_is_faster
+from ..model.scorer import Scorer
+from ..reference import LogpStore, OnlineReference, fill_reference, model_fingerprint
+from . import checkpoint
+from .card import write_card
+from .loop import Trainer
+from .step import Objective
+
+_ORDER = ("shared", "packed", "padded")
+
+
+@dataclass
+class Data:
+    """Tokenised groups to train on and to evaluate on."""
+
+    train: list[Group]
+    evaluation: list[Group]
+
+
+def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Run `fastdpo train`: returns the last of every metric and `output_dir`.
+
+    Raises:
+        FastDPOError: anything wrong with configuration, data, model or checkpoint, before the first step.
+    """
+    config.require("model_name_or_path", "dataset_name")
+    loss = make_loss(
+        config.loss_type,
+        beta=config.beta,
+        label_smoothing=config.label_smoothing,
+        loss_weights=config.loss_weights,
+    )
+    output_dir = _claim(config)
+    set_seed(config.seed)
+    device, tokenizer = _device(config), load_tokenizer(config)
+    data = load_data(config, tokenizer, say)
+    autocast = _precision(config, device, say)
+    policy = load_scorer(config, device, autocast, say)
+    max_tokens = config.max_tokens_per_batch or (16384 if device.type == "cuda" else 2048)
+    reference = None
+    if config.precompute_ref_log_probs:
+        precompute_reference(config, policy, data, max_tokens, say)
+    elif config.ref_model_name_or_path or not config.use_peft:
+        reference = _second_model(config, policy, device, autocast, say)
+    if config.use_peft:
+        policy.model = add_adapter(policy.model, config)
+        policy.head = find_head(policy.model)
+        reference = reference or (
+            None if config.precompute_ref_log_probs else OnlineReference(policy, adapter_off=True)
+        )
+    say(f"reference: {_describe_reference(config, reference)}")
+    if config.gradient_checkpointing:
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    config.save(output_dir / "training_config.yaml")
+    trainer = Trainer(
+        config=config,
+        objective=Objective(policy, loss, config.beta, reference),
+        tokenizer=tokenizer,
+        groups=data.train,
+        eval_groups=data.evaluation,
+        max_tokens=max_tokens,
+        load_weights=lambda path: load_weights(policy.model, config, path),
+        say=say,
+    )
+    say(
+        f"training: {count_comparisons(data.train)} comparisons, {trainer.per_step} a step, "
+        f"{trainer.total_steps} steps, rows of up to {max_tokens} tokens"
+    )
+    result = trainer.train()
+    write_card(output_dir, config, result)
+    return {**result, "output_dir": str(output_dir)}
+
+
+def precompute(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Run `fastdpo precompute`: fills the reference cache and returns what was found and computed."""
+    config.require("model_name_or_path", "dataset_name")
+    device, tokenizer = _device(config), load_tokenizer(config)
+    data = load_data(config, tokenizer, say)
+    autocast = _precision(config, device, say)
+    policy = load_scorer(config, device, autocast, say)
+    max_tokens = config.max_tokens_per_batch or (16384 if device.type == "cuda" else 2048)
+    report = precompute_reference(config, policy, data, max_tokens, say)
+    return {"found": report.found, "computed": report.computed, "cache": str(report.directory)}
+
+
+def load_data(config: TrainConfig, tokenizer: Any, say: Callable[[str], None]) -> Data:
+    """Both splits as groups; evaluation is empty where nothing is evaluated."""
+    vocab_size = load_model_config(config).get_text_config().vocab_size
+
+    def groups(name: str, split: str) -> list[Group]:
+        rows = load_rows(
+            name,
+            split,
+            config_name=config.dataset_config,
+            num_proc=config.dataset_num_proc,
+            skip_bad_rows=config.skip_bad_rows,
+        )
+        tokens, report = tokenize_dataset(
+            rows,
+            tokenizer,
+            max_length=config.max_length,
+            truncation_mode=config.truncation_mode,
+            num_proc=config.dataset_num_proc,
+            skip_bad_rows=config.skip_bad_rows,
+            max_comparisons_per_group=config.max_comparisons_per_group,
+            seed=config.seed,
+            vocab_size=vocab_size,
+            source=name,
+        )
+        made = make_groups(tokens, group_prompts=config.group_prompts)
+        say(
+            f"data: {report}; {len(made)} groups, {sum(len(g.responses) for g in made)} responses, "
+            f"{count_comparisons(made)} comparisons"
+        )
+        return made
+
+    assert config.dataset_name is not None
+    training = groups(config.dataset_name, config.dataset_train_split)
+    if not config.evaluates:
+        return Data(training, [])
+    name = config.eval_dataset_name or config.dataset_name
+    one_file = config.eval_dataset_name is not None and Path(name).is_file()
+    return Data(training, groups(name, "train" if one_file else config.dataset_test_split))
+
+
+def load_scorer(
+    config: TrainConfig,
+    device: torch.device,
+    autocast: torch.dtype | None,
+    say: Callable[[str], None],
+    path: str | None = None,
+) -> Scorer:
+    """A model with its head, checked against its own logits, and the row layout that is exact for it."""
+    model = load_model(config, device, path)
+    head = find_head(model)
+    check_head(model, head)
+    scorer = Scorer(model, head, Layout("padded", "", None), autocast, config.head_workspace_mib)
+    if config.attn_implementation is None:
+        with scorer.precision():
+            scorer.layout = choose_layout(
+                model, share_prefix=config.share_prefix, max_length=config.max_length
+            )
+    else:
+        reason = f"padded: attn_implementation is {config.attn_implementation}"
+        scorer.layout = Layout("padded", reason, None)
+    say(f"{'model' if path is None else 'reference model'}: {scorer.layout.reason}")
+    return scorer
+
+
+def precompute_reference(
+    config: TrainConfig, policy: Scorer, data: Data, max_tokens: int, say: Callable[[str], None]
+):
+    """Reference log-probabilities of every group, from the cache or from a pass over the data."""
+    scorer = policy
+    if config.ref_model_name_or_path:
+        scorer = load_scorer(
+            config, policy.device, policy.autocast, say, config.ref_model_name_or_path
+        )
+    root = Path(config.reference_cache_dir or cache_root() / "reference").expanduser()
+    store = LogpStore(root / model_fingerprint(scorer.model, scorer.autocast))
+
+    def progress(rows, total):
+        return tqdm(rows, total=total, desc="reference", unit="row", disable=config.disable_tqdm)
+
+    scorer.model.eval()
+    report = fill_reference(
+        [*data.train, *data.evaluation], scorer, store, max_tokens=max_tokens, progress=progress
+    )
+    say(f"reference log-probabilities: {report}")
+    return report
+
+
+def load_weights(model: Any, config: TrainConfig, path: Path) -> None:
+    """Put the weights (or the adapter) of a checkpoint into the model that is being trained."""
+    if config.use_peft:
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        adapter = path / "adapter_model.safetensors"
+        if not adapter.exists():
+            raise CheckpointError(f"{path}: holds no adapter, but use_peft is set")
+        set_peft_model_state_dict(model, load_peft_weights(str(path), device="cpu"))
+        return
+    if not (path / "config.json").exists():
+        raise CheckpointError(f"{path}: holds no full model, but use_peft is not set")
+    saved = load_model(config, torch.device("cpu"), str(path))
+    model.load_state_dict(saved.state_dict())
+
+
+def _second_model(config, policy: Scorer, device, autocast, say) -> OnlineReference:
+    path = config.ref_model_name_or_path or config.model_name_or_path
+    scorer = load_scorer(config, device, autocast, say, path)
+    scorer.model.requires_grad_(False)
+    weaker = max(policy.layout, scorer.layout, key=lambda layout: _ORDER.index(layout.name))
+    if policy.layout.name != scorer.layout.name:
+        raise ModelError(
+            f"the policy packs {policy.layout.name} rows and the reference {scorer.layout.name} ones "
+            f"({weaker.reason}); use precompute_ref_log_probs: true"
+        )
+    return OnlineReference(scorer)
+
+
+def _describe_reference(config: TrainConfig, reference: OnlineReference | None) -> str:
+    if reference is None:
+        return "precomputed, no reference model during training"
+    return "the policy with its adapter off" if reference.adapter_off else "a second model, online"
+
+
+def _claim(config: TrainConfig) -> Path:
+    """The output directory, made if it is not there; one that holds another run is not written over."""
+    path = Path(config.output_dir).expanduser()
+    used = path.is_dir() and any(
+        (path / name).exists() for name in ("metrics.jsonl", "model.safetensors", "config.json")
+    )
+    used = used or bool(list(path.glob("checkpoint-*")))
+    if used and not (config.overwrite_output_dir or config.resume_from_checkpoint):
+        raise ConfigError(
+            f"output_dir: {path} holds another run; choose another one, or set "
+            f"overwrite_output_dir or resume_from_checkpoint"
+        )
+    if config.overwrite_output_dir:
+        checkpoint.remove_all(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir: {path} cannot be made ({error.strerror})") from error
+    if not os.access(path, os.W_OK):
+        raise ConfigError(f"output_dir: {path} cannot be written to")
+    return path
+
+
+def _device(config: TrainConfig) -> torch.device:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("WORLD_SIZE is above 1: several processes are not supported yet")
+    if config.tf32 is not None:
+        torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    return torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+
+
+def _precision(
+    config: TrainConfig, device: torch.device, say: Callable[[str], None]
+) -> torch.dtype | None:
+    """bf16 autocast where it is asked for or faster; None for the weights' own precision."""
+    on, reason = config.bf16, "as configured"
+    if on is None and device.type == "cuda":
+        on, reason = torch.cuda.is_bf16_supported(), "the GPU's support decides"
+    elif on is None:
+        on, reason = cpu_bf16_is_faster()
+    say(f"precision: {'bf16 autocast' if on else config.dtype} on {device.type} ({reason})")
+    return torch.bfloat16 if on else None

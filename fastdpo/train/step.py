@@ -1,0 +1,63 @@
+"""Scoring rows: the forward, the loss and its gradient for one packed row, and the mean over a whole evaluation."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from fastdpo_kernels import Comparisons
+from torch import Tensor
+
+from ..data.batch import make_batch
+from ..data.groups import Group, count_comparisons
+from ..data.plan import Row, make_plan
+from ..model.scorer import Scorer
+from ..reference import OnlineReference
+from .metrics import TOKEN_STATS, StepSums
+
+_EVAL_WINDOW = 1024
+
+
+@dataclass
+class Objective:
+    """The policy, what it is compared with, and the loss of a comparison."""
+
+    policy: Scorer
+    loss_function: Callable[[Comparisons], Tensor]
+    beta: float
+    reference: OnlineReference | None = None  # None: precomputed, in the groups
+
+    def score(
+        self, groups: Sequence[Group], row: Row, comparisons: int, sums: StepSums
+    ) -> Tensor:
+        """One row's share of a mean loss over `comparisons`, differentiable; adds its metrics to `sums`."""
+        batch = make_batch(groups, row, self.policy.layout.name).to(self.policy.device)
+        if self.reference is not None:
+            ref = self.reference.response_logps(batch)
+        elif batch.ref_logps is not None:
+            ref = batch.ref_logps
+        else:
+            raise ValueError("the groups hold no reference log-probabilities: fill_reference first")
+        loss, logps, stats = self.policy.loss(
+            batch, ref, self.loss_function, comparisons, TOKEN_STATS
+        )
+        sums.add(batch, loss, logps, ref, stats, self.beta)
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self, groups: Sequence[Group], max_tokens: int) -> dict[str, float]:
+        """Metrics named eval_*, each a mean over all comparisons; the model's mode is left as it was."""
+        model = self.policy.model
+        training = model.training
+        model.eval()
+        sums, total = StepSums(self.policy.device), count_comparisons(groups)
+        for step in make_plan(
+            groups,
+            comparisons_per_step=_EVAL_WINDOW,
+            max_tokens=max_tokens,
+            layout=self.policy.layout.name,
+            seed=None,
+        ):
+            for row in step.ranks[0]:
+                self.score(groups, row, total, sums)
+        model.train(training)
+        return {f"eval_{name}": value for name, value in sums.means().items()}
