@@ -134,7 +134,7 @@ def _is_first_process() -> bool:
 
 def _key_usage(command: str, summary: str) -> Callable[[], str]:
     usage = KEY_USAGE.format(command=command, summary=summary)
-    return lambda: f"{usage}\n{key_help(TrainConfig.keys())}\n"
+    return lambda: f"{usage}\n{key_help(TrainConfig.key_fields())}\n"
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], Callable[[], str]]] = {

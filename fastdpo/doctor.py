@@ -59,17 +59,17 @@ def _machine(config: TrainConfig) -> list[tuple[str, str]]:
 def _choices(config: TrainConfig) -> list[tuple[str, str]]:
     return [
         ("precision", _told(lambda: _precision_text(config))),
-        ("cpu bf16", _told(_cpu_bf16_text)),
+        ("cpu_bf16", _told(_cpu_bf16_text)),
         ("attention", _told(lambda: _attention_text(config, None))),
         ("head", _told(lambda: _head_text(config))),
     ]
 
 
 def _model(config: TrainConfig) -> list[tuple[str, str]]:
-    from .model.load import load_model_config
-
     lines = [("model", str(config.model_name_or_path))]
     try:
+        from .model.load import load_model_config
+
         shape = load_model_config(config)
         parameters = _count_parameters(shape, config.trust_remote_code)
     except Exception as error:

@@ -53,12 +53,12 @@ class TrainConfig(
     origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name, declared in self.keys().items():
+        for name, declared in self.key_fields().items():
             object.__setattr__(self, name, self._checked(name, declared))
         check_together(self)
 
     @classmethod
-    def keys(cls) -> "dict[str, Field[Any]]":
+    def key_fields(cls) -> "dict[str, Field[Any]]":
         """Every key with its declaration, in the order of the sections in `GROUPS`."""
         declared = [item for item in fields(cls) if "group" in item.metadata]
         order = list(GROUPS)
@@ -72,7 +72,7 @@ class TrainConfig(
         Raises:
             ConfigError: see the class, and for keys that are unknown, gone or not honoured.
         """
-        own = cls.keys()
+        own = cls.key_fields()
         flags = {name for name, item in own.items() if bool in members_of(item.type)}
         flags |= {name for name, peer in PEER_KEYS.items() if isinstance(peer.default, bool)}
         lists = {
@@ -102,7 +102,7 @@ class TrainConfig(
 
     @classmethod
     def _build(cls, given: Mapping[str, Given]) -> "TrainConfig":
-        own = cls.keys()
+        own = cls.key_fields()
         for name, entry in given.items():
             if name not in own:
                 check_foreign_key(name, entry, own)
@@ -142,7 +142,7 @@ class TrainConfig(
         """Raise `ConfigError` unless each of these keys has a value."""
         for name in names:
             if getattr(self, name) is None:
-                what = self.keys()[name].metadata["help"].split(". ")[0]
+                what = self.key_fields()[name].metadata["help"].split(". ")[0]
                 raise self.error(
                     name, f"expected a value (--{name}, or {name}: in the file). {what}"
                 )
@@ -190,13 +190,13 @@ class TrainConfig(
         """The keys whose value is not the default."""
         return {
             name: getattr(self, name)
-            for name, declared in self.keys().items()
+            for name, declared in self.key_fields().items()
             if getattr(self, name) != default_of(declared)
         }
 
     def to_dict(self) -> dict[str, Any]:
         """Every key with its value, as plain types."""
-        return {name: getattr(self, name) for name in self.keys()}
+        return {name: getattr(self, name) for name in self.key_fields()}
 
     def to_yaml(self) -> str:
         """The whole configuration, by sections; reading it gives an equal one."""

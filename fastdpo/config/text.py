@@ -81,7 +81,7 @@ def as_yaml(config: "TrainConfig") -> str:
     """Every key by sections, so that reading it gives an equal configuration."""
     lines = [f"# fastdpo {__version__}"]
     group = ""
-    for name, declared in config.keys().items():
+    for name, declared in config.key_fields().items():
         if declared.metadata["group"] != group:
             group = declared.metadata["group"]
             lines += ["", f"# {GROUPS[group]}"]
