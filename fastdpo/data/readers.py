@@ -1,0 +1,237 @@
+"""JSON, JSONL and CSV read row by row, where the `datasets` library's readers are not enough.
+
+Its JSON reader is fast and is tried first. It stops at a malformed line without naming it, gives
+up on rows whose types differ, and turns a text such as "42" into a number when another row holds a
+list in the same place. Its CSV reader turns a text such as "None" into a missing value. Reading
+again, slowly, gives the line, the reason and the text as written.
+
+Rows that cannot be read either raise a `DataError` or, with `skip_bad_rows`, stay in the data set
+as rows of nulls whose `fastdpo_problem` says why, so that `tokenize_dataset` counts them with the
+rest.
+"""
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias, cast
+
+import datasets
+
+from ..errors import DataError
+from .messages import describe
+from .rows import FIELDS, LINE_COLUMN, PROBLEM_COLUMN, row_kind
+
+# A line's number (0: the file has no lines to speak of) and its row, or why it could not be read.
+Numbered: TypeAlias = tuple[int, dict[str, Any] | str]
+
+_TEXT_FIELDS = frozenset({"prompt", "chosen", "rejected", "completion"})
+_CHUNK = 1 << 24
+
+
+def open_binary(path: Path) -> BinaryIO:
+    """Open a file that may be gzipped."""
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    return cast(BinaryIO, opener(path, "rb"))
+
+
+def utf8_problem(path: Path) -> str | None:
+    """Where a file stops being UTF-8, or None: one pass at about a gigabyte a second."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    line = 1
+    with open_binary(path) as file:
+        while True:
+            chunk = file.read(_CHUNK)
+            try:
+                decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                line += error.object.count(b"\n", 0, error.start)
+                return f"{path}, line {line}: {_invalid_utf8(error)}"
+            if not chunk:
+                return None
+            line += chunk.count(b"\n")
+
+
+def row_label(source: str, row: int, num_rows: int, line: int | None = None) -> str:
+    """Name a row to the user: by its line where the source is a JSONL file, else by its number.
+
+    Args:
+        source: the file or data set the rows came from.
+        row: index of the row among `num_rows`.
+        num_rows: rows of the whole data set; lines are only counted where they agree with it.
+        line: the line, where the reader noted it.
+    """
+    path = Path(source)
+    if not line and path.suffix in (".jsonl", ".ndjson") and path.is_file():
+        with path.open("rb") as file:
+            lines = [number for number, text in enumerate(file, 1) if text.strip()]
+        line = lines[row] if len(lines) == num_rows else None
+    return f"{source}, line {line}" if line else f"{source}, row {row + 1}"
+
+
+def read_rows(paths: Sequence[Path], kind: str, *, skip_bad_rows: bool) -> datasets.Dataset:
+    """Read JSON, JSONL (`kind="json"`) or CSV (`kind="csv"`) files into one cached data set.
+
+    Only the columns that training reads are kept, and `fastdpo_line`; columns that hold anything
+    but text are stored as JSON, so that rows need not agree in their types.
+
+    Raises:
+        DataError: naming the file and line of the first row that cannot be read; where there is
+            none that can; where columns are missing.
+    """
+    where = ", ".join(map(str, paths))
+    only_text: dict[str, bool] = {}
+    problems = []
+    for path in paths:
+        for line, row in _iterate(path, kind):
+            if isinstance(row, str):
+                problems.append(f"{path}{f', line {line}' if line else ''}: {row}")
+                if not skip_bad_rows:
+                    raise DataError(problems[0])
+                continue
+            for name, value in row.items():
+                only_text[name] = only_text.get(name, True) and isinstance(value, str | None)
+    if not only_text:
+        raise DataError(problems[0] if problems else f"{where}: has no rows")
+    row_kind(only_text, where)
+    fields = tuple((name, only_text[name]) for name in FIELDS if name in only_text)
+    features: dict[str, Any] = {
+        name: datasets.Value("string") if text else datasets.Json() for name, text in fields
+    }
+    features |= {LINE_COLUMN: datasets.Value("int64"), PROBLEM_COLUMN: datasets.Value("string")}
+    # Size and time of change make a changed file a different data set to the cache.
+    stamps = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
+    return datasets.Dataset.from_generator(
+        _generate,
+        features=datasets.Features(features),
+        gen_kwargs={"stamps": stamps, "kind": kind, "fields": fields},
+    )
+
+
+def _generate(
+    stamps: tuple[tuple[str, int, int], ...], kind: str, fields: tuple[tuple[str, bool], ...]
+) -> Iterator[dict[str, Any]]:
+    for name, _, _ in stamps:
+        for line, row in _iterate(Path(name), kind):
+            problem = row if isinstance(row, str) else None
+            values = row if isinstance(row, dict) else {}
+            encoded = {
+                # A text in a JSON column is quoted here, else "42" would come back as a number.
+                name: values.get(name) if is_text else json.dumps(values.get(name))
+                for name, is_text in fields
+            }
+            yield encoded | {LINE_COLUMN: line, PROBLEM_COLUMN: problem}
+
+
+def _iterate(path: Path, kind: str) -> Iterator[Numbered]:
+    if kind == "csv":
+        return _iterate_csv(path)
+    with open_binary(path) as file:
+        start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    return _iterate_list(path) if start == b"[" else _iterate_jsonl(path)
+
+
+def _iterate_jsonl(path: Path) -> Iterator[Numbered]:
+    with open_binary(path) as file:
+        for line, raw in enumerate(file, 1):
+            if raw.strip():
+                yield line, _decode_line(raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw)
+
+
+def _decode_line(raw: bytes) -> dict[str, Any] | str:
+    try:
+        value = json.loads(raw.decode())
+    except UnicodeDecodeError as error:
+        return _invalid_utf8(error)
+    except json.JSONDecodeError as error:
+        return f"invalid JSON at column {error.colno}: {error.msg}"
+    return _check_object(value)
+
+
+def _iterate_list(path: Path) -> Iterator[Numbered]:
+    """Items of a JSON list; a file that is no JSON has no rows that could be skipped."""
+    with open_binary(path) as file:
+        raw = file.read().removeprefix(codecs.BOM_UTF8)
+    try:
+        items = json.loads(raw.decode())
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}, line {line}: {_invalid_utf8(error)}") from None
+    except json.JSONDecodeError as error:
+        where = f"{path}, line {error.lineno}"
+        raise DataError(f"{where}: invalid JSON at column {error.colno}: {error.msg}") from None
+    for item in items:
+        yield 0, _check_object(item)
+
+
+def _check_object(value: Any) -> dict[str, Any] | str:
+    if not isinstance(value, dict):
+        return f"expected a JSON object, found {describe(value)}"
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "a text with half a surrogate pair (\\ud800 to \\udfff); expected valid Unicode"
+    return value
+
+
+def _iterate_csv(path: Path) -> Iterator[Numbered]:
+    csv.field_size_limit(sys.maxsize)
+    binary = open_binary(path)
+    with io.TextIOWrapper(binary, "utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        header: list[str] | None = None
+        while True:
+            line = reader.line_num + 1
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                raise DataError(f"{path}, line {line}: invalid CSV: {error}") from None
+            if header is None:
+                header = cells
+            elif cells:
+                yield line, _decode_cells(header, cells)
+
+
+def _decode_cells(header: Sequence[str], cells: Sequence[str]) -> dict[str, Any] | str:
+    if len(cells) != len(header):
+        return f"found {len(cells)} fields; expected {len(header)}, as in the header"
+    row: dict[str, Any] = {}
+    for name, cell in zip(header, cells, strict=True):
+        try:
+            cell.encode()
+        except UnicodeEncodeError:
+            return f"{name}: invalid UTF-8"
+        if name in _TEXT_FIELDS:
+            row[name] = _messages_or_text(cell)
+        elif name not in FIELDS:
+            row[name] = cell
+        else:
+            try:
+                row[name] = json.loads(cell.lower() if name == "label" else cell) if cell else None
+            except json.JSONDecodeError as error:
+                return f"{name}: expected JSON, found text that is none: {error}"
+    return row
+
+
+def _messages_or_text(cell: str) -> Any:
+    """A cell is messages where it is JSON of a list of objects that have a role, else text."""
+    if not cell.lstrip().startswith("["):
+        return cell
+    try:
+        value = json.loads(cell)
+    except json.JSONDecodeError:
+        return cell
+    is_messages = value and all(isinstance(item, dict) and "role" in item for item in value)
+    return value if is_messages else cell
+
+
+def _invalid_utf8(error: UnicodeDecodeError) -> str:
+    if error.start == 0 and error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "the text is UTF-16; expected UTF-8"
+    return f"invalid UTF-8: byte 0x{error.object[error.start]:02x}"

@@ -1,0 +1,257 @@
+"""Loading rows: every kind of file that is read, and what every kind of broken file gets."""
+
+import csv
+import gzip
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from fastdpo.data.load import load_rows
+from fastdpo.errors import DataError
+
+pytestmark = pytest.mark.usefixtures("datasets_cache")
+
+PAIRS = [{"prompt": f"p{i}", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(4)]
+MESSAGES = [
+    {
+        "prompt": [{"role": "user", "content": f"p{i}"}],
+        "chosen": [{"role": "assistant", "content": f"c{i}"}],
+        "rejected": [{"role": "assistant", "content": f"r{i}"}],
+    }
+    for i in range(3)
+]
+GOOD = json.dumps(PAIRS[0])
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_lines(path: Path, *lines: str | bytes) -> Path:
+    raw = [line if isinstance(line, bytes) else line.encode() for line in lines]
+    path.write_bytes(b"\n".join(raw) + b"\n")
+    return path
+
+
+def write_csv(path: Path, rows: list[dict[str, str]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+WRITERS: dict[str, Callable[[Path, list[Any]], Path]] = {"jsonl": write_jsonl, "csv": write_csv}
+
+
+def load_error(path: Path | str, split: str = "train", **options: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        load_rows(str(path), split, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("rows", [PAIRS, MESSAGES], ids=["text", "messages"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "jsonl.gz", "parquet", "arrow", "bom", "indent"])
+def test_reads_every_kind_of_file(tmp_path: Path, kind: str, rows: list[dict[str, Any]]) -> None:
+    path = tmp_path / f"data.{kind}"
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    if kind == "jsonl":
+        path.write_text(lines, encoding="utf-8")
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif kind == "bom":
+        path = tmp_path / "data.jsonl"
+        path.write_text(lines, encoding="utf-8-sig")
+    elif kind == "json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    elif kind == "indent":
+        path = tmp_path / "data.json"
+        path.write_text("\n  " + json.dumps(rows, indent=2), encoding="utf-8")
+    elif kind == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    else:
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+        (tmp_path / "saved" / "data-00000-of-00001.arrow").rename(path)
+    loaded = load_rows(str(path), "train").to_list()
+    assert [{name: row[name] for name in rows[0]} for row in loaded] == rows
+
+
+def test_csv_keeps_every_text_as_written(tmp_path: Path) -> None:
+    texts = ["None", "NA", "42", "", "1e3", "true", 'two\nlines, "quoted"', "[1, 2]", "[]"]
+    rows = [{"prompt": text, "chosen": text + "+", "rejected": text} for text in texts]
+    loaded = load_rows(str(write_csv(tmp_path / "data.csv", rows)), "train")
+    assert [{name: row[name] for name in rows[0]} for row in loaded] == rows
+
+
+def test_csv_holds_messages_and_lists_as_json(tmp_path: Path) -> None:
+    encoded = [{name: json.dumps(value) for name, value in row.items()} for row in MESSAGES]
+    loaded = load_rows(str(write_csv(tmp_path / "pairs.csv", encoded)), "train")
+    assert [{name: row[name] for name in MESSAGES[0]} for row in loaded] == MESSAGES
+
+    group = {"prompt": "p", "responses": '["a", "b"]', "scores": "[1, 0.5]"}
+    loaded = load_rows(str(write_csv(tmp_path / "groups.csv", [group])), "train")
+    assert loaded[0]["responses"] == ["a", "b"]
+    assert loaded[0]["scores"] == [1, 0.5]
+
+    labelled = [
+        {"prompt": "p", "completion": "c", "label": text} for text in ("True", "false", "1")
+    ]
+    loaded = load_rows(str(write_csv(tmp_path / "labels.csv", labelled)), "train")
+    assert loaded["label"][:] == [True, False, 1]
+
+
+def test_reads_directories(tmp_path: Path) -> None:
+    saved = datasets.Dataset.from_list(PAIRS)
+    saved.save_to_disk(tmp_path / "saved")
+    assert load_rows(str(tmp_path / "saved"), "train").to_list() == PAIRS
+    assert "one of train" in load_error(tmp_path / "saved", "test")
+
+    both = datasets.DatasetDict(train=saved, test=saved.select([0]))
+    both.save_to_disk(tmp_path / "both")
+    assert load_rows(str(tmp_path / "both"), "test").to_list() == PAIRS[:1]
+    assert load_rows(str(tmp_path / "both"), "train[1:3]").to_list() == PAIRS[1:3]
+    assert "no split 'dev'; expected one of train, test" in load_error(tmp_path / "both", "dev")
+
+    files = tmp_path / "files"
+    files.mkdir()
+    write_jsonl(files / "train.jsonl", PAIRS)
+    write_jsonl(files / "test.jsonl", PAIRS[2:])
+    assert load_rows(str(files), "train").to_list() == PAIRS
+    assert load_rows(str(files), "test[:1]").to_list() == PAIRS[2:3]
+    assert "no split 'dev'; expected one of train, test" in load_error(files, "dev")
+
+    write_lines(files / "test.jsonl", GOOD, "{")
+    assert str(files / "test.jsonl") + ", line 2: invalid JSON" in load_error(files, "test")
+    (tmp_path / "nothing").mkdir()
+    assert str(tmp_path / "nothing") in load_error(tmp_path / "nothing")
+
+
+def test_a_file_has_only_a_train_split(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", PAIRS)
+    assert load_rows(str(path), "train[:50%]").to_list() == PAIRS[:2]
+    assert load_error(path, "test") == f"{path}: no split 'test'; expected one of train"
+
+
+def test_a_file_that_is_not_there_names_its_neighbours(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train_pairs.jsonl", PAIRS)
+    message = load_error(tmp_path / "train_pair.jsonl")
+    assert message.startswith(f"{tmp_path / 'train_pair.jsonl'}: not found")
+    assert "train_pairs.jsonl" in message
+    assert f"the directory {tmp_path / 'no'}" in load_error(tmp_path / "no" / "data.jsonl")
+
+
+def test_a_hub_name_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    message = load_error("someone/some-pairs")
+    assert "someone/some-pairs" in message
+    assert "hub" in message
+
+
+def test_an_unknown_kind_of_file(tmp_path: Path) -> None:
+    path = tmp_path / "data.xlsx"
+    path.write_text("x")
+    assert load_error(path).startswith(f"{path}: unknown kind of file; expected one of .jsonl")
+
+
+BROKEN = [
+    ([GOOD, '{"prompt": "a" "b"}'], "line 2: invalid JSON at column 16"),
+    ([GOOD, "", '["a", "b"]'], "line 3: expected a JSON object, found a list of 2"),
+    ([GOOD, '{"prompt": "a\\ud83d", "chosen": "b", "rejected": "c"}'], "line 2: a text with half"),
+    ([GOOD, b'{"prompt": "a\xff", "chosen": "b", "rejected": "c"}'], "line 2: invalid UTF-8: byte"),
+    ([GOOD, b'{"prompt": "cut off \xf0\x9f\x98'], "line 2: invalid UTF-8: byte 0xf0"),
+]
+
+
+@pytest.mark.parametrize(("lines", "reason"), BROKEN)
+def test_a_broken_line_is_named(
+    tmp_path: Path, lines: list[str | bytes], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_lines(tmp_path / "data.jsonl", *lines, GOOD)
+    assert load_error(path).startswith(f"{path}, {reason}")
+
+    with caplog.at_level(logging.WARNING):
+        rows = load_rows(str(path), "train", skip_bad_rows=True)
+    assert [row["prompt"] for row in rows] == ["p0", None, "p0"]
+    where, _, problem = reason.partition(": ")
+    assert rows["fastdpo_problem"][1].startswith(problem)
+    assert f"line {rows['fastdpo_line'][1]}" == where
+    assert f"{path}: 1 rows cannot be read" in caplog.text
+
+
+def test_a_file_of_broken_lines_only(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "data.jsonl", "{", "}")
+    assert load_error(path, skip_bad_rows=True).startswith(f"{path}, line 1: invalid JSON")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.jsonl", b"", ": is empty"),
+        ("a.jsonl", b"\n  \n", ": has no rows"),
+        ("a.json", b"[]", ": has no rows"),
+        ("a.json", b'[{"prompt": 1},\n {"prompt": ]', ", line 2: invalid JSON at column 13"),
+        ("a.json", b'[{"prompt":\n "\xff"}]', ", line 2: invalid UTF-8: byte 0xff"),
+        ("a.json", GOOD.encode("utf-16"), ", line 1: the text is UTF-16; expected UTF-8"),
+        ("a.parquet", b"not parquet at all", ": cannot be read: "),
+        ("a.csv", b"", ": is empty"),
+        ("a.csv", b"prompt,chosen,rejected\n", ": has no rows"),
+        ("a.csv", b"prompt,chosen,rejected\na,b,c\nd,e\n", ", line 3: found 2 fields; expected 3"),
+        ("a.csv", b"prompt,chosen,rejected\na,b,\xff\n", ", line 2: rejected: invalid UTF-8"),
+        ("a.csv", b'prompt,chosen,rejected\n"a"b,c,d\n', ", line 2: invalid CSV: "),
+        ("a.csv", b"prompt,responses,scores\na,b,c\n", ", line 2: responses: expected JSON"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert load_error(path).startswith(str(path) + reason)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_missing_columns_are_named(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"data.{kind}"
+    rows = [{"question": "a", "chosen": "b"}]
+    WRITERS[kind](path, rows)
+    message = load_error(path)
+    assert message.startswith(f"{path}: missing columns: found chosen, question; expected prompt, ")
+
+
+def test_a_column_of_images_is_refused(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", [PAIRS[0] | {"images": ["a.png"]}])
+    assert "images" in load_error(path)
+
+
+def test_text_survives_rows_of_other_types(tmp_path: Path) -> None:
+    """The library's reader makes the number 42 of the text "42" where another row holds a list."""
+    rows = [PAIRS[0] | {"chosen": "42"}, MESSAGES[0], PAIRS[1] | {"rejected": "null"}]
+    loaded = load_rows(str(write_jsonl(tmp_path / "data.jsonl", rows)), "train")
+    assert [{name: row[name] for name in PAIRS[0]} for row in loaded] == rows
+
+    grouped = [{"prompt": "p", "responses": ["7", text], "scores": [0, 1]} for text in ("a", "b")]
+    grouped.append({"prompt": "p", "responses": "no list", "scores": [0, 1]})
+    loaded = load_rows(str(write_jsonl(tmp_path / "groups.jsonl", grouped)), "train")
+    assert loaded["responses"][:] == [row["responses"] for row in grouped]
+
+
+def test_other_columns_may_hold_anything(tmp_path: Path) -> None:
+    """Types that change beyond the library's first chunk (10 MB) stop its reader, not ours."""
+    filler = "x" * (1 << 20)
+    rows: list[Any] = [PAIRS[0] | {"filler": filler, "meta": {"a": 1}} for _ in range(11)]
+    rows.append(PAIRS[1] | {"filler": filler, "meta": ["a", {"b": 2}]})
+    loaded = load_rows(str(write_jsonl(tmp_path / "data.jsonl", rows)), "train")
+    assert loaded["prompt"][:] == ["p0"] * 11 + ["p1"]
+    assert "fastdpo_line" in loaded.column_names, "the library's own reader managed"
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
+    for kind in ("jsonl", "csv"):
+        path = tmp_path / f"data.{kind}"
+        for rows in (PAIRS, PAIRS[::-1]):
+            WRITERS[kind](path, rows)
+            assert load_rows(str(path), "train")["prompt"][:] == [row["prompt"] for row in rows]

@@ -1,0 +1,236 @@
+"""What bad rows, tokenizers and settings get, and what the report says of the rest."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_samples import (
+    CHATML,
+    PAIR,
+    assistant,
+    chat,
+    make_tokenizer,
+    tokenize_rows,
+    user,
+)
+from datasets import Dataset, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from fastdpo.data.load import load_rows
+from fastdpo.data.tokenize import COLUMNS, TokenizeReport, tokenize_dataset
+from fastdpo.errors import ConfigError, DataError, ModelError
+
+pytestmark = pytest.mark.usefixtures("datasets_cache")
+
+GROUP = {"prompt": "p", "responses": ["a", "b"], "comparisons": [[0, 1]]}
+SCORED = {"prompt": "p", "responses": ["a", "b"], "scores": [1, 0]}
+LABELLED = {"prompt": "p", "completion": "a", "label": True}
+TALK = chat([user("Hi")], "a", "b")
+BAD_ROWS = [
+    (PAIR, {"chosen": 5}, "chosen: expected text or a list of messages, found the number 5"),
+    (PAIR, {"chosen": None}, "chosen: expected text or a list of messages, found null"),
+    (PAIR, {"prompt": True}, "prompt: expected text or a list of messages, found true"),
+    (
+        PAIR,
+        {"rejected": ["b"]},
+        "rejected[0]: expected a message with role and content",
+    ),
+    (PAIR, {"chosen": "b"}, "chosen and rejected: are identical"),
+    (PAIR, {"chosen": "b</s>"}, "chosen and rejected: are identical"),
+    (TALK, {"chosen": "a"}, "chosen: is text where prompt is a list of messages"),
+    (TALK, {"prompt": []}, "prompt: expected at least one message, found an empty list"),
+    (TALK, {"chosen": TALK["rejected"]}, "chosen and rejected: are identical"),
+    (TALK, {"prompt": [user("a"), {"role": "robot", "content": "b"}]}, "prompt[1].role: unknown"),
+    (TALK, {"prompt": [{"role": "user"}]}, "prompt[0].content: missing; expected text"),
+    (TALK, {"prompt": [{"role": "user", "content": 5}]}, "prompt[0].content: expected text, found"),
+    (TALK, {"prompt": [{"content": "b"}]}, "prompt[0]: expected a message with role and content"),
+    (TALK, {"prompt": [{"from": "human", "value": "b"}]}, "prompt[0]: expected a message with rol"),
+    (TALK, {"tools": "{"}, "tools: expected JSON"),
+    (TALK, {"tools": '{"a": 1}'}, "tools: expected a list of tool definitions"),
+    (TALK, {"chat_template_kwargs": "[]"}, "chat_template_kwargs: expected an object"),
+    (TALK, {"chat_template_kwargs": '{"tokenize": 1}'}, "chat_template_kwargs: tokenize cannot"),
+    (GROUP, {"responses": "ab"}, "responses: expected a list"),
+    (GROUP, {"responses": []}, "responses: expected a list"),
+    (GROUP, {"responses": ["a", 1]}, "responses[1]: expected text"),
+    (GROUP, {"responses": ["a", [assistant("b")]]}, "responses[1]: is a list of messages where"),
+    (GROUP, {"responses": ["a", "a"]}, "responses[0] and responses[1]: are identical"),
+    (GROUP, {"comparisons": "0 1"}, "comparisons: expected a list such as"),
+    (GROUP, {"comparisons": [[0, 1], [0, 2]]}, "comparisons[1]: expected indices of responses fro"),
+    (GROUP, {"comparisons": [[0, -1]]}, "comparisons[0]: expected indices"),
+    (GROUP, {"comparisons": [[0, 0.5]]}, "comparisons[0]: expected indices"),
+    (GROUP, {"comparisons": [[0, 0]]}, "comparisons[0]: compares response 0 with itself"),
+    (GROUP, {"comparisons": [[0]]}, "comparisons[0]: expected [winner, loser]"),
+    (GROUP, {"comparisons": [[0, 1, -1]]}, "comparisons[0]: expected a finite weight"),
+    (GROUP, {"comparisons": [{"winner": 1}]}, "comparisons[0]: expected indices of responses from"),
+    (SCORED, {"scores": [1]}, "scores: expected a list of 2 numbers"),
+    (SCORED, {"scores": [1, None]}, "scores[1]: expected a finite number, found null"),
+    (SCORED, {"scores": [1, float("nan")]}, "scores[1]: expected a finite number"),
+    (LABELLED, {"label": "yes"}, "label: expected true or false, found text"),
+    (LABELLED, {"label": 2}, "label: expected true or false, found the number 2"),
+]
+
+
+@pytest.mark.parametrize(("row", "change", "reason"), BAD_ROWS)
+def test_a_bad_row_is_named_by_its_line_or_skipped(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    row: dict[str, Any],
+    change: dict[str, Any],
+    reason: str,
+) -> None:
+    path = tmp_path / "data.jsonl"
+    lines = [json.dumps(row), "", json.dumps(row | change), json.dumps(row)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    rows = load_rows(str(path), "train")
+    with pytest.raises(DataError) as caught:
+        tokenize_dataset(rows, tokenizer, max_length=None, source=str(path))
+    assert str(caught.value).startswith(f"{path}, line 3: {reason}")
+
+    made, report = tokenize_dataset(
+        rows, tokenizer, max_length=None, source=str(path), skip_bad_rows=True
+    )
+    assert (len(made), report.rows_in, report.rows_out, report.skipped) == (2, 3, 2, 1)
+    assert report.identical_pairs == int("identical" in reason)
+    assert report.reasons[0].startswith(f"{path}, line 3: {reason}")
+    assert made.column_names == list(COLUMNS)
+
+
+def test_rows_that_cannot_be_read_are_counted_with_the_rest(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    path = tmp_path / "data.jsonl"
+    bad = json.dumps(PAIR | {"chosen": "b"})
+    path.write_text("\n".join([json.dumps(PAIR), "{", "", bad]), encoding="utf-8")
+    rows = load_rows(str(path), "train", skip_bad_rows=True)
+    made, report = tokenize_dataset(
+        rows, tokenizer, max_length=None, source=str(path), skip_bad_rows=True
+    )
+    assert (len(made), report.skipped, report.identical_pairs) == (1, 2, 1)
+    assert report.reasons[0].startswith(f"{path}, line 2: invalid JSON at column")
+    assert report.reasons[1].startswith(f"{path}, line 4: chosen and rejected: are identical")
+
+
+def test_implicit_prompts_that_do_not_work(tokenizer: PreTrainedTokenizerBase) -> None:
+    for row, reason in [
+        ({"chosen": "", "rejected": "b"}, "dataset, row 1: chosen: is empty"),
+        ({"chosen": [user("a")], "rejected": [user("b")]}, "dataset, row 1: chosen: shares no"),
+    ]:
+        with pytest.raises(DataError) as caught:
+            tokenize_rows([row], tokenizer)
+        assert str(caught.value).startswith(reason)
+
+
+def test_a_template_that_refuses(tokenizer: PreTrainedTokenizerBase) -> None:
+    strict = make_tokenizer(
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('No tools here') }}"
+        "{% endif %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    bad = chat([user("a"), {"role": "tool", "content": "b"}], "a", "b")
+    with pytest.raises(DataError, match="row 2: the chat template cannot render it: No tools here"):
+        tokenize_rows([TALK, bad], strict)
+    assert len(tokenize_rows([TALK, bad], strict, skip_bad_rows=True)) == 1
+
+
+def test_a_role_that_only_the_template_knows() -> None:
+    template = CHATML + "{% if 'observation' in messages %}{% endif %}"
+    row = chat([{"role": "observation", "content": "b"}], "a", "b")
+    assert len(tokenize_rows([row], make_tokenizer(template))) == 1
+
+
+def test_a_response_without_tokens() -> None:
+    """An empty message has the template's tokens in most templates, and none in some."""
+    bare = make_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
+    with pytest.raises(DataError, match="row 1: rejected: has no tokens"):
+        tokenize_rows([chat([user("Hi")], "a", "")], bare)
+
+
+def test_a_token_outside_the_vocabulary(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [PAIR, PAIR | {"chosen": "assistant"}]
+    largest = max(max(ids) for row in tokenize_rows(rows, tokenizer) for ids in row["response_ids"])
+    assert len(tokenize_rows(rows, tokenizer, vocab_size=largest + 1)) == 2
+    with pytest.raises(DataError, match=rf"row 2: chosen: token {largest} \(.*vocabulary of"):
+        tokenize_rows(rows, tokenizer, vocab_size=largest)
+
+
+def test_tokenizers_that_lack_something() -> None:
+    with pytest.raises(ModelError, match="no eos_token"):
+        tokenize_rows([PAIR], make_tokenizer(eos_token=None))
+    with pytest.raises(ModelError, match="no chat template"):
+        tokenize_rows([TALK], make_tokenizer(), skip_bad_rows=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"truncation_mode": "keep_end"}, "truncation_mode: 'keep_end' cannot be honoured"),
+        ({"max_length": 1}, "max_length: expected at least 2"),
+        ({"max_comparisons_per_group": 0}, "max_comparisons_per_group: expected at least 1"),
+    ],
+)
+def test_settings_that_cannot_be_honoured(
+    tokenizer: PreTrainedTokenizerBase, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tokenize_dataset(Dataset.from_list([PAIR]), tokenizer, **{"max_length": 8} | options)
+
+
+def test_nothing_left(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(DataError, match="has no rows"):
+        tokenize_rows(Dataset.from_list([PAIR]).select([]), tokenizer)
+    long = PAIR | {"prompt": "The quick brown fox"}
+    with pytest.raises(DataError, match=r"0 of 1 rows kept.*max_length is 2"):
+        tokenize_rows([long], tokenizer, 2)
+
+
+def test_the_report(tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture) -> None:
+    long = "The quick brown fox " * 20
+    rows = [
+        PAIR,
+        PAIR | {"prompt": long},
+        PAIR | {"chosen": long},
+        {"prompt": "p", "chosen": long + "a", "rejected": long + "b"},
+        PAIR | {"chosen": "b"},
+        {"prompt": "The quick bro", "chosen": "wn", "rejected": "!"},
+        PAIR | {"chosen": None},
+    ]
+    made, report = tokenize_dataset(
+        Dataset.from_list(rows), tokenizer, max_length=16, skip_bad_rows=True, source="some rows"
+    )
+    assert report == TokenizeReport(
+        source="some rows",
+        rows_in=7,
+        rows_out=4,
+        dropped_prompt_too_long=1,
+        skipped=2,
+        identical_pairs=1,
+        truncated=2,
+        identical_after_truncation=1,
+        boundary_moved=1,
+        reasons=report.reasons,
+    )
+    assert str(report) == (
+        "some rows: 4 of 7 rows kept; 1 dropped, the prompt alone reaching max_length; "
+        "1 skipped as bad; 1 skipped with identical responses; 2 truncated to max_length; "
+        "1 identical once truncated"
+    )
+    assert len(made) == 4
+    assert max(len(made[1]["prompt_ids"]) + len(ids) for ids in made[1]["response_ids"]) == 16
+    assert caplog.text.count("the tokenised prompt is not how") == 1
+    assert "in 1 of 7 rows" in caplog.text
+
+
+def test_the_dataset_is_what_the_contract_says(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = Dataset.from_list([PAIR, PAIR | {"chosen": "b"}, PAIR | {"prompt": "q"}])
+    made, _ = tokenize_dataset(rows, tokenizer, max_length=None, skip_bad_rows=True)
+    integers = List(Value("int32"))
+    assert made.features == {
+        "prompt_ids": integers,
+        "response_ids": List(integers),
+        "winners": integers,
+        "losers": integers,
+        "weights": List(Value("float32")),
+        "labels": List(Value("bool")),
+    }
+    assert made.data.num_rows == len(made) == 2, "rows are read through an indices mapping"
+    assert made[1]["prompt_ids"] == tokenizer("q")["input_ids"]
