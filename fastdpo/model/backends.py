@@ -1,0 +1,232 @@
+"""The three ways to compute attention over a packed row, and which one to take.
+
+  varlen      torch.nn.attention.varlen on CUDA in fp16/bf16: one call for the whole row;
+  flash_attn  flash_attn_varlen_func where that package is installed: the same, with a soft cap;
+  sdpa        scaled_dot_product_attention segment by segment, any device and dtype; with a soft cap
+              or sinks an explicit softmax, which costs queries × keys × heads per segment.
+
+All of them take query (1, Hq, S, D), key (1, Hkv, S, D) and value (1, Hkv, S, Dv), as layers do.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from fastdpo.model.segments import Segments, gather_keys
+
+MAX_FLASH_HEAD_DIM = 256
+"""The largest head dimension of the flash kernels (flash-attention 2)."""
+
+
+class Backend(NamedTuple):
+    """Which kernel computes attention, and why it was chosen."""
+
+    name: str
+    """"varlen", "flash_attn" or "sdpa"."""
+    reason: str
+    """Half a line for the start-up log and `fastdpo doctor`."""
+
+
+@lru_cache(maxsize=64)
+def choose_backend(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    head_dim: int = 64,
+    softcap: bool = False,
+    sinks: bool = False,
+    capability: tuple[int, int] | None = None,
+) -> Backend:
+    """The fastest exact backend for a device, a dtype and what the layer asks for.
+
+    `capability` is the CUDA compute capability, read from the device unless given.
+    """
+    if device.type != "cuda":
+        return Backend("sdpa", f"segment by segment: {device.type} has no varlen kernel")
+    if dtype not in (torch.float16, torch.bfloat16):
+        return Backend("sdpa", f"segment by segment: flash kernels are fp16/bf16, this is {dtype}")
+    if (capability or torch.cuda.get_device_capability(device)) < (8, 0):
+        return Backend("sdpa", "segment by segment: flash kernels need compute capability 8.0")
+    if head_dim > MAX_FLASH_HEAD_DIM:
+        return Backend(
+            "sdpa", f"segment by segment: flash kernels end at head size 256 < {head_dim}"
+        )
+    if sinks:
+        return Backend("sdpa", "segment by segment, explicit softmax: attention sinks")
+    if softcap and importlib.util.find_spec("flash_attn") is None:
+        return Backend("sdpa", "segment by segment, explicit softmax: soft cap without flash-attn")
+    if softcap:
+        return Backend("flash_attn", "flash_attn_varlen_func: soft cap")
+    return Backend("varlen", "torch.nn.attention.varlen: one call a row")
+
+
+def by_segments(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+) -> torch.Tensor:
+    """(1, S, Hq, Dv): SDPA, or explicit softmax, one segment at a time."""
+    key, value = (_gathered(x, segments).transpose(0, 1)[None] for x in (key, value))
+    pieces = zip(
+        query.split(segments.query_lengths, dim=2),
+        key.split(segments.key_lengths, dim=2),
+        value.split(segments.key_lengths, dim=2),
+        strict=True,
+    )
+    outputs = []
+    for q, k, v in pieces:
+        n, m = q.shape[2], k.shape[2]
+        window = None if sliding_window is None or sliding_window >= m else sliding_window
+        explicit = bool(softcap) or s_aux is not None
+        plain = n == m and window is None and not explicit
+        mask = None if plain else segments.causal_mask(n, m, window, q.device)
+        if mask is not None and explicit:
+            out = _explicit(q, k, v, mask, scale, softcap, s_aux)
+        else:
+            out = _sdpa(q, k, v, mask, scale)
+        outputs.append(out.transpose(1, 2))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _gathered(x: torch.Tensor, segments: Segments) -> torch.Tensor:
+    """(1, H, S, D) → (T, H, D), prefixes repeated."""
+    return gather_keys(x[0].transpose(0, 1), segments)
+
+
+def _sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    # The CPU's flash kernel reads grouped heads in place; CUDA's fp32 kernels do not, and would
+    # fall to the math path.
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and q.device.type != "cpu":
+        repeats = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+        grouped = False
+    v_dim = v.shape[-1]
+    if v_dim < q.shape[-1]:
+        v = F.pad(v, (0, q.shape[-1] - v_dim))
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
+    return out[..., :v_dim]
+
+
+def _explicit(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """One segment with a soft cap or sinks, unknown to SDPA's kernels; softmax in fp32 at least."""
+    heads, groups = k.shape[1], q.shape[1] // k.shape[1]
+    scores = (q.unflatten(1, (heads, groups)) @ k.unsqueeze(2).transpose(-1, -2)) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, heads, groups, 1, 1)
+        scores = torch.cat([scores, column.expand(-1, -1, -1, q.shape[2], 1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : k.shape[2]].to(v.dtype)
+    return (weights @ v.unsqueeze(2)).flatten(1, 2)
+
+
+def _flash_inputs(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(S, Hq, D), (T, Hkv, D), (T, Hkv, D): one head size, and a multiple of 8."""
+    size = max(query.shape[-1], value.shape[-1])
+    size += -size % 8
+    q, k, v = (
+        F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x for x in (query, key, value)
+    )
+    return q[0].transpose(0, 1), _gathered(k, segments), _gathered(v, segments)
+
+
+def _window(segments: Segments, sliding_window: int | None) -> tuple[int, int]:
+    """(left, right) of the flash kernels, -1 for no limit: a query's own token counts as one."""
+    if sliding_window is None or sliding_window >= segments.max_seqlen_k:
+        return (-1, 0)
+    return (sliding_window - 1, 0)
+
+
+@lru_cache(maxsize=1)
+def _varlen_gqa() -> dict[str, Any]:
+    """torch 2.11 takes grouped heads as they are; later versions raise unless told so."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """(S, Hq, Dv) by torch's own varlen attention; `softcap` is None (see `choose_backend`)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = _flash_inputs(query, key, value, segments)
+    grouped = _varlen_gqa() if q.shape[1] != k.shape[1] else {}
+    out: Any = varlen_attn(
+        q,
+        k,
+        v,
+        segments.cu_seqlens_q,
+        segments.cu_seqlens_k,
+        segments.max_seqlen_q,
+        segments.max_seqlen_k,
+        scale=scale,
+        window_size=_window(segments, sliding_window),
+        **grouped,
+    )
+    return out[..., : value.shape[-1]]
+
+
+def flash_attn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """(S, Hq, Dv) by the flash-attn package."""
+    from flash_attn import flash_attn_varlen_func
+
+    q, k, v = _flash_inputs(query, key, value, segments)
+    out = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        segments.cu_seqlens_q,
+        segments.cu_seqlens_k,
+        segments.max_seqlen_q,
+        segments.max_seqlen_k,
+        softmax_scale=scale,
+        causal=True,
+        window_size=_window(segments, sliding_window),
+        softcap=softcap or 0.0,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return out[..., : value.shape[-1]]

@@ -1,0 +1,134 @@
+"""Which row layout is exact for a model: prompts shared, rows packed, or padded batches.
+
+Sharing a prompt is exact where attention is the only thing that mixes tokens, and where it goes
+through our attention function. Neither can be told from a configuration alone, so the layout is
+chosen by what is known (layer types, rotary scaling, dropout) and then proved at start-up: a few
+random prompts and responses, once in the candidate layout and once as separate sequences through
+the model's stock attention. What fails falls back to a layout that gives the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fastdpo.model.attention import NAME, register
+from fastdpo.model.exactness import ExactnessCheck
+from fastdpo.model.head import base_causal_lm
+
+MIXES_ONLY_BY_ATTENTION = {"full_attention", "sliding_attention"}
+"""Values of `layer_types` that a packed row can honour."""
+
+LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+"""Rotary embeddings that change with the longest position of a batch."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How tokens are laid out for a model, exact for it."""
+
+    name: str
+    """"shared" (a prompt once for all its responses), "packed" (each response with its own copy of
+    the prompt) or "padded" (a batch of sequences with an attention mask).
+    """
+    reason: str
+    """One line for the start-up log: why this one, and why not a faster one."""
+    max_batch: int | None = None
+    """Most sequences in one padded forward; None for no limit."""
+
+
+def choose_layout(
+    model: nn.Module, *, share_prefix: bool = True, max_length: int | None = None
+) -> Layout:
+    """The fastest layout that is exact for `model`, which may be a PeftModel.
+
+    Sets the model's attention implementation: "fastdpo" for shared and packed rows, its own for
+    padded batches. Weights, gradients, modes and random number generators stay as they were. Call
+    it under the autocast that training uses. `max_length` is the longest sequence that will be
+    seen, if it is known: below the length at which a rotary embedding starts to change, that
+    embedding is no obstacle.
+    """
+    register()
+    base = base_causal_lm(model)
+    stock = _stock_attention(base)
+    base.set_attn_implementation(stock)
+    config = base.config.get_text_config()
+    if rope := _length_dependent_rope(config, max_length):
+        return Layout(
+            "padded", f"padded, one sequence a forward: rope_type {rope} depends on the length", 1
+        )
+    check = ExactnessCheck(model)
+    objections: list[str] = []
+    for name, obstacle in _candidates(model, config, share_prefix):
+        obstacle = obstacle or check.failure(name)
+        if obstacle is None:
+            base.set_attn_implementation(stock if name == "padded" else NAME)
+            reason = "; ".join([f"{name}: {check.verdict}", *objections])
+            return Layout(name, reason)
+        objections.append(f"not {name}: {obstacle}")
+        base.set_attn_implementation(stock)
+    reason = "; ".join(["padded, one sequence a forward: always exact", *objections])
+    return Layout("padded", reason, 1)
+
+
+def _candidates(
+    model: nn.Module, config: Any, share_prefix: bool
+) -> Iterator[tuple[str, str | None]]:
+    """Layouts from fast to slow, with what the configuration already says against each."""
+    kinds = set(getattr(config, "layer_types", None) or ()) - MIXES_ONLY_BY_ATTENTION
+    mixing = f"layers of type {', '.join(sorted(kinds))}" if kinds else None
+    sharing = None if share_prefix else "share_prefix is off"
+    if sharing is None and _has_dropout(model):
+        sharing = "dropout is on, and one prompt would be dropped alike for all its responses"
+    yield "shared", mixing or sharing
+    yield "packed", mixing
+    yield "padded", None
+
+
+def _stock_attention(base: Any) -> str:
+    """The model's own attention, to compare with and to fall back to."""
+    current = base.config._attn_implementation
+    if current == NAME:
+        current = base.get_correct_attn_implementation(None)
+    # transformers' sdpa silently leaves out the soft cap that gemma 2 was trained with.
+    capped = getattr(base.config.get_text_config(), "attn_logit_softcapping", None)
+    return "eager" if capped and current == "sdpa" else current
+
+
+def _length_dependent_rope(config: Any, max_length: int | None) -> str | None:
+    """The rope_type that makes a sequence's numbers depend on its neighbours' lengths, if any."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    for rope in _rope_dictionaries(parameters):
+        kind = rope.get("rope_type") or rope.get("type")
+        if kind not in LENGTH_DEPENDENT_ROPE:
+            continue
+        constant_up_to = config.max_position_embeddings
+        if kind == "longrope":
+            constant_up_to = rope.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", 0
+            )
+        if max_length is None or max_length > constant_up_to:
+            return kind
+    return None
+
+
+def _rope_dictionaries(parameters: Any) -> Iterator[dict[str, Any]]:
+    """The rotary parameters themselves, or those of each layer type."""
+    if isinstance(parameters, dict):
+        yield parameters
+        for value in parameters.values():
+            yield from _rope_dictionaries(value)
+
+
+def _has_dropout(model: nn.Module) -> bool:
+    """Whether any layer drops activations in training."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            return True
+        rates = (value for name, value in vars(module).items() if "drop" in name)
+        if any(isinstance(rate, float) and rate > 0 for rate in rates):
+            return True
+    return False

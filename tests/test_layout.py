@@ -1,0 +1,299 @@
+"""Every layout gives the numbers and gradients of separate sequences, or is not chosen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import (
+    ALONE,
+    GROUPS,
+    PADDED,
+    SHARED,
+    PackedRow,
+    build,
+    gradients,
+    pack,
+    random_groups,
+    row_logps,
+    separate_logps,
+)
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from fastdpo.errors import ModelError
+from fastdpo.model import exactness
+from fastdpo.model.attention import NAME, Segments
+from fastdpo.model.exactness import ExactnessCheck, padded_row, stream_row
+from fastdpo.model.head import find_head, hidden_states
+from fastdpo.model.layout import choose_layout
+
+FP32 = torch.finfo(torch.float32).eps
+IN_FP64 = {"gpt_neox", "gpt2", "phi", "opt", "starcoder2"}
+"""Families that never round to fp32 inside; the others do so in norms, routers or softmax."""
+EAGER = {"gemma2", "gpt_oss"}
+"""Families whose soft cap or sinks transformers' sdpa leaves out."""
+
+
+def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], family: str) -> None:
+    assert ours.keys() == theirs.keys()
+    total = torch.stack([g.norm() for g in theirs.values()]).norm()
+    for name, gradient in theirs.items():
+        # A key bias has gradient 0 but for rounding, hence the share of the whole.
+        error = (ours[name] - gradient).norm() / (gradient.norm() + 1e-6 * total)
+        assert error < (1e-9 if family in IN_FP64 else 8 * FP32), name
+
+
+def reference(family: str) -> tuple[Any, Tensor, dict[str, Tensor]]:
+    model = build(family)
+    model.set_attn_implementation("eager" if family in EAGER else "sdpa")
+    logps = separate_logps(model, GROUPS)
+    return model, logps.detach(), gradients(model, logps)
+
+
+@pytest.mark.parametrize("family", SHARED)
+def test_rows_equal_separate_sequences(family: str) -> None:
+    model, expected, expected_gradients = reference(family)
+    assert choose_layout(model).name == "shared"
+    for share in (True, False):
+        logps = row_logps(model, pack(GROUPS, share=share))
+        tolerance = 16 * FP32 if family == "gemma2" else 1e-12
+        torch.testing.assert_close(logps, expected, rtol=0, atol=tolerance)
+        assert_same_gradients(gradients(model, logps), expected_gradients, family)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_rows_with_gradient_checkpointing(family: str) -> None:
+    model, expected, expected_gradients = reference(family)
+    model.gradient_checkpointing_enable()
+    model.train()
+    assert choose_layout(model).name == "shared"
+    logps = row_logps(model, pack(GROUPS, share=True))
+    torch.testing.assert_close(logps.detach(), expected, rtol=0, atol=16 * FP32)
+    assert_same_gradients(gradients(model, logps), expected_gradients, family)
+
+
+def dense_mask(row: PackedRow, family: str, window: int) -> Any:
+    """The row's 4-D mask for stock attention, one for each type of layer where there are two."""
+
+    def mask(window: int | None) -> Tensor:
+        seen = row.seen(window)[None, None]
+        if family not in EAGER:
+            return seen
+        return torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, float("-inf"))
+
+    if "layer_types" in SHARED[family]:
+        return {"full_attention": mask(None), "sliding_attention": mask(window)}
+    return mask(window if "sliding_window" in SHARED[family] else None)
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3", "gemma2", "gemma3_text", "mistral", "gpt_oss"]
+)
+def test_rows_equal_a_dense_mask_through_stock_attention(family: str) -> None:
+    row = pack(GROUPS, share=True)
+    model = build(family)
+    model.set_attn_implementation("eager" if family in EAGER else "sdpa")
+    inputs = {k: v for k, v in row.inputs().items() if k != "fastdpo_segments"}
+    inputs["attention_mask"] = dense_mask(row, family, window=4)
+    expected = row_logps(model, row, **inputs)
+    expected_gradients = gradients(model, expected)
+    choose_layout(model)
+    logps = row_logps(model, row)
+    torch.testing.assert_close(logps, expected, rtol=0, atol=16 * FP32)
+    assert_same_gradients(gradients(model, logps), expected_gradients, family)
+
+
+def padded_logps(model: Any) -> Tensor:
+    """Log-probabilities of one padded batch, the way a trainer computes them."""
+    row = padded_row(GROUPS, device=torch.device("cpu"))
+    states = hidden_states(model, **row.inputs).flatten(0, 1)[row.score_index]
+    logps = find_head(model).logits(states).double().log_softmax(-1)
+    return logps.gather(-1, row.targets[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("family", PADDED)
+def test_architectures_that_need_padding(family: str) -> None:
+    model = build(family)
+    stock = model.config._attn_implementation
+    expected = separate_logps(model, GROUPS)
+    expected_gradients = gradients(model, expected)
+    layout = choose_layout(model)
+    assert (layout.name, layout.max_batch) == ("padded", None)
+    assert "not shared" in layout.reason and "\n" not in layout.reason
+    assert model.config._attn_implementation == stock
+    logps = padded_logps(model)
+    torch.testing.assert_close(logps, expected, rtol=0, atol=16 * FP32)
+    assert_same_gradients(gradients(model, logps), expected_gradients, family)
+
+
+@pytest.mark.parametrize("family", ALONE)
+def test_architectures_that_need_one_sequence_a_forward(family: str) -> None:
+    model = build(family)
+    layout = choose_layout(model)
+    assert (layout.name, layout.max_batch) == ("padded", 1)
+    assert model.config._attn_implementation != NAME
+    # And it is needed: beside a longer sequence a short one changes.
+    difference = (padded_logps(model) - separate_logps(build(family), GROUPS)).abs().max()
+    assert difference > 1e-3
+
+
+@pytest.mark.parametrize("family", ["phi3+longrope", "llama+dynamic"])
+def test_scaled_rope_is_no_obstacle_below_its_length(family: str) -> None:
+    assert choose_layout(build(family), max_length=11).max_batch == 1
+    model = build(family)
+    model.config.max_position_embeddings = max(model.config.max_position_embeddings, 10)
+    short = random_groups([(3, [5, 2]), (4, [6, 1, 1])])
+    expected = separate_logps(model, short)
+    # The probe of the start-up check is longer than the ten tokens of this tiny model.
+    exactness.LENGTHS, before = ((3, (3, 2, 1)), (4, (5, 2))), exactness.LENGTHS
+    try:
+        assert choose_layout(model, max_length=10).name == "shared"
+    finally:
+        exactness.LENGTHS = before
+    logps = row_logps(model, pack(short, share=True))
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-12)
+
+
+def test_sharing_can_be_switched_off() -> None:
+    model = build("llama")
+    layout = choose_layout(model, share_prefix=False)
+    assert layout.name == "packed" and "share_prefix is off" in layout.reason
+    assert model.config._attn_implementation == NAME
+
+
+def test_the_choice_can_be_made_again() -> None:
+    model = build("llama")
+    assert choose_layout(model) == choose_layout(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lower_precisions_are_shared(dtype: torch.dtype) -> None:
+    model = build("llama", dtype=dtype)
+    assert choose_layout(model).name == "shared"
+
+
+def test_autocast_is_shared() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert choose_layout(build("qwen3", dtype=torch.float32)).name == "shared"
+
+
+def test_dropout_is_not_shared() -> None:
+    assert choose_layout(build("gpt2", resid_pdrop=0.1)).name == "packed"
+    assert choose_layout(build("opt", dropout=0.1)).name == "packed"
+    layout = choose_layout(build("gpt2", attn_pdrop=0.1))
+    assert layout.name == "padded" and "attention dropout 0" in layout.reason
+
+
+def test_peft_models() -> None:
+    base = build("llama")
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(base, config)
+    expected = separate_logps(model, GROUPS)
+    expected_gradients = gradients(model, expected)
+    assert choose_layout(model).name == "shared" and base.config._attn_implementation == NAME
+    logps = row_logps(model, pack(GROUPS, share=True))
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-12)
+    assert_same_gradients(gradients(model, logps), expected_gradients, "llama")
+
+
+def test_nothing_is_left_behind() -> None:
+    model = build("llama").train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    state = torch.get_rng_state()
+    choose_layout(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    for name, p in model.named_parameters():
+        assert p.grad is not None and torch.equal(p.grad, torch.ones_like(p))
+        assert torch.equal(p, weights[name]) and p.requires_grad
+
+
+def wrong_positions(row: exactness.Row) -> None:
+    row.inputs["position_ids"] = torch.arange(row.inputs["input_ids"].shape[1])[None]
+
+
+def leaked_neighbour(row: exactness.Row) -> None:
+    bounds = list(row.inputs["fastdpo_segments"].bounds)
+    start, end = bounds[0][0], bounds[1][1]
+    row.inputs["fastdpo_segments"] = Segments.build([(start, end, 0, 0), *bounds[2:]])
+
+
+def lost_prompt(row: exactness.Row) -> None:
+    bounds = [(start, end, 0, 0) for start, end, _, _ in row.inputs["fastdpo_segments"].bounds]
+    row.inputs["fastdpo_segments"] = Segments.build(bounds)
+
+
+def neighbours_prompt(row: exactness.Row) -> None:
+    *bounds, last = row.inputs["fastdpo_segments"].bounds
+    row.inputs["fastdpo_segments"] = Segments.build([*bounds, (*last[:2], 0, last[3] - last[2])])
+
+
+def wrong_score(row: exactness.Row) -> None:
+    row.score_index.add_(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize(
+    "mistake", [wrong_positions, leaked_neighbour, lost_prompt, neighbours_prompt, wrong_score]
+)
+def test_the_check_sees_mistakes(
+    monkeypatch: pytest.MonkeyPatch, mistake: Any, family: str, dtype: torch.dtype
+) -> None:
+    def broken(*args: Any, trace: Any, **kwargs: Any) -> exactness.Row:
+        row = stream_row(*args, trace=trace, **kwargs)
+        mistake(row)
+        segments = row.inputs["fastdpo_segments"]
+        row.inputs["fastdpo_segments"] = Segments.build(segments.bounds, trace=trace)
+        return row
+
+    model = build(family, dtype=dtype)
+    monkeypatch.setattr(exactness, "stream_row", broken)
+    layout = choose_layout(model)
+    assert layout.name != "shared" and "not shared: log-probabilities" in layout.reason
+
+
+def test_a_window_kept_from_the_attention_function_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A real window is wider than the probe, so that only the call itself can tell."""
+    model = build("qwen3", sliding_window=100)
+    assert choose_layout(model).name == "shared"
+    monkeypatch.setattr(model.model.layers[0].self_attn, "sliding_window", None)
+    assert "0 of 1 sliding windows" in choose_layout(model).reason
+
+
+def test_a_layer_past_the_attention_function_is_seen() -> None:
+    model = build("llama")
+    model.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    layout = choose_layout(model)
+    assert layout.name == "padded" and "1 of 2 layers" in layout.reason
+
+
+def test_failures_of_the_forward_fall_back_but_memory_errors_do_not() -> None:
+    model = build("llama")
+    check = ExactnessCheck(model)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    model.model.layers[0].mlp.forward = fail
+    error: Exception = KeyError("no such cache")
+    assert check.failure("shared") == "KeyError: 'no such cache'"
+    error = torch.OutOfMemoryError("full")
+    with pytest.raises(torch.OutOfMemoryError):
+        check.failure("shared")
+
+
+def test_stock_models_have_no_segments_to_lose() -> None:
+    """Calling a model with our attention and no segments is an error, not a causal row."""
+    model = build("llama")
+    choose_layout(model)
+    with pytest.raises(ModelError, match="fastdpo_segments"):
+        model(torch.tensor([[1, 2, 3]]))
