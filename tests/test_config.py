@@ -177,6 +177,10 @@ def test_describe_of_the_changes_alone():
     [
         ({"lora_r": 8}, "lora_r has no effect: use_peft is false"),
         ({"eval_steps": 5}, "eval_steps has no effect: eval_strategy is no"),
+        (
+            {"eval_strategy": "epoch", "per_device_eval_batch_size": 4},
+            "per_device_eval_batch_size has no effect: evaluation is packed by",
+        ),
         ({"eval_dataset_name": "x"}, "eval_dataset_name has no effect: nothing is evaluated"),
         (
             {"save_strategy": "epoch", "save_steps": 7},

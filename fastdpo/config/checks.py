@@ -68,7 +68,11 @@ def idle_settings(config: "TrainConfig") -> list[str]:
         ),
         "nothing is evaluated (eval_strategy is no)": (
             not config.evaluates,
-            ["eval_dataset_name", "per_device_eval_batch_size"],
+            ["eval_dataset_name"],
+        ),
+        "evaluation is packed by max_tokens_per_batch, with the same result": (
+            True,
+            ["per_device_eval_batch_size"],
         ),
         f"eval_strategy is {config.eval_strategy}": (
             config.eval_strategy != "steps",

@@ -194,7 +194,7 @@ class EvaluationKeys:
         default=8,
         metadata=key(
             "evaluation",
-            "Preference pairs a device takes for one evaluation batch.",
+            "Read for TRL's sake: evaluation is packed by max_tokens_per_batch, with the same result.",
             rule=AT_LEAST_ONE,
         ),
     )
