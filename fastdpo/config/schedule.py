@@ -194,7 +194,7 @@ class EvaluationKeys:
         default=8,
         metadata=key(
             "evaluation",
-            "Read for TRL's sake: evaluation is packed by max_tokens_per_batch, with the same result.",
+            "Changes nothing: evaluation is packed by max_tokens_per_batch instead.",
             rule=AT_LEAST_ONE,
         ),
     )
