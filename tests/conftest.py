@@ -1,12 +1,15 @@
 """Fixtures that several test files use."""
 
+import json
+import random
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+import torch
 from data_samples import CHATML, make_tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from bench.data import dpo_en_demo as fetch_dpo_en_demo
 from fastdpo.demo.model import demo_model_path
@@ -36,3 +39,48 @@ def smollm2_tokenizer() -> PreTrainedTokenizerBase:
 def tokenizer() -> PreTrainedTokenizerBase:
     """A tokenizer of some 400 tokens with a ChatML template."""
     return make_tokenizer(CHATML)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(
+    tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A Llama of two layers on disk, with its tokenizer; weights large enough that mistakes show."""
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        attention_dropout=0.1,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 short preference pairs over 8 prompts, neighbours sharing one."""
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    words = "the cat sat on a mat and saw one small dog run far over old hills".split()
+    rng = random.Random(0)
+
+    def text(low: int, high: int) -> str:
+        return " ".join(rng.choices(words, k=rng.randint(low, high)))
+
+    rows = []
+    for number in range(8):
+        prompt = f"question {number}: {text(3, 12)} "
+        rows += [
+            {"prompt": prompt, "chosen": text(2, 9) + " yes", "rejected": text(2, 9) + " no"}
+            for _ in range(3)
+        ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

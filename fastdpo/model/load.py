@@ -58,8 +58,7 @@ def load_model(config: TrainConfig, device: torch.device, path: str | None = Non
     """
     model_config = load_model_config(config, path)
     dropouts = _dropouts(model_config)
-    for part, name, _ in dropouts:
-        setattr(part, name, 0.0)
+    _set(model_config, {name: 0.0 for name in dropouts})
     path = _path(path or config.model_name_or_path)
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     try:
@@ -76,31 +75,40 @@ def load_model(config: TrainConfig, device: torch.device, path: str | None = Non
         raise ModelError(
             f"{path}: no causal language model in safetensors could be loaded ({_first_line(error)})"
         ) from error
-    model.fastdpo_dropouts = [(part, name, value) for part, name, value in dropouts if value]
+    model.fastdpo_dropouts = dropouts
     return model.to(device)
 
 
 @contextmanager
 def original_dropout(model: Any) -> Iterator[None]:
     """The configuration with the dropouts it was loaded with, while the model is being saved."""
-    changed = getattr(model, "fastdpo_dropouts", [])
-    for part, name, value in changed:
-        setattr(part, name, value)
+    dropouts = getattr(model, "fastdpo_dropouts", {})
+    _set(model.config, dropouts)
     try:
         yield
     finally:
-        for part, name, _ in changed:
-            setattr(part, name, 0.0)
+        _set(model.config, {name: 0.0 for name in dropouts})
 
 
-def _dropouts(model_config: Any) -> list[tuple[Any, str, float]]:
-    parts = {id(c): c for c in (model_config, model_config.get_text_config())}.values()
-    return [
-        (part, name, value)
-        for part in parts
+def _parts(model_config: Any) -> list[Any]:
+    text = model_config.get_text_config()
+    return [model_config] if text is model_config else [model_config, text]
+
+
+def _dropouts(model_config: Any) -> dict[tuple[int, str], float]:
+    """Every dropout of a configuration, by the part that holds it and its name."""
+    return {
+        (number, name): value
+        for number, part in enumerate(_parts(model_config))
         for name, value in part.to_dict().items()
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float)
-    ]
+    }
+
+
+def _set(model_config: Any, dropouts: dict[tuple[int, str], float]) -> None:
+    parts = _parts(model_config)
+    for (number, name), value in dropouts.items():
+        setattr(parts[number], name, value)
 
 
 def add_adapter(model: PreTrainedModel, config: TrainConfig) -> Any:
@@ -111,14 +119,11 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
-    targets: Any = config.lora_target_modules
-    if targets is not None and len(targets) == 1:
-        targets = targets[0] if targets[0] == "all-linear" else targets
     adapter = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=targets,
+        target_modules=config.lora_targets,
         modules_to_save=config.lora_modules_to_save,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,

@@ -41,6 +41,8 @@ class Scorer:
         return states.reshape(-1, states.shape[-1]).index_select(0, batch.score_index)
 
     def _forward(self, batch: Batch) -> Tensor:
+        if batch.layout != self.layout.name:
+            raise ValueError(f"a {batch.layout} batch for a model whose rows are {self.layout.name}")
         if batch.layout != "padded":
             return hidden_states(
                 self.model,

@@ -20,7 +20,7 @@ from ..losses import make_loss
 from ..model.head import check_head, find_head
 from ..model.layout import Layout, choose_layout
 from ..model.load import add_adapter, load_model, load_model_config, load_tokenizer
-from ..model.precision import cpu_bf16_is_faster
+from ..model.precision import choose_precision
 from ..model.scorer import Scorer
 from ..reference import LogpStore, OnlineReference, fill_reference, model_fingerprint
 from . import checkpoint
@@ -67,6 +67,10 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
     if config.use_peft:
         policy.model = add_adapter(policy.model, config)
         policy.head = find_head(policy.model)
+        if config.lora_dropout > 0 and policy.layout.name == "shared":
+            reason = "packed: with lora_dropout, responses must not share what was dropped"
+            policy.layout = Layout("packed", reason)
+            say(f"model: {reason}")
         reference = reference or (
             None if config.precompute_ref_log_probs else OnlineReference(policy, adapter_off=True)
         )
@@ -107,7 +111,7 @@ def precompute(config: TrainConfig, say: Callable[[str], None] = print) -> dict[
 
 def load_data(config: TrainConfig, tokenizer: Any, say: Callable[[str], None]) -> Data:
     """Both splits as groups; evaluation is empty where nothing is evaluated."""
-    vocab_size = load_model_config(config).get_text_config().vocab_size
+    vocab_size = getattr(load_model_config(config).get_text_config(), "vocab_size", None)
 
     def groups(name: str, split: str) -> list[Group]:
         rows = load_rows(
@@ -138,11 +142,8 @@ def load_data(config: TrainConfig, tokenizer: Any, say: Callable[[str], None]) -
 
     assert config.dataset_name is not None
     training = groups(config.dataset_name, config.dataset_train_split)
-    if not config.evaluates:
-        return Data(training, [])
-    name = config.eval_dataset_name or config.dataset_name
-    one_file = config.eval_dataset_name is not None and Path(name).is_file()
-    return Data(training, groups(name, "train" if one_file else config.dataset_test_split))
+    held_out = config.eval_source
+    return Data(training, groups(*held_out) if held_out else [])
 
 
 def load_scorer(
@@ -262,10 +263,6 @@ def _precision(
     config: TrainConfig, device: torch.device, say: Callable[[str], None]
 ) -> torch.dtype | None:
     """bf16 autocast where it is asked for or faster; None for the weights' own precision."""
-    on, reason = config.bf16, "as configured"
-    if on is None and device.type == "cuda":
-        on, reason = torch.cuda.is_bf16_supported(), "the GPU's support decides"
-    elif on is None:
-        on, reason = cpu_bf16_is_faster()
-    say(f"precision: {'bf16 autocast' if on else config.dtype} on {device.type} ({reason})")
-    return torch.bfloat16 if on else None
+    autocast, reason = choose_precision(config.bf16, device)
+    say(f"precision: {'bf16 autocast' if autocast else config.dtype} on {device.type} ({reason})")
+    return autocast
