@@ -84,10 +84,12 @@ def load_checkpoint(
     state = json.loads(file.read_text(encoding="utf-8"))
     load_weights(path)
     saved = state.pop("optimizer")
+    if saved["param_groups"][0].keys() != optimizer.state_dict()["param_groups"][0].keys():
+        raise CheckpointError(f"{path}: made with another optimizer than {type(optimizer).__name__}")
     try:
         optimizer.load_state_dict(_unflatten(load_file(path / "optimizer.safetensors"), saved))
     except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: made with another optimizer or model ({error})") from error
+        raise CheckpointError(f"{path}: made for another model ({error})") from error
     scheduler.load_state_dict(state.pop("scheduler"))
     version, internal, gauss = state.pop("python_rng")
     random.setstate((version, tuple(internal), gauss))

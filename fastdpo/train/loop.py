@@ -52,6 +52,7 @@ class Trainer:
         self.bar = tqdm(total=self.total_steps, unit="step", disable=config.disable_tqdm)
         self.step = self.num_tokens = 0
         self.pending: dict[str, list[float]] = {}
+        self.digest = plan_digest(groups, self.plan(0))
 
     def plan(self, epoch: int) -> list[Step]:
         """The steps of an epoch: the same for the same data, seed and step size."""
@@ -165,7 +166,7 @@ class Trainer:
                 "step": self.step,
                 "num_tokens": self.num_tokens,
                 "pending": self.pending,
-                "plan": plan_digest(self.groups, self.plan(0)),
+                "plan": self.digest,
             },
         )
         checkpoint.rotate(self.output_dir, self.config.save_total_limit)
@@ -182,7 +183,7 @@ class Trainer:
             optimizer=self.optimizer,
             scheduler=self.scheduler,
         )
-        if state["plan"] != plan_digest(self.groups, self.plan(0)):
+        if state["plan"] != self.digest:
             raise CheckpointError(
                 f"{path}: made with other data, another seed or another number of comparisons a step"
             )
