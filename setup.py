@@ -1,4 +1,6 @@
-"""Package definition: `fastdpo` (the trainer) and `fastdpo_kernels` (the head, importable on its own)."""
+"""Package definition: `fastdpo` (the trainer) and `fastdpo_kernels` (the head, importable on its
+own).
+"""
 
 from pathlib import Path
 
@@ -16,7 +18,7 @@ TEST = [
 setup(
     name="fastdpo",
     version="0.1.0",
-    description="Fast, memory-frugal Direct Preference Optimization: prefix sharing, packing, fused heads.",
+    description="Direct Preference Optimization, fast and frugal: shared prefixes, fused heads",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -1,4 +1,6 @@
-"""The models that the CPU benchmarks train: a tiny Llama with a real vocabulary, and SmolLM2-135M-Instruct."""
+"""The models that the CPU benchmarks train: a tiny Llama with a real vocabulary, and
+SmolLM2-135M-Instruct.
+"""
 
 from pathlib import Path
 
@@ -12,12 +14,16 @@ NAMES = ("tiny-llama", "smollm2-135m")
 
 
 def model_path(name: str) -> Path:
-    """A local directory with weights and tokenizer, made once in the user's cache. KeyError if unknown."""
+    """A local directory with weights and tokenizer, made once in the user's cache. KeyError if
+    unknown.
+    """
     return {"tiny-llama": _tiny_llama, "smollm2-135m": demo_model_path}[name]()
 
 
 def _tiny_llama() -> Path:
-    """Llama of 4 layers, width 256, V = 49152 (SmolLM2's tokenizer), random weights, 28.7M parameters."""
+    """Llama of 4 layers, width 256, V = 49152 (SmolLM2's tokenizer), random weights, 28.7M
+    parameters.
+    """
     path = cache_root() / "models" / "tiny-llama-4x256"
     if path.exists():
         return path

@@ -1,9 +1,10 @@
-"""fastdpo beside TRL on the same rows in the same order: the metrics of every step, and how far they are apart.
+"""fastdpo beside TRL on the same rows in the same order: the metrics of every step, and how far
+they are apart.
 
     python -m bench.parity --model tiny-llama --steps 10
 
-writes one row a step to bench/results/parity.jsonl: both providers' metrics, ours in every layout and with several
-token budgets and accumulation steps, all in fp32.
+writes one row a step to bench/results/parity.jsonl: both providers' metrics, ours in every layout
+and with several token budgets and accumulation steps, all in fp32.
 """
 
 import argparse
@@ -75,8 +76,9 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     options = parser.parse_args()
-    path, rows = models.model_path(options.model), rows_of(
-        options.data, options.steps * options.per_step
+    path, rows = (
+        models.model_path(options.model),
+        rows_of(options.data, options.steps * options.per_step),
     )
     peer = run_trl(
         rows, path, options.steps, options.per_step, options.per_step, learning_rate=options.rate

@@ -2,9 +2,10 @@
 
     python -m bench.trainers --provider trl --model tiny-llama --data gsm8k --batch 4
 
-prints one JSON object: seconds and metrics of every optimizer step, and the peak resident memory of the process.
-Both providers get the same rows in the same order, the same number of comparisons a step, fp32, no dropout, a
-precomputed reference, and the same optimizer. The first step warms up and is not counted.
+prints one JSON object: seconds and metrics of every optimizer step, and the peak resident memory of
+the process. Both providers get the same rows in the same order, the same number of comparisons a
+step, fp32, no dropout, a precomputed reference, and the same optimizer. The first step warms up and
+is not counted.
 """
 
 import argparse
@@ -20,9 +21,11 @@ from . import data, models
 
 
 def rows_of(name: str, count: int, skip: int = 0) -> list[dict[str, Any]]:
-    """`count` preference pairs of a named data set, in its own order, without prompts that are cut off.
+    """`count` preference pairs of a named data set, in its own order, without prompts that are cut
+    off.
 
-    Prompts of 3000 characters or more are left out, since both providers drop those that fill `max_length`.
+    Prompts of 3000 characters or more are left out, since both providers drop those that fill
+    `max_length`.
     """
     rows = data.dpo_en_demo() if name == "dpo_en_demo" else data.gsm8k_pairs()
     if rows is None:

@@ -1,4 +1,6 @@
-"""What a user can get wrong, each a `ValueError` with a message that says where and what was expected."""
+"""What a user can get wrong, each a `ValueError` with a message that says where and what was
+expected.
+"""
 
 
 class FastDPOError(ValueError):

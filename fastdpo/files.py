@@ -12,7 +12,9 @@ from .errors import FastDPOError
 
 
 def cache_root() -> Path:
-    """The user's cache directory for this program: `$XDG_CACHE_HOME/fastdpo`, else `~/.cache/fastdpo`."""
+    """The user's cache directory for this program: `$XDG_CACHE_HOME/fastdpo`, else
+    `~/.cache/fastdpo`.
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdpo"
 
 
@@ -33,7 +35,9 @@ def explain_full_disk(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill that appears as `path` when the block ends well, and not at all otherwise."""
+    """A directory to fill that appears as `path` when the block ends well, and not at all
+    otherwise.
+    """
     with explain_full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))

@@ -1,4 +1,5 @@
-"""The training objective: one registered loss, or a weighted mix, as a function of the comparisons' log-probabilities.
+"""The training objective: one registered loss, or a weighted mix, as a function of the comparisons'
+log-probabilities.
 
 The losses themselves live in `fastdpo_kernels.losses`, where a new one is added.
 """

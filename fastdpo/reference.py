@@ -1,8 +1,10 @@
-"""Reference log-probabilities: computed once per model and response, kept on disk, found again whatever else changes.
+"""Reference log-probabilities: computed once per model and response, kept on disk, found again
+whatever else changes.
 
-The store of a model is a directory named by everything that its numbers depend on: weights, configuration, precision.
-In it every response is found by a digest of its tokens and its prompt's. So a change of `output_dir`,
-`learning_rate`, order, packing or split hits, and a change of a model or of a token misses, for that response alone.
+The store of a model is a directory named by everything that its numbers depend on: weights,
+configuration, precision. In it every response is found by a digest of its tokens and its prompt's.
+So a change of `output_dir`, `learning_rate`, order, packing or split hits, and a change of a model
+or of a token misses, for that response alone.
 """
 
 import json
@@ -35,7 +37,9 @@ _NOT_IN_THE_NUMBERS = {"_name_or_path", "name_or_path", "transformers_version", 
 
 
 def model_fingerprint(model: torch.nn.Module, autocast: torch.dtype | None) -> str:
-    """32 hex digits of the weights (names, dtypes, shapes, bytes), the architecture's configuration and the precision."""
+    """32 hex digits of the weights (names, dtypes, shapes, bytes), the architecture's configuration
+    and the precision.
+    """
     content = xxhash.xxh3_128(_FORMAT.encode())
     config = getattr(model, "config", None)
     if config is not None:
@@ -50,9 +54,11 @@ def model_fingerprint(model: torch.nn.Module, autocast: torch.dtype | None) -> s
 
 
 class LogpStore:
-    """The log-probabilities of one reference model: digest of (prompt, response) → sum, and per token where asked.
+    """The log-probabilities of one reference model: digest of (prompt, response) → sum, and per
+    token where asked.
 
-    Shards are written atomically, so an interrupted run leaves whole ones, and the next run computes only the rest.
+    Shards are written atomically, so an interrupted run leaves whole ones, and the next run
+    computes only the rest.
     """
 
     def __init__(self, directory: Path, *, per_token: bool = False) -> None:
@@ -131,15 +137,16 @@ def fill_reference(
     max_tokens: int,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
 ) -> ReferenceReport:
-    """Set `ref_logps` of every group, from the store where they are known, computing and keeping the others.
+    """Set `ref_logps` of every group, from the store where they are known, computing and keeping
+    the others.
 
     A `scorer` that is a function is called only if something has to be computed.
     """
     digests = [[g.digest(r) for r in range(len(g.responses))] for g in groups]
     wanted: dict[bytes, tuple[int, int]] = {}
     distinct = {d for group in digests for d in group}
-    for index, group in enumerate(digests):
-        for response, digest in enumerate(group):
+    for index, keys in enumerate(digests):
+        for response, digest in enumerate(keys):
             if digest not in store:
                 wanted.setdefault(digest, (index, response))
     if wanted:
@@ -171,7 +178,9 @@ def _compute(groups, digests, wanted, scorer: Scorer, store, max_tokens, progres
 
 @dataclass
 class OnlineReference:
-    """A reference that is evaluated at every step: a second model, or the policy with its adapter switched off."""
+    """A reference that is evaluated at every step: a second model, or the policy with its adapter
+    switched off.
+    """
 
     scorer: Scorer
     adapter_off: bool = False
@@ -179,7 +188,9 @@ class OnlineReference:
     def response_logps(self, batch) -> torch.Tensor:
         """Log-probability (R,) of every response of the batch, nats; no gradient."""
         model: Any = self.scorer.model
-        off: AbstractContextManager[Any] = model.disable_adapter() if self.adapter_off else nullcontext()
+        off: AbstractContextManager[Any] = (
+            model.disable_adapter() if self.adapter_off else nullcontext()
+        )
         training = model.training
         model.eval()
         try:

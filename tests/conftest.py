@@ -53,7 +53,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def tiny_model(
     tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A Llama of two layers on disk, with its tokenizer; weights large enough that mistakes show."""
+    """A Llama of two layers on disk, with its tokenizer; weights so large that mistakes show."""
     path = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -1,4 +1,6 @@
-"""TRL's own trainer beside ours, step by step: the same loss, log-probabilities, rewards and gradient norm."""
+"""TRL's own trainer beside ours, step by step: the same loss, log-probabilities, rewards and
+gradient norm.
+"""
 
 import json
 import shutil

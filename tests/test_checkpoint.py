@@ -1,4 +1,6 @@
-"""A resumed run equals one that was never interrupted, bit for bit; a damaged checkpoint is never trusted."""
+"""A resumed run equals one that was never interrupted, bit for bit; a damaged checkpoint is never
+trusted.
+"""
 
 import errno
 import json
@@ -60,12 +62,15 @@ def test_a_killed_process_is_resumed_bit_for_bit(go, tmp_path, tiny_model, pairs
     values = settings(tiny_model, pairs_file, tmp_path / "killed", **common)
     config.write_text(json.dumps({**values, "resume_from_checkpoint": True}), encoding="utf-8")
     code = (
-        "import json, sys; from fastdpo.config import TrainConfig; from fastdpo.train.run import train;"
+        "import json, sys; from fastdpo.config import TrainConfig; "
+        "from fastdpo.train.run import train;"
         "train(TrainConfig.from_dict(json.load(open(sys.argv[1]))))"
     )
     command = [sys.executable, "-c", code, str(config)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while not list((tmp_path / "killed").glob("checkpoint-*")) and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)

@@ -1,4 +1,6 @@
-"""The portable head against the specification in fp64: every option, odd sizes, chunks, repeats, ignored tokens."""
+"""The portable head against the specification in fp64: every option, odd sizes, chunks, repeats,
+ignored tokens.
+"""
 
 import itertools
 import math
@@ -18,7 +20,9 @@ HEADS = {
 
 
 def make(tokens, hidden=24, vocab=101, seed=0, bias=False, dtype=torch.float64, ignore=0.2):
-    """Random hidden states, weight, targets (some ignored) and bias; logits with a spread of several nats."""
+    """Random hidden states, weight, targets (some ignored) and bias; logits with a spread of
+    several nats.
+    """
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, hidden, generator=g, dtype=torch.float64)
     w = torch.randn(vocab, hidden, generator=g, dtype=torch.float64) * 0.5
@@ -123,8 +127,10 @@ def test_chunking_never_changes_the_result(responses, seed, rows):
             loss, logps = linear_dpo_loss(leaf, w, y[perm], ids[perm], pairs, ref)
             loss.backward()
             torch.testing.assert_close((loss.detach(), logps), expected, rtol=1e-11, atol=1e-11)
-            gradient = leaf.grad if perm is not order else torch.empty_like(x).index_copy(
-                0, order, leaf.grad
+            gradient = (
+                leaf.grad
+                if perm is not order
+                else torch.empty_like(x).index_copy(0, order, leaf.grad)
             )
             whole = x.clone().requires_grad_()
             linear_dpo_loss(whole, w, y, ids, pairs, ref, backend="reference")[0].backward()

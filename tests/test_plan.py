@@ -1,4 +1,8 @@
-"""The plan covers every comparison once and packs well; a batch scores the same tokens in every layout."""
+"""The plan covers every comparison once and packs well; a batch scores the same tokens in every
+layout.
+"""
+
+import itertools
 
 import numpy as np
 import pytest
@@ -68,7 +72,7 @@ def test_a_plan_holds_every_comparison_once_within_the_budget(
     )
     steps = named(plan)
     everything = [(g, c) for g, group in enumerate(groups) for c in range(len(group.comparisons))]
-    assert sorted(sum(steps, [])) == everything
+    assert sorted(itertools.chain.from_iterable(steps)) == everything
     assert [len(s) for s in steps[:-1]] == [size] * (len(steps) - 1)
     assert [step.comparisons for step in plan] == [len(s) for s in steps]
     for step in plan:
@@ -92,9 +96,7 @@ def test_a_plan_is_reproducible_and_differs_by_epoch_and_seed():
     groups = random_groups(40)
 
     def plan(seed, epoch, budget=200):
-        return make_plan(
-            groups, comparisons_per_step=4, max_tokens=budget, seed=seed, epoch=epoch
-        )
+        return make_plan(groups, comparisons_per_step=4, max_tokens=budget, seed=seed, epoch=epoch)
 
     assert plan(1, 0) == plan(1, 0)
     assert len({plan_digest(groups, plan(s, e)) for s in (1, 2) for e in (0, 1)}) == 4
@@ -104,7 +106,7 @@ def test_a_plan_is_reproducible_and_differs_by_epoch_and_seed():
 def test_without_a_seed_the_order_of_the_data_is_kept():
     groups = random_groups(20)
     plan = make_plan(groups, comparisons_per_step=5, max_tokens=10**6, seed=None)
-    flat = sum((sorted(step) for step in named(plan)), [])
+    flat = list(itertools.chain.from_iterable(sorted(step) for step in named(plan)))
     assert flat == sorted(flat)
 
 
@@ -165,9 +167,17 @@ def test_every_layout_scores_the_same_tokens_from_the_right_place(count, seed):
             sequence = np.concatenate([group.prompt, group.responses[r]])
             first = max(len(group.prompt), 1)
             expected += sequence[first:].tolist()
-            before += list(zip(sequence[first - 1 : -1].tolist(), range(first - 1, len(sequence) - 1), strict=True))
+            before += list(
+                zip(
+                    sequence[first - 1 : -1].tolist(),
+                    range(first - 1, len(sequence) - 1),
+                    strict=True,
+                )
+            )
         assert batch.targets.tolist() == expected
-        found = zip(ids[batch.score_index].tolist(), positions[batch.score_index].tolist(), strict=True)
+        found = zip(
+            ids[batch.score_index].tolist(), positions[batch.score_index].tolist(), strict=True
+        )
         assert list(found) == before
     assert shared.computed_tokens == sum(
         part_tokens(groups[p.group], p.responses, "shared") for p in row

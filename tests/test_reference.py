@@ -1,4 +1,6 @@
-"""The reference cache hits when nothing that matters changed, misses when it did, and survives interruption."""
+"""The reference cache hits when nothing that matters changed, misses when it did, and survives
+interruption.
+"""
 
 import json
 import logging

@@ -1,4 +1,6 @@
-"""Whole runs of a tiny model: what they write, and that nothing but rounding depends on how rows are packed."""
+"""Whole runs of a tiny model: what they write, and that nothing but rounding depends on how rows
+are packed.
+"""
 
 import math
 from functools import partial
@@ -118,7 +120,7 @@ def test_adapters_train_beside_either_reference(go, tmp_path, dora, targets):
         "learning_rate": 1e-2,
         "max_steps": 6,
     }
-    result, said = go(tmp_path / "a", **common)
+    result, _ = go(tmp_path / "a", **common)
     go(tmp_path / "b", **common, precompute_ref_log_probs=False)
     for ours, theirs in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)

@@ -11,7 +11,9 @@ from fastdpo.train.run import train
 
 
 def settings(model: Path, data: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    """A short run in fp32 with a noticeable learning rate; its reference cache lies beside its output."""
+    """A short run in fp32 with a noticeable learning rate; its reference cache lies beside its
+    output.
+    """
     return {
         "model_name_or_path": str(model),
         "dataset_name": str(data),

@@ -1,6 +1,7 @@
 """A packed row as tensors: what one forward pass reads and what the head scores.
 
-Shared:  `[prompt r0 r1 … | prompt' r0' …]`, position ids restarting at the prompt's length for every response.
+Shared:  `[prompt r0 r1 … | prompt' r0' …]`, position ids restarting at the prompt's length for
+every response.
 Packed:  `[prompt r0 | prompt r1 | …]`, every response with its own copy of the prompt.
 Padded:  one sequence a line, padded on the right, with an attention mask.
 The same tokens are scored in all three, and in the same order.
@@ -8,6 +9,7 @@ The same tokens are scored in all three, and in the same order.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +43,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
-        moved = {}
+        moved: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, Tensor | Segments):
@@ -73,7 +75,9 @@ class _Stream:
         return start
 
     def score_response(self, start: int, length: int, before: int | None) -> None:
-        """Score a response at [start, start + length): its first token is predicted from `before`, if anything is."""
+        """Score a response at [start, start + length): its first token is predicted from `before`,
+        if anything is.
+        """
         if length == 0:
             return
         index = np.arange(start - 1, start + length - 1)

@@ -1,7 +1,9 @@
-"""Groups: one prompt, its responses, and the comparisons among them. The unit of everything that follows.
+"""Groups: one prompt, its responses, and the comparisons among them. The unit of everything that
+follows.
 
-A plain pair is a group of two responses and one comparison. Rows that share a prompt, token for token, become one
-group in which the prompt and every distinct response are computed once, however many comparisons name them.
+A plain pair is a group of two responses and one comparison. Rows that share a prompt, token for
+token, become one group in which the prompt and every distinct response are computed once, however
+many comparisons name them.
 """
 
 from collections.abc import Sequence
@@ -15,7 +17,9 @@ from ..errors import DataError
 
 @dataclass
 class Group:
-    """One prompt (P,) with R responses, each (n_r,) completion tokens, and C comparisons; ids are int32."""
+    """One prompt (P,) with R responses, each (n_r,) completion tokens, and C comparisons; ids are
+    int32.
+    """
 
     prompt: np.ndarray
     responses: list[np.ndarray] = field(default_factory=list)
@@ -23,7 +27,9 @@ class Group:
     ref_logps: np.ndarray | None = None  # (R,) fp64, nats
 
     def digest(self, response: int) -> bytes:
-        """16 bytes that name the prompt and one response: what its reference log-probability depends on."""
+        """16 bytes that name the prompt and one response: what its reference log-probability
+        depends on.
+        """
         content = xxhash.xxh3_128(np.int64(len(self.prompt)).tobytes())
         content.update(np.ascontiguousarray(self.prompt, np.int32).tobytes())
         content.update(np.ascontiguousarray(self.responses[response], np.int32).tobytes())
@@ -31,13 +37,16 @@ class Group:
 
 
 def make_groups(dataset, *, group_prompts: bool = True) -> list[Group]:
-    """Groups of a tokenised dataset (columns prompt_ids, response_ids, winners, losers, weights, labels).
+    """Groups of a tokenised dataset (columns prompt_ids, response_ids, winners, losers, weights,
+    labels).
 
-    With `group_prompts`, rows with equal prompt tokens are merged and equal responses within a group are kept once;
-    groups stand in the order of their first row, comparisons in the order of the rows.
+    With `group_prompts`, rows with equal prompt tokens are merged and equal responses within a
+    group are kept once; groups stand in the order of their first row, comparisons in the order of
+    the rows.
 
     Raises:
-        DataError: no rows, or rows without a comparison (KTO's), which no available loss can train on.
+        DataError: no rows, or rows without a comparison (KTO's), which no available loss can train
+            on.
     """
     if len(dataset) == 0:
         raise DataError("the dataset has no rows left to train on")
@@ -47,7 +56,8 @@ def make_groups(dataset, *, group_prompts: bool = True) -> list[Group]:
     for number, row in enumerate(dataset.with_format("numpy")):
         if len(row["winners"]) == 0:
             raise DataError(
-                f"row {number}: no comparison (prompt/completion/label data needs a KTO loss, which is not available)"
+                f"row {number}: no comparison (prompt/completion/label data needs a KTO loss, "
+                "which is not available)"
             )
         prompt = np.asarray(row["prompt_ids"], np.int32)
         key = prompt.tobytes()

@@ -1,8 +1,9 @@
 """Which comparisons make an optimizer step, and how a step is packed into rows.
 
-The plan of an epoch is a pure function of (groups, seed, epoch, step size, budget, world size). A step holds exactly
-`comparisons_per_step` comparisons (the last one what is left). How they are packed into rows of at most
-`max_tokens` changes neither which comparisons share a step nor, except in rounding, any number that comes out.
+The plan of an epoch is a pure function of (groups, seed, epoch, step size, budget, world size). A
+step holds exactly `comparisons_per_step` comparisons (the last one what is left). How they are
+packed into rows of at most `max_tokens` changes neither which comparisons share a step nor, except
+in rounding, any number that comes out.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,14 +31,18 @@ Row = tuple[Part, ...]
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: for every rank its rows, as many on each, and the comparisons in all of them together."""
+    """One optimizer step: for every rank its rows, as many on each, and the comparisons in all of
+    them together.
+    """
 
     ranks: tuple[tuple[Row, ...], ...]
     comparisons: int
 
 
 def compare(index: int, group: Group, comparisons: Sequence[int]) -> Part:
-    """The part of group number `index` that these comparisons need: the responses that they name, once each."""
+    """The part of group number `index` that these comparisons need: the responses that they name,
+    once each.
+    """
     named = (r for c in comparisons for r in group.comparisons[c][:2])
     return Part(index, tuple(dict.fromkeys(named)), tuple(comparisons))
 
@@ -65,8 +70,9 @@ def make_plan(
 ) -> list[Step]:
     """The steps of one epoch. `seed=None` keeps the order of the data.
 
-    A group at the end of a step is split between two steps, and one that alone exceeds the budget between rows; its
-    prompt is then computed in each. A single comparison is never split, so it may make a row longer than the budget.
+    A group at the end of a step is split between two steps, and one that alone exceeds the budget
+    between rows; its prompt is then computed in each. A single comparison is never split, so it may
+    make a row longer than the budget.
     """
     order = np.arange(len(groups))
     if seed is not None:
@@ -85,7 +91,8 @@ def make_plan(
 
 
 def plan_digest(groups: Sequence[Group], steps: Sequence[Step]) -> str:
-    """Names the tokens and which comparisons share which step: what a resumed run must find unchanged.
+    """Names the tokens and which comparisons share which step: what a resumed run must find
+    unchanged.
 
     How a step is packed into rows is left out, so a run may be resumed with another budget.
     """
@@ -108,7 +115,9 @@ def reference_rows(
     layout: str = "shared",
     window: int = 2048,
 ) -> Iterator[list[Row]]:
-    """Rows that compute each wanted (group, response) once; packed best-fit within windows of so many parts."""
+    """Rows that compute each wanted (group, response) once; packed best-fit within windows of so
+    many parts.
+    """
     parts: list[Part] = []
     for index, response in wanted:
         last = parts[-1] if parts else None
@@ -144,7 +153,9 @@ def _cut_into_steps(
 def _fit(
     group: Group, index: int, chosen: Sequence[int], max_tokens: int, layout: str
 ) -> Iterator[Part]:
-    """Split comparisons of one group so that no part exceeds the budget, as few parts as first-fit in order gives."""
+    """Split comparisons of one group so that no part exceeds the budget, as few parts as first-fit
+    in order gives.
+    """
     held = compare(index, group, chosen[:1])
     for comparison in chosen[1:]:
         grown = compare(index, group, (*held.comparisons, comparison))
@@ -158,7 +169,9 @@ def _fit(
 def _pack(
     groups: Sequence[Group], parts: list[Part], max_tokens: int, layout: str, multiple: int
 ) -> list[Row]:
-    """Rows of at most `max_tokens`, as few as best-fit-decreasing needs, then evened out; a multiple of `multiple`."""
+    """Rows of at most `max_tokens`, as few as best-fit-decreasing needs, then evened out; a
+    multiple of `multiple`.
+    """
     costs = [part_tokens(groups[p.group], p.responses, layout) for p in parts]
     if layout == "padded":
         bins = _by_length(groups, parts, max_tokens)
@@ -173,7 +186,9 @@ def _pack(
 
 
 def best_fit_decreasing(costs: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of `costs` in bins of `capacity`: each, largest first, goes where it leaves the least room."""
+    """Indices of `costs` in bins of `capacity`: each, largest first, goes where it leaves the least
+    room.
+    """
     bins: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
@@ -192,7 +207,9 @@ def best_fit_decreasing(costs: Sequence[int], capacity: int) -> list[list[int]]:
 def balance(
     costs: Sequence[int], work: Sequence[float], number: int, capacity: int
 ) -> list[list[int]] | None:
-    """Longest-processing-time-first: `number` bins of equal work within `capacity`, or None where that fails."""
+    """Longest-processing-time-first: `number` bins of equal work within `capacity`, or None where
+    that fails.
+    """
     bins: list[list[int]] = [[] for _ in range(number)]
     load, room = [0.0] * number, [capacity] * number
     for index in sorted(range(len(costs)), key=lambda i: (-work[i], i)):
@@ -207,7 +224,9 @@ def balance(
 
 
 def _attention_and_linear(group: Group, part: Part, layout: str) -> float:
-    """Relative work of a part: tokens, plus attended token pairs at a weight typical of a 1B model's width."""
+    """Relative work of a part: tokens, plus attended token pairs at a weight typical of a 1B
+    model's width.
+    """
     prompt = len(group.prompt)
     tokens = part_tokens(group, part.responses, layout)
     pairs = prompt * prompt / 2.0

@@ -1,4 +1,4 @@
-"""Loading a tokenizer and a causal language model, with messages for what can be wrong about them."""
+"""Loading a tokenizer and a causal language model, with messages for what can be wrong there."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,15 +50,18 @@ def load_model_config(config: TrainConfig, path: str | None = None) -> Any:
     return model_config
 
 
-def load_model(config: TrainConfig, device: torch.device, path: str | None = None) -> PreTrainedModel:
-    """The causal language model at `path` (default: the policy's), without dropout, from safetensors alone.
+def load_model(
+    config: TrainConfig, device: torch.device, path: str | None = None
+) -> PreTrainedModel:
+    """The causal language model at `path` (default: the policy's), without dropout, from
+    safetensors alone.
 
     Raises:
         ModelError: no such model, no safetensors, or no causal language model.
     """
     model_config = load_model_config(config, path)
     dropouts = _dropouts(model_config)
-    _set(model_config, {name: 0.0 for name in dropouts})
+    _set(model_config, dict.fromkeys(dropouts, 0.0))
     path = _path(path or config.model_name_or_path)
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     try:
@@ -73,7 +76,8 @@ def load_model(config: TrainConfig, device: torch.device, path: str | None = Non
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"{path}: no causal language model in safetensors could be loaded ({_first_line(error)})"
+            f"{path}: no causal language model in safetensors could be loaded "
+            f"({_first_line(error)})"
         ) from error
     model.fastdpo_dropouts = dropouts
     return model.to(device)
@@ -87,7 +91,7 @@ def original_dropout(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        _set(model.config, {name: 0.0 for name in dropouts})
+        _set(model.config, dict.fromkeys(dropouts, 0.0))
 
 
 def _parts(model_config: Any) -> list[Any]:

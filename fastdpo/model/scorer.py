@@ -1,4 +1,6 @@
-"""A model that scores packed batches: hidden states of the scored tokens, then the head. Policy and reference alike."""
+"""A model that scores packed batches: hidden states of the scored tokens, then the head. Policy and
+reference alike.
+"""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,9 +17,11 @@ from .layout import Layout
 
 @dataclass
 class Scorer:
-    """A causal language model with its head, the row layout that is exact for it, and the precision to run it in."""
+    """A causal language model with its head, the row layout that is exact for it, and the precision
+    to run it in.
+    """
 
-    model: torch.nn.Module
+    model: Any  # a transformers or peft model
     head: Head
     layout: Layout
     autocast: torch.dtype | None = None
@@ -35,14 +39,16 @@ class Scorer:
         return torch.autocast(self.device.type, self.autocast)
 
     def scored_states(self, batch: Batch) -> Tensor:
-        """Hidden states (T, H) that predict the scored tokens of a batch on this scorer's device."""
+        """Hidden states (T, H) that predict the scored tokens of a batch on this device."""
         with self.precision():
             states = self._forward(batch)
         return states.reshape(-1, states.shape[-1]).index_select(0, batch.score_index)
 
     def _forward(self, batch: Batch) -> Tensor:
         if batch.layout != self.layout.name:
-            raise ValueError(f"a {batch.layout} batch for a model whose rows are {self.layout.name}")
+            raise ValueError(
+                f"a {batch.layout} batch for a model whose rows are {self.layout.name}"
+            )
         if batch.layout != "padded":
             return hidden_states(
                 self.model,
@@ -78,7 +84,7 @@ class Scorer:
         )
 
     def response_logps(self, batch: Batch) -> Tensor:
-        """Log-probability (R,) of every response, summed over its tokens, nats, fp32; no gradient."""
+        """Log-probability (R,) of every response, summed over tokens, nats, fp32; no gradient."""
         logps = self.token_logps(batch)
         total = logps.new_zeros(len(batch.response_lengths))
         return total.index_add_(0, batch.response_ids, logps)
@@ -91,7 +97,9 @@ class Scorer:
         comparisons_in_step: int,
         outputs: tuple[str, ...] = (),
     ) -> tuple[Tensor, Tensor, Any]:
-        """This batch's share of a step's mean loss, the responses' log-probabilities, and per-token statistics."""
+        """This batch's share of a step's mean loss, the responses' log-probabilities, and per-token
+        statistics.
+        """
         states = self.scored_states(batch)
         loss, logps, *stats = linear_dpo_loss(
             states,

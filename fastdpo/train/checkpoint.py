@@ -1,8 +1,10 @@
-"""Checkpoints: what `from_pretrained` loads, and beside it everything that makes a resumed run equal, bit for bit.
+"""Checkpoints: what `from_pretrained` loads, and beside it everything that makes a resumed run
+equal, bit for bit.
 
-`checkpoint-N/` holds the model or adapter (`save_pretrained`), the tokenizer, `optimizer.safetensors`,
-`rng.safetensors`, `trainer_state.json` and, written last, `manifest.json` with the size and digest of every file. It
-appears by one rename, so a killed process leaves it whole or not at all.
+`checkpoint-N/` holds the model or adapter (`save_pretrained`), the tokenizer,
+`optimizer.safetensors`, `rng.safetensors`, `trainer_state.json` and, written last, `manifest.json`
+with the size and digest of every file. It appears by one rename, so a killed process leaves it
+whole or not at all.
 """
 
 import json
@@ -38,7 +40,9 @@ def save_checkpoint(
     scheduler: LRScheduler | None,
     state: dict[str, Any],
 ) -> None:
-    """Write a checkpoint; without optimizer and scheduler, one that cannot be resumed (`save_only_model`)."""
+    """Write a checkpoint; without optimizer and scheduler, one that cannot be resumed
+    (`save_only_model`).
+    """
     with atomic_directory(path) as temporary:
         save_model(temporary, model, tokenizer)
         if optimizer is not None and scheduler is not None:
@@ -85,7 +89,9 @@ def load_checkpoint(
     load_weights(path)
     saved = state.pop("optimizer")
     if saved["param_groups"][0].keys() != optimizer.state_dict()["param_groups"][0].keys():
-        raise CheckpointError(f"{path}: made with another optimizer than {type(optimizer).__name__}")
+        raise CheckpointError(
+            f"{path}: made with another optimizer than {type(optimizer).__name__}"
+        )
     try:
         optimizer.load_state_dict(_unflatten(load_file(path / "optimizer.safetensors"), saved))
     except (ValueError, KeyError) as error:
@@ -182,7 +188,8 @@ def _unflatten(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[s
 
 
 def _rng_tensors() -> dict[str, torch.Tensor]:
-    _, keys, position, has_gauss, gauss = np.random.get_state()
+    state: Any = np.random.get_state()
+    _, keys, position, has_gauss, gauss = state
     tensors = {
         "torch": torch.get_rng_state(),
         "numpy_keys": torch.from_numpy(keys.astype(np.int64)),

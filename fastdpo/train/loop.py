@@ -67,7 +67,7 @@ class Trainer:
         )
 
     def train(self) -> dict[str, float]:
-        """Run to the last step, write the model to `output_dir`; returns the last of every metric."""
+        """Run to the last step and write the model; returns the last value of every metric."""
         config, resumed = self.config, self._resume()
         trackers = metrics.make_trackers(
             config.report_to, self.output_dir, config.run_name, config.to_dict()
@@ -110,7 +110,7 @@ class Trainer:
         values = sums.means() | {"grad_norm": norm.item()}
         self._check(values)
         self.optimizer.step()
-        values["learning_rate"] = self.scheduler.get_last_lr()[0]
+        values["learning_rate"] = float(self.scheduler.get_last_lr()[0])
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=self.device.type == "cuda")
         self.step += 1
@@ -122,19 +122,21 @@ class Trainer:
         self.bar.update()
 
     def _check(self, values: dict[str, float]) -> None:
-        """Stop before a step that would spoil the weights; show whether the first loss is what it has to be."""
+        """Stop before a step that would spoil the weights; show whether the first loss is what it
+        has to be.
+        """
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):
                 raise FastDPOError(
-                    f"step {self.step + 1}: {name} is {values[name]}; stopped with the weights of step "
-                    f"{self.step} (try a lower learning_rate, or fp32: --bf16 false)"
+                    f"step {self.step + 1}: {name} is {values[name]}; stopped with the weights "
+                    f"of step {self.step} (try a lower learning_rate, or fp32: --bf16 false)"
                 )
         if self.step == 0 and self.config.ref_model_name_or_path is None:
             expected = loss_at_reference(self.objective.loss_function)
-            self.say(f"first loss {values['loss']:.7f}; a policy that is its reference has {expected:.7f}")
+            self.say(f"first loss {values['loss']:.7f}, with policy = reference {expected:.7f}")
 
     def _write_metrics(self) -> dict[str, float]:
-        """Means since the last line; for the gradient norm and the learning rate, the last values."""
+        """Means since the last line; of the gradient norm and the learning rate, the last."""
         result = {name: sum(values) / len(values) for name, values in self.pending.items()}
         result |= {name: self.pending[name][-1] for name in ("grad_norm", "learning_rate")}
         self.pending = {}
@@ -172,7 +174,9 @@ class Trainer:
         checkpoint.rotate(self.output_dir, self.config.save_total_limit)
 
     def _resume(self) -> int | None:
-        """Go on from the checkpoint that the configuration asks for; returns its step, None for a new run."""
+        """Go on from the checkpoint that the configuration asks for; returns its step, None for a
+        new run.
+        """
         wanted = self.config.resume_from_checkpoint
         path = checkpoint.find_checkpoint(self.output_dir) if wanted is True else wanted
         if not path:
@@ -184,9 +188,7 @@ class Trainer:
             scheduler=self.scheduler,
         )
         if state["plan"] != self.digest:
-            raise CheckpointError(
-                f"{path}: made with other data, another seed or another number of comparisons a step"
-            )
+            raise CheckpointError(f"{path}: made with other data, another seed or step size")
         self.step, self.num_tokens, self.pending = (
             state[name] for name in ("step", "num_tokens", "pending")
         )

@@ -1,4 +1,6 @@
-"""Metrics under TRL's names: summed over the rows of a step on the device, averaged exactly over its comparisons."""
+"""Metrics under TRL's names: summed over the rows of a step on the device, averaged exactly over
+its comparisons.
+"""
 
 import json
 import resource
@@ -35,8 +37,9 @@ _SUMS = (
 class StepSums:
     """Sums over the comparisons and tokens of one step (or one evaluation).
 
-    A token of a response that several comparisons name counts once for each, as it does where every comparison is a
-    pair of sequences. A tie of rewards counts one half, so a policy that still is its reference has accuracy 0.5.
+    A token of a response that several comparisons name counts once for each, as it does where every
+    comparison is a pair of sequences. A tie of rewards counts one half, so a policy that still is
+    its reference has accuracy 0.5.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -48,7 +51,9 @@ class StepSums:
     def add(
         self, batch: Batch, loss: Tensor, logps: Tensor, ref_logps: Tensor, stats: Any, beta: float
     ) -> None:
-        """Add one row: its share of the loss, (R,) log-probabilities of both models, per-token statistics."""
+        """Add one row: its share of the loss, (R,) log-probabilities of both models, per-token
+        statistics.
+        """
         win, lose = batch.comparisons.unbind(1)
         chosen, rejected = (beta * (logps[i] - ref_logps[i]) for i in (win, lose))
         margins = chosen - rejected
@@ -95,7 +100,8 @@ class StepSums:
     def rates(self, seconds: float, model: torch.nn.Module) -> dict[str, float]:
         """Throughput of the step that took `seconds`.
 
-        `tokens_per_second` counts the tokens that two unpadded sequences per comparison hold, so sharing shows in it.
+        `tokens_per_second` counts the tokens that two unpadded sequences per comparison hold, so
+        sharing shows in it.
         """
         rates = {
             "tokens_per_second": self.pair_tokens / seconds,
@@ -119,7 +125,9 @@ _PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "B200": 2250.0, "A100": 312.0, "L4
 
 
 def model_flops_utilisation(parameters: int, tokens: int, seconds: float) -> float | None:
-    """6·parameters·tokens / seconds over the GPU's dense bf16 peak; None where the peak is not known."""
+    """6·parameters·tokens / seconds over the GPU's dense bf16 peak; None where the peak is not
+    known.
+    """
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
@@ -190,7 +198,9 @@ def show(metrics: dict[str, float]) -> str:
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line. A resumed run first drops the lines of steps it will repeat."""
+    """`metrics.jsonl`: one JSON object a line. A resumed run first drops the lines of steps it will
+    repeat.
+    """
 
     def __init__(self, path: Path, trackers: list[Tracker], resumed_step: int | None) -> None:
         self.path = path

@@ -1,4 +1,6 @@
-"""torch's optimizers and transformers' schedules, grouped and stepped as `transformers.Trainer` does."""
+"""torch's optimizers and transformers' schedules, grouped and stepped as `transformers.Trainer`
+does.
+"""
 
 import torch
 from torch.optim import Optimizer
@@ -12,7 +14,9 @@ _NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> Optimizer:
-    """The optimizer that `optim` names over the trainable parameters; norms and biases are not decayed."""
+    """The optimizer that `optim` names over the trainable parameters; norms and biases are not
+    decayed.
+    """
     decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], _NO_DECAY))
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [

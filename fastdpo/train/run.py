@@ -1,4 +1,6 @@
-"""From a configuration to a trained model: loads everything, says which paths are active, and runs the loop."""
+"""From a configuration to a trained model: loads everything, says which paths are active, and runs
+the loop.
+"""
 
 import os
 from collections.abc import Callable
@@ -43,7 +45,8 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
     """Run `fastdpo train`: returns the last of every metric and `output_dir`.
 
     Raises:
-        FastDPOError: anything wrong with configuration, data, model or checkpoint, before the first step.
+        FastDPOError: anything wrong with configuration, data, model or checkpoint, before the first
+            step.
     """
     config.require("model_name_or_path", "dataset_name")
     loss = make_loss(
@@ -98,7 +101,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
 
 
 def precompute(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Run `fastdpo precompute`: fills the reference cache and returns what was found and computed."""
+    """Run `fastdpo precompute`: fills the reference cache, returns what was found and computed."""
     config.require("model_name_or_path", "dataset_name")
     device, tokenizer = _device(config), load_tokenizer(config)
     data = load_data(config, tokenizer, say)
@@ -153,7 +156,9 @@ def load_scorer(
     say: Callable[[str], None],
     path: str | None = None,
 ) -> Scorer:
-    """A model with its head, checked against its own logits, and the row layout that is exact for it."""
+    """A model with its head, checked against its own logits, and the row layout that is exact for
+    it.
+    """
     model = load_model(config, device, path)
     head = find_head(model)
     check_head(model, head)
@@ -216,8 +221,8 @@ def _second_model(config, policy: Scorer, device, autocast, say) -> OnlineRefere
     weaker = max(policy.layout, scorer.layout, key=lambda layout: _ORDER.index(layout.name))
     if policy.layout.name != scorer.layout.name:
         raise ModelError(
-            f"the policy packs {policy.layout.name} rows and the reference {scorer.layout.name} ones "
-            f"({weaker.reason}); use precompute_ref_log_probs: true"
+            f"the policy packs {policy.layout.name} rows and the reference "
+            f"{scorer.layout.name} ones ({weaker.reason}); use precompute_ref_log_probs: true"
         )
     return OnlineReference(scorer)
 
@@ -229,7 +234,9 @@ def _describe_reference(config: TrainConfig, reference: OnlineReference | None) 
 
 
 def _claim(config: TrainConfig) -> Path:
-    """The output directory, made if it is not there; one that holds another run is not written over."""
+    """The output directory, made if it is not there; one that holds another run is not written
+    over.
+    """
     path = Path(config.output_dir).expanduser()
     used = path.is_dir() and any(
         (path / name).exists() for name in ("metrics.jsonl", "model.safetensors", "config.json")

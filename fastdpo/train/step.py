@@ -1,4 +1,6 @@
-"""Scoring rows: the forward, the loss and its gradient for one packed row, and the mean over a whole evaluation."""
+"""Scoring rows: the forward, the loss and its gradient for one packed row, and the mean over a
+whole evaluation.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,10 +28,10 @@ class Objective:
     beta: float
     reference: OnlineReference | None = None  # None: precomputed, in the groups
 
-    def score(
-        self, groups: Sequence[Group], row: Row, comparisons: int, sums: StepSums
-    ) -> Tensor:
-        """One row's share of a mean loss over `comparisons`, differentiable; adds its metrics to `sums`."""
+    def score(self, groups: Sequence[Group], row: Row, comparisons: int, sums: StepSums) -> Tensor:
+        """One row's share of a mean loss over `comparisons`, differentiable; adds its metrics to
+        `sums`.
+        """
         batch = make_batch(groups, row, self.policy.layout.name).to(self.policy.device)
         if self.reference is not None:
             ref = self.reference.response_logps(batch)
@@ -45,7 +47,9 @@ class Objective:
 
     @torch.no_grad()
     def evaluate(self, groups: Sequence[Group], max_tokens: int) -> dict[str, float]:
-        """Metrics named eval_*, each a mean over all comparisons; the model's mode is left as it was."""
+        """Metrics named eval_*, each a mean over all comparisons; the model's mode is left as it
+        was.
+        """
         model = self.policy.model
         training = model.training
         model.eval()

@@ -1,7 +1,8 @@
-"""Exact log-probabilities and DPO gradients out of a language-model head, never holding the full logits.
+"""Exact log-probabilities and DPO gradients out of a language-model head, never holding the full
+logits.
 
-Needs torch alone. `linear_logprob` gives the log-probability of given tokens, `linear_dpo_loss` the loss of packed
-preference comparisons together with its gradient.
+Needs torch alone. `linear_logprob` gives the log-probability of given tokens, `linear_dpo_loss` the
+loss of packed preference comparisons together with its gradient.
 """
 
 from .losses import LOSSES, Comparisons, register_loss

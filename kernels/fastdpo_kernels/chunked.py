@@ -1,17 +1,21 @@
-"""The portable head: the log-probability of given tokens, and DPO's gradient, a few thousand tokens at a time.
+"""The portable head: the log-probability of given tokens, and DPO's gradient, a few thousand tokens
+at a time.
 
 For every scored token t with hidden state x_t and target y_t, `z_t = scale·(x_t·Wᵀ + b)` and
 `logp_t = z_t,y − log Σ_v exp z_tv`. The gradient of `c_t·logp_t` with respect to the logits is
-`c_t·(onehot(y_t) − softmax(z_t))`: one scalar per token times something the forward knows already. Hence:
+`c_t·(onehot(y_t) − softmax(z_t))`: one scalar per token times something the forward knows already.
+Hence:
 
 - no gradient: one product (2TVH operations), tile by tile;
-- frozen head: `(onehot − softmax)·W` is formed in the forward and scaled by whatever c_t arrives later (4TVH);
-- comparisons that are whole inside a tile: c_t follows at once, so both gradients are formed from the tile while it
+- frozen head: `(onehot − softmax)·W` is formed in the forward and scaled by whatever c_t arrives
+later (4TVH);
+- comparisons that are whole inside a tile: c_t follows at once, so both gradients are formed from
+the tile while it
   exists (6TVH); a comparison larger than the workspace is projected twice (8TVH);
 - any other gradient: the backward projects again (8TVH).
 
-A tile never holds more than `workspace_mib`. Tiles are fp32 (fp64 for fp64 inputs) whatever the inputs are, because
-a log-probability is a difference of numbers that bf16 rounds by half a nat.
+A tile never holds more than `workspace_mib`. Tiles are fp32 (fp64 for fp64 inputs) whatever the
+inputs are, because a log-probability is a difference of numbers that bf16 rounds by half a nat.
 """
 
 from collections.abc import Callable, Iterator
@@ -58,7 +62,9 @@ class Head:
 
 
 def release_workspace() -> None:
-    """Free the tile that is kept between calls (a fresh one costs more in page faults than its product does)."""
+    """Free the tile that is kept between calls (a fresh one costs more in page faults than its
+    product does).
+    """
     _workspaces.clear()
 
 
@@ -82,9 +88,11 @@ def tile_rows(head: Head, workspace_mib: int) -> int:
 def _project(
     head: Head, hidden: Tensor, targets: Tensor, tile: Tensor, outputs: tuple[str, ...], probs: bool
 ) -> dict[str, Tensor]:
-    """Fill `tile` (t, V) with logits, reduce them to per-token statistics, leave softmax·(soft cap factor) if `probs`.
+    """Fill `tile` (t, V) with logits, reduce them to per-token statistics, leave softmax·(soft cap
+    factor) if `probs`.
 
-    After the product, the rows are worked on a few at a time so that all element-wise passes run in the cache.
+    After the product, the rows are worked on a few at a time so that all element-wise passes run in
+    the cache.
     """
     torch.mm(hidden, head.weight.T, out=tile)
     t, vocab = tile.shape
@@ -142,7 +150,9 @@ def _reduce_block(
 
 
 class _Gradients:
-    """Accumulates the gradients of `Σ c_t·logp_t` from tiles of `softmax − onehot`, coefficients kept off the tile."""
+    """Accumulates the gradients of `Σ c_t·logp_t` from tiles of `softmax − onehot`, coefficients
+    kept off the tile.
+    """
 
     def __init__(self, head: Head, needs: tuple[bool, bool, bool], hidden: Tensor) -> None:
         self.head = head
@@ -152,7 +162,9 @@ class _Gradients:
         self.bias = None if bias is None else torch.zeros_like(bias)
 
     def add(self, rows: slice, tile: Tensor, hidden: Tensor, coefficients: Tensor) -> None:
-        """Add the contribution of `rows`: tile (t, V) = softmax − onehot, hidden (t, H), coefficients (t,)."""
+        """Add the contribution of `rows`: tile (t, V) = softmax − onehot, hidden (t, H),
+        coefficients (t,).
+        """
         scaled = (coefficients * -self.head.gradient_scale).unsqueeze(1)
         if self.hidden is not None:
             torch.mm(tile, self.head.weight, out=self.hidden[rows]).mul_(scaled)
@@ -168,7 +180,9 @@ def _tiles(start: int, stop: int, rows: int) -> Iterator[slice]:
 
 
 class LinearLogprob(torch.autograd.Function):
-    """Per-token log-probabilities, differentiable with any per-token gradient; optional outputs carry none."""
+    """Per-token log-probabilities, differentiable with any per-token gradient; optional outputs
+    carry none.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, head, outputs, workspace_mib):
@@ -178,7 +192,7 @@ class LinearLogprob(torch.autograd.Function):
         x = hidden.detach().to(head.weight.dtype)
         frozen = needs[0] and not (needs[1] or needs[2])
         grads = _Gradients(head, (frozen, False, False), x)
-        stats = {name: [] for name in ("logprob", *outputs)}
+        stats: dict[str, list[Tensor]] = {name: [] for name in ("logprob", *outputs)}
         rows = tile_rows(head, workspace_mib)
         for tile_slice in _tiles(0, x.shape[0], rows):
             size = tile_slice.stop - tile_slice.start
@@ -217,14 +231,14 @@ class LinearLogprob(torch.autograd.Function):
 def _cast(grads: _Gradients, hidden_dtype: torch.dtype, weight_dtype: torch.dtype):
     dtypes = (hidden_dtype, weight_dtype, weight_dtype)
     parts = (grads.hidden, grads.weight, grads.bias)
-    return tuple(
-        None if g is None else g.to(dtype) for g, dtype in zip(parts, dtypes, strict=True)
-    )
+    return tuple(None if g is None else g.to(dtype) for g, dtype in zip(parts, dtypes, strict=True))
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The comparisons of one call: everything of `linear_dpo_loss` that is not the head or the hidden states."""
+    """The comparisons of one call: everything of `linear_dpo_loss` that is not the head or the
+    hidden states.
+    """
 
     targets: Tensor  # (T,) int64
     response_ids: Tensor  # (T,) int64 in [0, R)
@@ -235,19 +249,21 @@ class Problem:
     loss_function: Callable[[Comparisons], Tensor]
 
     def loss(self, logps: Tensor, chosen: slice | Tensor) -> Tensor:
-        """Σ weight·loss over the comparisons `chosen`, given the log-probabilities (R,) of the responses."""
+        """Σ weight·loss over the comparisons `chosen`, given the log-probabilities (R,) of the
+        responses.
+        """
         win, lose = self.comparisons[chosen].unbind(1)
         ref, length = self.ref_logps, self.response_lengths
-        pairs = Comparisons(
-            logps[win], logps[lose], ref[win], ref[lose], length[win], length[lose]
-        )
+        pairs = Comparisons(logps[win], logps[lose], ref[win], ref[lose], length[win], length[lose])
         return (self.weights[chosen] * self.loss_function(pairs)).sum()
 
 
 def whole_comparisons(problem: Problem, rows: int) -> Iterator[tuple[slice, Tensor]]:
-    """Cut the tokens where no response or comparison is cut, into pieces of at most `rows` tokens where possible.
+    """Cut the tokens where no response or comparison is cut, into pieces of at most `rows` tokens
+    where possible.
 
-    Yields the token slice and the indices of the comparisons inside it; together they cover everything once.
+    Yields the token slice and the indices of the comparisons inside it; together they cover
+    everything once.
     """
     tokens, responses = problem.targets.shape[0], problem.ref_logps.shape[0]
     position = torch.arange(tokens)
@@ -307,7 +323,9 @@ def _dtype(name: str, like: Tensor) -> torch.dtype:
 
 
 def _piece(head, x, problem, piece, chosen, logps, stats, grads, rows, differentiate) -> Tensor:
-    """One token slice that holds whole comparisons: fills `logps` and `stats`, adds to `grads`, returns its loss."""
+    """One token slice that holds whole comparisons: fills `logps` and `stats`, adds to `grads`,
+    returns its loss.
+    """
     tiles = list(_tiles(piece.start, piece.stop, rows))
     single = len(tiles) == 1
     for part in tiles:

@@ -1,10 +1,11 @@
 """The loss of a comparison, as a pure function of a handful of log-probabilities.
 
-A loss sees no model and no tokens: only, for each comparison, the log-probability that the policy and the reference
-give to the chosen and to the rejected response. Its gradient comes from autograd on those few scalars, and the head
-turns that gradient into the gradient of its weights.
+A loss sees no model and no tokens: only, for each comparison, the log-probability that the policy
+and the reference give to the chosen and to the rejected response. Its gradient comes from autograd
+on those few scalars, and the head turns that gradient into the gradient of its weights.
 
-To add a loss, write a function of `Comparisons` that returns one value per comparison and register it:
+To add a loss, write a function of `Comparisons` that returns one value per comparison and register
+it:
 
     @register_loss("my_loss")
     def my_loss(pairs: Comparisons, *, beta: float, label_smoothing: float) -> Tensor:
@@ -23,9 +24,11 @@ from torch.nn.functional import logsigmoid
 
 @dataclass(frozen=True)
 class Comparisons:
-    """What a loss may depend on. Every field has shape (C,), one entry per comparison, fp32 or fp64.
+    """What a loss may depend on. Every field has shape (C,), one entry per comparison, fp32 or
+    fp64.
 
-    `*_logps` are summed over the response's tokens, in nats; `*_lengths` count the response's tokens.
+    `*_logps` are summed over the response's tokens, in nats; `*_lengths` count the response's
+    tokens.
     """
 
     chosen_logps: Tensor
@@ -56,7 +59,9 @@ LOSSES: dict[str, LossFunction] = {}
 
 
 def register_loss(name: str) -> Callable[[LossFunction], LossFunction]:
-    """Make a function `(Comparisons, *, beta, label_smoothing) -> (C,)` available as `loss_type=name`."""
+    """Make a function `(Comparisons, *, beta, label_smoothing) -> (C,)` available as
+    `loss_type=name`.
+    """
 
     def add(function: LossFunction) -> LossFunction:
         if name in LOSSES:
@@ -68,7 +73,7 @@ def register_loss(name: str) -> Callable[[LossFunction], LossFunction]:
 
 
 def get_loss(name: str) -> LossFunction:
-    """Look up a registered loss; an unknown name raises a `ValueError` that lists the known ones."""
+    """Look up a registered loss; an unknown name is a `ValueError` that lists the known ones."""
     if name not in LOSSES:
         raise ValueError(f"unknown loss_type {name!r}; known: {', '.join(sorted(LOSSES))}")
     return LOSSES[name]
@@ -76,7 +81,8 @@ def get_loss(name: str) -> LossFunction:
 
 @register_loss("sigmoid")
 def sigmoid(pairs: Comparisons, *, beta: float, label_smoothing: float) -> Tensor:
-    """DPO, Rafailov et al. 2023 (arXiv:2305.18290), eq. 7, with the label smoothing ε of cDPO (Mitchell 2023):
+    """DPO, Rafailov et al. 2023 (arXiv:2305.18290), eq. 7, with the label smoothing ε of cDPO
+    (Mitchell 2023):
 
     −(1 − ε)·log σ(β·margin) − ε·log σ(−β·margin), shape (C,).
     """
@@ -88,9 +94,11 @@ def sigmoid(pairs: Comparisons, *, beta: float, label_smoothing: float) -> Tenso
 
 @register_loss("ipo")
 def ipo(pairs: Comparisons, *, beta: float, label_smoothing: float) -> Tensor:
-    """IPO, Azar et al. 2023 (arXiv:2310.12036), eq. 17, on log-ratios averaged over the response's tokens:
+    """IPO, Azar et al. 2023 (arXiv:2310.12036), eq. 17, on log-ratios averaged over the response's
+    tokens:
 
-    (mean log-ratio of chosen − mean log-ratio of rejected − 1/(2β))², shape (C,); β is the paper's τ.
+    (mean log-ratio of chosen − mean log-ratio of rejected − 1/(2β))², shape (C,); β is the paper's
+    τ.
     """
     chosen = pairs.chosen_logratios / pairs.chosen_lengths.clamp(min=1)
     rejected = pairs.rejected_logratios / pairs.rejected_lengths.clamp(min=1)
@@ -108,9 +116,11 @@ def hinge(pairs: Comparisons, *, beta: float, label_smoothing: float) -> Tensor:
 
 @register_loss("robust")
 def robust(pairs: Comparisons, *, beta: float, label_smoothing: float) -> Tensor:
-    """Robust DPO, Chowdhury et al. 2024 (arXiv:2403.00409), eq. 12: unbiased when a share ε of labels is flipped:
+    """Robust DPO, Chowdhury et al. 2024 (arXiv:2403.00409), eq. 12: unbiased when a share ε of
+    labels is flipped:
 
-    (−(1 − ε)·log σ(β·margin) + ε·log σ(−β·margin)) / (1 − 2ε), shape (C,); ε = `label_smoothing` < 0.5.
+    (−(1 − ε)·log σ(β·margin) + ε·log σ(−β·margin)) / (1 − 2ε), shape (C,); ε = `label_smoothing` <
+    0.5.
     """
     logits = beta * pairs.margins
     clean = -(1 - label_smoothing) * logsigmoid(logits)

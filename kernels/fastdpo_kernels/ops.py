@@ -1,4 +1,6 @@
-"""The public functions: shapes, checks and the choice of a backend; the work is in `chunked` and `reference`."""
+"""The public functions: shapes, checks and the choice of a backend; the work is in `chunked` and
+`reference`.
+"""
 
 from collections import namedtuple
 from collections.abc import Callable
@@ -39,16 +41,18 @@ def linear_logprob(
         softcap: cap of the tanh, None for none.
         logit_scale, temperature: multiply and divide the logits, before and after the soft cap.
         ignore_index: positions with this target give 0 and receive no gradient.
-        outputs: any of "entropy" (nats), "mean_logit", "is_top1", "log_sum_sq_prob", "lse"; not differentiable.
+        outputs: any of "entropy" (nats), "mean_logit", "is_top1", "log_sum_sq_prob", "lse"; not
+            differentiable.
         backend: "auto", "torch" (chunked) or "reference" (full logits, for tests).
         workspace_mib: MiB that a tile of logits may take.
 
     Returns:
-        (...) fp32 (fp64 for fp64 inputs), differentiable in hidden, weight and bias; with `outputs`, a named tuple
-        whose first field is `logprob`.
+        (...) fp32 (fp64 for fp64 inputs), differentiable in hidden, weight and bias; with
+        `outputs`, a named tuple whose first field is `logprob`.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown output or backend, a target outside the vocabulary.
+        ValueError: shapes that do not fit, an unknown output or backend, a target outside the
+            vocabulary.
     """
     _check(hidden, weight, targets, bias, outputs, backend, ignore_index)
     head = chunked.Head(weight, bias, softcap, logit_scale, temperature)
@@ -91,10 +95,11 @@ def linear_dpo_loss(
     outputs: tuple[str, ...] = (),
     workspace_mib: int = chunked.WORKSPACE_MIB,
 ):
-    """DPO's loss over packed responses and its gradient, in one pass over the head (6TVH operations).
+    """DPO's loss over packed responses and its gradient, in one pass over the head (6TVH
+    operations).
 
-    logp_r = Σ_{t in r} logp_t; loss = Σ_c weight_c · ℓ(logp_winner, logp_loser, their reference values), with
-    ℓ = −log σ(β·margin) for `loss_type="sigmoid"` (Rafailov et al. 2023, eq. 7).
+    logp_r = Σ_{t in r} logp_t; loss = Σ_c weight_c · ℓ(logp_winner, logp_loser, their reference
+    values), with ℓ = −log σ(β·margin) for `loss_type="sigmoid"` (Rafailov et al. 2023, eq. 7).
 
     Args:
         hidden: (T, H) states that predict the scored tokens, repeats allowed.
@@ -104,13 +109,15 @@ def linear_dpo_loss(
         comparisons: (C, 2) int64, (winner, loser) as indices of responses.
         ref_logps: (R,) the reference's log-probability of each response, nats.
         beta, label_smoothing: handed to the loss.
-        loss_type: a name of `fastdpo_kernels.losses.LOSSES`, or a function of `Comparisons` that returns (C,).
+        loss_type: a name of `fastdpo_kernels.losses.LOSSES`, or a function of `Comparisons` that
+            returns (C,).
         comparison_weights: (C,), default 1/C each, which makes the loss a mean.
         response_lengths: (R,) tokens of each response, default: counted from `targets`.
         softcap, logit_scale, ignore_index, backend, workspace_mib, outputs: as in `linear_logprob`.
 
     Returns:
-        `(loss, response_logps)`: a scalar differentiable in hidden, weight and bias, and (R,) fp32 without gradient;
+        `(loss, response_logps)`: a scalar differentiable in hidden, weight and bias, and (R,) fp32
+        without gradient;
         with `outputs`, a third element: a named tuple of (T,) tensors, 0 where ignored.
 
     Raises:

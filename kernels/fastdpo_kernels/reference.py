@@ -1,6 +1,7 @@
 """The specification: every operation of the package in plain PyTorch, in any dtype up to fp64.
 
-Nothing here is chunked or fused, so the whole (T, V) logits exist. Tests compare every other path with this one.
+Nothing here is chunked or fused, so the whole (T, V) logits exist. Tests compare every other path
+with this one.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,9 @@ def logits_of(
     logit_scale: float = 1.0,
     temperature: float = 1.0,
 ) -> Tensor:
-    """z = cap·tanh(scale·(x·Wᵀ + b) / cap) / temperature, shape (..., V); no tanh when `softcap` is None."""
+    """z = cap·tanh(scale·(x·Wᵀ + b) / cap) / temperature, shape (..., V); no tanh when `softcap` is
+    None.
+    """
     logits = hidden @ weight.T
     if bias is not None:
         logits = logits + bias
@@ -31,7 +34,9 @@ def logits_of(
 
 
 def token_stats(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> dict[str, Tensor]:
-    """Log-probability of the target and every optional output, each of `targets`' shape, 0 where ignored."""
+    """Log-probability of the target and every optional output, each of `targets`' shape, 0 where
+    ignored.
+    """
     valid = targets != ignore_index
     index = targets.masked_fill(~valid, 0).unsqueeze(-1)
     logp = logits.log_softmax(-1)
