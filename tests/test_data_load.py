@@ -124,6 +124,7 @@ def test_reads_directories(tmp_path: Path) -> None:
     write_jsonl(files / "test.jsonl", PAIRS[2:])
     assert load_rows(str(files), "train").to_list() == PAIRS
     assert load_rows(str(files), "test[:1]").to_list() == PAIRS[2:3]
+    assert load_rows(str(files), "train[:1]+test").to_list() == [PAIRS[0], *PAIRS[2:]]
     assert "no split 'dev'; expected one of train, test" in load_error(files, "dev")
 
     write_lines(files / "test.jsonl", GOOD, "{")
@@ -198,6 +199,8 @@ def test_a_file_of_broken_lines_only(tmp_path: Path) -> None:
         ("a.json", b'[{"prompt": 1},\n {"prompt": ]', ", line 2: invalid JSON at column 13"),
         ("a.json", b'[{"prompt":\n "\xff"}]', ", line 2: invalid UTF-8: byte 0xff"),
         ("a.json", GOOD.encode("utf-16"), ", line 1: the text is UTF-16; expected UTF-8"),
+        ("a.json.gz", gzip.compress(b"[]")[:-1], ": damaged gzip file: "),
+        ("a.csv.gz", b"prompt,chosen,rejected\n", ": damaged gzip file: "),
         ("a.parquet", b"not parquet at all", ": cannot be read: "),
         ("a.csv", b"", ": is empty"),
         ("a.csv", b"prompt,chosen,rejected\n", ": has no rows"),

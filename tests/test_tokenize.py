@@ -21,11 +21,13 @@ from data_samples import (
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl import DPOTrainer, KTOTrainer
+from trl.data_utils import extract_prompt
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from bench.data import gsm8k_groups, gsm8k_pairs, shared_file
+from fastdpo.data.rows import parse_row
 from fastdpo.data.tokenize import tokenize_dataset
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -134,6 +136,24 @@ def test_chat_template_kwargs_like_trl() -> None:
     assert tokenizer.decode(made[0]["response_ids"][0]) == "a</s>"
 
 
+class OwnTemplate(PreTrainedTokenizerFast):
+    """Tokenises messages by a way of its own, as Mistral's do, so their text must not be used."""
+
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
+        assert kwargs.pop("tokenize"), "rendered to text"
+        ids = [len(conversation)]
+        for message in conversation:
+            ids += self(message["content"])["input_ids"]
+        return {"input_ids": ids}
+
+
+def test_a_tokenizer_with_its_own_template_like_trl(tokenizer: PreTrainedTokenizerBase) -> None:
+    names = tokenizer.special_tokens_map
+    own = OwnTemplate(tokenizer_object=tokenizer.backend_tokenizer, **names)
+    made = assert_like_trl(CHATS, own)
+    assert made[0]["prompt_ids"] == [], "the first token counts the messages"
+
+
 def test_text_like_trl(text_tokenizer: PreTrainedTokenizerBase) -> None:
     made = assert_like_trl(TEXT_ROWS, text_tokenizer)
     if text_tokenizer.bos_token == "<s>":
@@ -168,6 +188,14 @@ def test_implicit_prompts_like_trl(chat_tokenizer: PreTrainedTokenizerBase) -> N
     ]
     talks.append({"chosen": TURNS[:2], "rejected": [*TURNS, assistant("42")]})
     assert_like_trl(talks, chat_tokenizer)
+
+
+@given(first=st.sampled_from("ab "), one=st.text("ab "), other=st.text("ab "))
+def test_implicit_prompts_split_like_trl(first: str, one: str, other: str) -> None:
+    chosen, rejected = first + one, first + other
+    row = parse_row({"chosen": chosen, "rejected": rejected}, "pair")
+    theirs = extract_prompt({"chosen": chosen, "rejected": rejected})
+    assert (row.prompt, *row.responses) == tuple(theirs.values())
 
 
 def test_an_implicit_prompt_may_be_empty(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -257,14 +285,14 @@ def test_any_text_like_trl(prompt: str, chosen: str, rejected: str, as_messages:
     row: dict[str, Any] = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     if as_messages:
         row = chat([user(prompt)], chosen, rejected)
+    other = CHATS[0] if as_messages else TEXT_ROWS[0]
     _, report = tokenize_dataset(
-        Dataset.from_list([row, TEXT_ROWS[0] if not as_messages else CHATS[0]]),
-        tokenizer,
-        max_length=None,
-        skip_bad_rows=True,
+        Dataset.from_list([row, other]), tokenizer, max_length=None, skip_bad_rows=True
     )
-    if not report.skipped:
-        assert_like_trl([row], tokenizer)
+    if report.skipped:
+        assert report.identical_pairs == 1
+    else:
+        assert_like_trl([row, other], tokenizer)
 
 
 PROPERTY_TOKENIZER = make_tokenizer(CHATML)

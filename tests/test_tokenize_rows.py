@@ -96,6 +96,15 @@ def test_a_bad_row_is_named_by_its_line_or_skipped(
     assert made.column_names == list(COLUMNS)
 
 
+def test_a_part_of_a_file_has_rows_but_no_lines(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in (PAIR, PAIR, PAIR | {"chosen": "b"})))
+    with pytest.raises(DataError, match=rf"^{path}, row 2: chosen and rejected: are"):
+        tokenize_rows(load_rows(str(path), "train[1:]"), tokenizer, source=str(path))
+
+
 def test_rows_that_cannot_be_read_are_counted_with_the_rest(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:

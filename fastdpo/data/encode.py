@@ -194,7 +194,9 @@ class Encoder:
         return text if text.endswith(eos) else text + eos
 
     def _apply_template(self, row: Row, messages: list[Any], generate: bool) -> Any:
-        if not (self.tokenizer.chat_template or "chat_template" in row.template_kwargs):
+        as_text = self._renders_to_text
+        has_template = self.tokenizer.chat_template or "chat_template" in row.template_kwargs
+        if as_text and not has_template:
             raise ModelError(
                 f"{self.source} holds messages, but the tokenizer has no chat template; use the "
                 "tokenizer of a chat model, or give prompt and responses as text"
@@ -202,7 +204,6 @@ class Encoder:
         kwargs: dict[str, Any] = {"tools": row.tools, **row.template_kwargs}
         if generate:
             kwargs["add_generation_prompt"] = True
-        as_text = self._renders_to_text
         try:
             rendered = self.tokenizer.apply_chat_template(messages, tokenize=not as_text, **kwargs)
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:

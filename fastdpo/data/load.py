@@ -8,8 +8,9 @@ data set must be found, be readable and have the columns of one of the layouts o
 
 import contextlib
 import difflib
+import gzip
 import logging
-import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,14 +58,17 @@ def load_rows(
         DataError: naming the file and, for text files, the line that cannot be read.
     """
     path = Path(name).expanduser()
-    if path.is_file():
-        rows = _load_files(_file_kind(path), {"train": [path]}, split, skip_bad_rows, name)
-    elif path.is_dir():
-        rows = _load_directory(path, split, config_name, skip_bad_rows)
-    elif _looks_local(name):
-        raise DataError(_not_found(path))
-    else:
-        rows = _load_hub(name, split, config_name, num_proc)
+    try:
+        if path.is_file():
+            rows = _load_files(_file_kind(path), {"train": [path]}, split, skip_bad_rows, name)
+        elif path.is_dir():
+            rows = _load_directory(path, split, config_name, skip_bad_rows)
+        elif _looks_local(name):
+            raise DataError(_not_found(path))
+        else:
+            rows = _load_hub(name, split, config_name, num_proc)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{name}: damaged gzip file: {error}") from error
     if len(rows) == 0:
         raise DataError(f"{name}: split {split!r} has no rows")
     row_kind(rows.column_names, name)
@@ -126,27 +130,33 @@ def _load_directory(
 def _load_files(
     kind: str, files: Mapping[str, Sequence[Path]], split: str, skip_bad_rows: bool, where: str
 ) -> datasets.Dataset:
-    base = re.split(r"[\[+]", split)[0]
-    if base not in files:
+    wanted = [part.partition("[")[0].strip() for part in split.split("+")]
+    if not set(wanted) <= set(files):
         raise DataError(_no_split(where, split, list(files)))
-    paths = files[base]
+    chosen = {base: list(files[base]) for base in wanted}
+    paths = [path for listed in chosen.values() for path in listed]
     for path in paths:
         if path.stat().st_size == 0:
             raise DataError(f"{path}: is empty; expected at least one row")
     if kind in ("parquet", "arrow"):
-        return _attempt(where, _read_fast, kind, base, paths, split)
+        return _attempt(where, _read_fast, kind, chosen, split)
     if kind == "json" and not any(utf8_problem(path) for path in paths):
-        # Whatever made the fast reader fail, the slow one names it or does not mind.
+        # Whatever makes the fast reader fail, the slow one names it or does not mind.
         with contextlib.suppress(Exception), _quiet():
-            rows = _read_fast(kind, base, paths, split)
+            rows = _read_fast(kind, chosen, split)
             if not _mangles_text(rows.features):
                 return rows
         logger.info("%s: rows differ in their types or cannot be read; reading line by line", where)
-    return _take({base: read_rows(paths, kind, skip_bad_rows=skip_bad_rows)}, split, where)
+    read = {
+        base: read_rows(listed, kind, skip_bad_rows=skip_bad_rows)
+        for base, listed in chosen.items()
+    }
+    return _take(read, split, where)
 
 
-def _read_fast(kind: str, base: str, paths: Sequence[Path], split: str) -> datasets.Dataset:
-    return datasets.load_dataset(kind, data_files={base: [str(p) for p in paths]}, split=split)
+def _read_fast(kind: str, files: Mapping[str, Sequence[Path]], split: str) -> datasets.Dataset:
+    names = {base: [str(path) for path in listed] for base, listed in files.items()}
+    return datasets.load_dataset(kind, data_files=names, split=split)
 
 
 def _mangles_text(features: Mapping[str, Any]) -> bool:
