@@ -118,6 +118,12 @@ def _convert(gguf: Path, target: Path) -> None:
     # start-of-turn token, so a model that obeyed it would never stop.
     tokenizer.clean_up_tokenization_spaces = False
     tokenizer.eos_token = tokenizer.pad_token = _END_OF_TURN
+    sample = "It's 12:30, isn't it?\nNaïve café."
+    if tokenizer.decode(tokenizer(sample)["input_ids"]) != sample:
+        raise ModelError(
+            f"{MODEL_NAME}: transformers {transformers.__version__} misreads the tokenizer in "
+            f"{gguf.name}: pip install --upgrade transformers"
+        )
     for config in (model.config, model.generation_config):
         config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     model.config.name_or_path = MODEL_NAME
