@@ -115,14 +115,16 @@ OTHER_HEADS: dict[str, dict[str, Any]] = {
 """Further ways from hidden states to logits."""
 
 
-def build(name: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> PreTrainedModel:
+def build(
+    name: str, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides: Any
+) -> PreTrainedModel:
     """A random model whose logits spread enough for mistakes to show; the same each time."""
     known = SHARED | PADDED | ALONE | OTHER_HEADS
     fields = copy.deepcopy(known[name]) | overrides
     config = AutoConfig.for_model(name.partition("+")[0], **fields)
     with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        torch.manual_seed(seed)
         # The experts' grouped matrix product has no fp64.
         model.set_experts_implementation("eager")
         for parameter in model.parameters():

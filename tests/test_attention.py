@@ -109,6 +109,16 @@ def test_sdpa_by_segments_is_attention(features: dict[str, Any], share: bool) ->
     assert_same(out, expected, [q, k, v] + ([sinks] if features.get("sinks") else []))
 
 
+def test_heads_are_repeated_where_no_kernel_reads_them_grouped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backends, "reads_grouped_heads", lambda _: False)
+    row = pack(GROUPS, share=True)
+    q, k, v = qkv(len(row.ids))
+    out, _ = attention(MODULE, q, k, v, None, fastdpo_segments=Segments.build(row.bounds))
+    assert_same(out, by_definition(q, k, v, row.seen(), 8**-0.5), [q, k, v])
+
+
 def test_default_scaling_is_the_head_size() -> None:
     row = pack(GROUPS, share=True)
     q, k, v = qkv(len(row.ids))
@@ -144,14 +154,14 @@ def reference_varlen(
     return torch.cat(outputs)
 
 
-def new_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):  # type: ignore[no-untyped-def]
+def new_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
     """torch.nn.attention.varlen.varlen_attn as of torch 2.13."""
     if not enable_gqa and q.shape[1] != k.shape[1]:
         raise ValueError("Expect query and key/value to have the same number of heads")
     return reference_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, window_size)
 
 
-def old_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):  # type: ignore[no-untyped-def]
+def old_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
     """The same as of torch 2.11, which takes grouped heads as they are."""
     return reference_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, window_size)
 
@@ -184,7 +194,7 @@ def test_varlen_equals_segments(
 
 
 def test_flash_attn_package_gets_the_soft_cap(monkeypatch: pytest.MonkeyPatch) -> None:
-    def flash_attn_varlen_func(  # type: ignore[no-untyped-def]
+    def flash_attn_varlen_func(
         q,
         k,
         v,
@@ -310,16 +320,24 @@ def test_masks_exist_only_where_needed_and_once() -> None:
     assert len(segments.cache) == len(before)
 
 
-def test_autocast_gives_one_dtype_to_the_kernel() -> None:
+def test_autocast_gives_one_dtype_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     row = pack(GROUPS, share=True)
     q, k, v = (x.detach().float() for x in qkv(len(row.ids)))
     segments = Segments.build(row.bounds)
+    asked: list[torch.dtype] = []
+
+    def note(device: torch.device, dtype: torch.dtype, **features: Any) -> backends.Backend:
+        asked.append(dtype)
+        return choose_backend(device, dtype, **features)
+
+    monkeypatch.setattr("fastdpo.model.attention.choose_backend", note)
     with torch.autocast("cpu", torch.bfloat16):
         out, _ = attention(MODULE, q, k, v.bfloat16(), None, fastdpo_segments=segments)
     plain, _ = attention(
         MODULE, *(x.bfloat16() for x in (q, k, v)), None, fastdpo_segments=segments
     )
     assert out.dtype == torch.bfloat16 and torch.equal(out, plain)
+    assert asked == [torch.bfloat16, torch.bfloat16]
 
 
 BACKENDS = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -121,7 +122,7 @@ def test_architectures_that_need_padding(family: str) -> None:
     expected_gradients = gradients(model, expected)
     layout = choose_layout(model)
     assert (layout.name, layout.max_batch) == ("padded", None)
-    assert "not shared" in layout.reason and "\n" not in layout.reason
+    assert "not shared or packed: " in layout.reason and "\n" not in layout.reason
     assert model.config._attn_implementation == stock
     logps = padded_logps(model)
     torch.testing.assert_close(logps, expected, rtol=0, atol=16 * FP32)
@@ -179,6 +180,23 @@ def test_autocast_is_shared() -> None:
         assert choose_layout(build("qwen3", dtype=torch.float32)).name == "shared"
 
 
+def test_soft_caps_are_compared_with_eager_attention() -> None:
+    """transformers' sdpa leaves the cap out, so that it is neither the truth nor a fall-back."""
+    model = build("gemma2")
+    assert model.config._attn_implementation == "sdpa"
+    assert choose_layout(model).name == "shared"
+    model = build("gemma2", attention_dropout=0.1)
+    assert choose_layout(model).name == "padded"
+    assert model.config._attn_implementation == "eager"
+
+
+def test_scaled_rope_of_one_layer_type_is_seen() -> None:
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    scaled = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    rope = {"sliding_attention": plain, "full_attention": scaled}
+    assert choose_layout(build("gemma3_text", rope_parameters=rope)).max_batch == 1
+
+
 def test_dropout_is_not_shared() -> None:
     assert choose_layout(build("gpt2", resid_pdrop=0.1)).name == "packed"
     assert choose_layout(build("opt", dropout=0.1)).name == "packed"
@@ -199,8 +217,8 @@ def test_peft_models() -> None:
 
 
 def test_nothing_is_left_behind() -> None:
-    model = build("llama").train()
-    model.model.layers[0].eval()
+    model = build("gpt2", resid_pdrop=0.1).train()
+    model.transformer.h[0].eval()
     modes = [module.training for module in model.modules()]
     weights = {name: p.clone() for name, p in model.named_parameters()}
     for p in model.parameters():
@@ -238,13 +256,24 @@ def wrong_score(row: exactness.Row) -> None:
     row.score_index.add_(1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def one_causal_row(row: exactness.Row) -> None:
+    end = row.inputs["fastdpo_segments"].length
+    row.inputs["fastdpo_segments"] = Segments.build([(0, end, 0, 0)])
+    wrong_positions(row)
+
+
+SUBTLE = [wrong_positions, leaked_neighbour, neighbours_prompt, wrong_score]
+GROSS = [lost_prompt, one_causal_row]
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize(
-    "mistake", [wrong_positions, leaked_neighbour, lost_prompt, neighbours_prompt, wrong_score]
+    ("mistake", "dtype"),
+    [(mistake, torch.float32) for mistake in SUBTLE + GROSS]
+    + [(mistake, torch.bfloat16) for mistake in GROSS],
 )
 def test_the_check_sees_mistakes(
-    monkeypatch: pytest.MonkeyPatch, mistake: Any, family: str, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, mistake: Any, dtype: torch.dtype, family: str
 ) -> None:
     def broken(*args: Any, trace: Any, **kwargs: Any) -> exactness.Row:
         row = stream_row(*args, trace=trace, **kwargs)
@@ -256,7 +285,8 @@ def test_the_check_sees_mistakes(
     model = build(family, dtype=dtype)
     monkeypatch.setattr(exactness, "stream_row", broken)
     layout = choose_layout(model)
-    assert layout.name != "shared" and "not shared: log-probabilities" in layout.reason
+    assert layout.name != "shared"
+    assert re.search(r"not shared( or packed)?: log-probabilities are", layout.reason)
 
 
 def test_a_window_kept_from_the_attention_function_is_seen(
@@ -278,7 +308,7 @@ def test_a_layer_past_the_attention_function_is_seen() -> None:
 
 def test_failures_of_the_forward_fall_back_but_memory_errors_do_not() -> None:
     model = build("llama")
-    check = ExactnessCheck(model)
+    check = ExactnessCheck(model, "sdpa")
 
     def fail(*_: Any, **__: Any) -> None:
         raise error

@@ -86,8 +86,8 @@ def _checked(
     name = type(module).__name__
     if segments is None:
         raise ModelError(
-            f"{name}: the attention function was called without fastdpo_segments; the architecture "
-            "drops keyword arguments, or the caller did not pass the segments of the packed row"
+            f"{name}: the attention function was called without fastdpo_segments (the architecture "
+            "drops keyword arguments, or the caller passed none)"
         )
     if attention_mask is not None or kwargs.get("position_bias") is not None:
         what = "an attention mask" if attention_mask is not None else "a position bias"

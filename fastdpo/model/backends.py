@@ -104,13 +104,20 @@ def _gathered(x: torch.Tensor, segments: Segments) -> torch.Tensor:
     return gather_keys(x[0].transpose(0, 1), segments)
 
 
+def reads_grouped_heads(device: torch.device) -> bool:
+    """Whether SDPA has a fused kernel for fewer key than query heads, masks and fp32 included.
+
+    The CPU's flash kernel does; CUDA's memory-efficient one does not, and the math path that
+    would be taken instead needs queries × keys of memory.
+    """
+    return device.type == "cpu"
+
+
 def _sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    # The CPU's flash kernel reads grouped heads in place; CUDA's fp32 kernels do not, and would
-    # fall to the math path.
     grouped = q.shape[1] != k.shape[1]
-    if grouped and q.device.type != "cpu":
+    if grouped and not reads_grouped_heads(q.device):
         repeats = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
         grouped = False

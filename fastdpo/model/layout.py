@@ -60,18 +60,20 @@ def choose_layout(
         return Layout(
             "padded", f"padded, one sequence a forward: rope_type {rope} depends on the length", 1
         )
-    check = ExactnessCheck(model)
-    objections: list[str] = []
+    check = ExactnessCheck(model, stock)
+    objections: dict[str, list[str]] = {}
     for name, obstacle in _candidates(model, config, share_prefix):
         obstacle = obstacle or check.failure(name)
         if obstacle is None:
             base.set_attn_implementation(stock if name == "padded" else NAME)
-            reason = "; ".join([f"{name}: {check.verdict}", *objections])
-            return Layout(name, reason)
-        objections.append(f"not {name}: {obstacle}")
-        base.set_attn_implementation(stock)
-    reason = "; ".join(["padded, one sequence a forward: always exact", *objections])
-    return Layout("padded", reason, 1)
+            return Layout(name, _reason(f"{name}: {check.verdict}", objections))
+        objections.setdefault(obstacle, []).append(name)
+    return Layout("padded", _reason("padded, one sequence a forward", objections), 1)
+
+
+def _reason(chosen: str, objections: dict[str, list[str]]) -> str:
+    against = [f"not {' or '.join(names)}: {why}" for why, names in objections.items()]
+    return "; ".join([chosen, *against])
 
 
 def _candidates(
