@@ -160,17 +160,17 @@ def load_scorer(
     it.
     """
     model = load_model(config, device, path)
-    head = find_head(model)
-    check_head(model, head)
-    scorer = Scorer(model, head, Layout("padded", "", None), autocast, config.head_workspace_mib)
-    if config.attn_implementation is None:
-        with scorer.precision():
+    head, layout = find_head(model), Layout("padded", "", None)
+    scorer = Scorer(model, head, layout, autocast, config.head_workspace_mib)
+    with scorer.precision():
+        check_head(model, head)
+        if config.attn_implementation is None:
             scorer.layout = choose_layout(
                 model, share_prefix=config.share_prefix, max_length=config.max_length
             )
-    else:
-        reason = f"padded: attn_implementation is {config.attn_implementation}"
-        scorer.layout = Layout("padded", reason, None)
+        else:
+            reason = f"padded: attn_implementation is {config.attn_implementation}"
+            scorer.layout = Layout("padded", reason, None)
     say(f"{'model' if path is None else 'reference model'}: {scorer.layout.reason}")
     return scorer
 
