@@ -16,6 +16,8 @@ from ..data.batch import Batch
 from ..errors import ConfigError
 
 TOKEN_STATS = ("entropy", "mean_logit", "is_top1")
+# Rewards closer than this differ by the rounding of fp32 sums alone.
+_TIE = 1e-5
 _SUMS = (
     "loss",
     "comparisons",
@@ -66,7 +68,7 @@ class StepSums:
             ones.sum(),
             chosen.sum(),
             rejected.sum(),
-            (margins.sign() / 2 + 0.5).sum(),
+            (margins > _TIE).sum() + 0.5 * (margins.abs() <= _TIE).sum(),
             margins.sum(),
             logps[win].sum(),
             logps[lose].sum(),
