@@ -4,8 +4,8 @@
 
 prints one JSON object: seconds and metrics of every optimizer step, and the peak resident memory of
 the process. Both providers get the same rows in the same order, the same number of comparisons a
-step, fp32, no dropout, a precomputed reference, and the same optimizer. The first step warms up and
-is not counted.
+step, fp32, no dropout, a precomputed reference, and the same optimizer. The first steps warm up and
+are not counted.
 """
 
 import argparse
@@ -164,7 +164,8 @@ def main() -> None:
     parser.add_argument("--provider", choices=PROVIDERS, required=True)
     parser.add_argument("--model", choices=models.NAMES, required=True)
     parser.add_argument("--data", choices=("dpo_en_demo", "gsm8k"), required=True)
-    parser.add_argument("--steps", type=int, default=3, help="optimizer steps, the first uncounted")
+    parser.add_argument("--steps", type=int, default=5, help="optimizer steps")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps that are not counted")
     parser.add_argument("--per-step", type=int, default=8, help="comparisons a step")
     parser.add_argument("--batch", type=int, default=0, help="trl: pairs a batch; fastdpo: tokens")
     parser.add_argument("--skip", type=int, default=0, help="rows to leave out at the start")
@@ -174,7 +175,7 @@ def main() -> None:
     clock = run(
         rows, models.model_path(options.model), options.steps, options.per_step, options.batch
     )
-    counted = clock.seconds[1:]
+    counted = clock.seconds[options.warm_up :]
     print(
         json.dumps(
             {
