@@ -55,11 +55,11 @@ def main() -> None:
     results = record.Results("trainers-cpu", options)
     for name in options.cases:
         case, speed = CASES[name], {}
-        for batch in options.batches:
+        for batch in options.batches if len(options.batches) > 1 else ():
             row = run(case, "trl", batch, 3)
             results.add(case=name, kind="batch search", **row)
             speed[batch] = row.get("pairs_per_second", 0.0)
-        best = max(speed, key=lambda batch: speed[batch])
+        best = max(speed, key=lambda batch: speed[batch]) if speed else options.batches[0]
         for repetition in range(options.repetitions):
             pair = {}
             for provider, batch in (("trl", best), ("fastdpo", 0)):
