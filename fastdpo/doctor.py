@@ -60,8 +60,8 @@ def _choices(config: TrainConfig) -> list[tuple[str, str]]:
     return [
         ("precision", _told(lambda: _precision_text(config))),
         ("cpu_bf16", _told(_cpu_bf16_text)),
-        ("attention", _told(lambda: _attention_text(config, None))),
-        ("head", _told(lambda: _head_text(config))),
+        ("attention", _told(lambda: _paths().attention_path(config))),
+        ("head", _told(lambda: _paths().head_path(config))),
     ]
 
 
@@ -79,7 +79,7 @@ def _model(config: TrainConfig) -> list[tuple[str, str]]:
     return [
         *lines,
         ("size", f"{parameters / 1e6:,.0f} M parameters, {needed / GIB:.1f} GiB of weights"),
-        ("attention", _told(lambda: _attention_text(config, shape))),
+        ("attention", _told(lambda: _paths().attention_path(config, shape))),
         ("layout", _told(lambda: _layout_text(config, needed))),
     ]
 
@@ -96,16 +96,17 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _device(config: TrainConfig) -> Any:
-    import torch
+def _paths() -> Any:
+    """The module that a run asks too; it imports torch."""
+    from .model import paths
 
-    return torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+    return paths
 
 
 def _device_text(config: TrainConfig) -> str:
     import torch
 
-    if _device(config).type == "cuda":
+    if _paths().run_device(config).type == "cuda":
         properties = torch.cuda.get_device_properties(0)
         each = f"{properties.name}, {properties.total_memory / GIB:.0f} GiB"
         return f"{torch.cuda.device_count()} x {each}"
@@ -122,7 +123,7 @@ def _memory_text() -> str:
 def _precision_text(config: TrainConfig) -> str:
     from .model.precision import choose_precision
 
-    dtype, reason = choose_precision(config.bf16, _device(config))
+    dtype, reason = choose_precision(config.bf16, _paths().run_device(config))
     return f"{_dtype_name(dtype) if dtype else f'that of the weights, {config.dtype}'}: {reason}"
 
 
@@ -131,35 +132,6 @@ def _cpu_bf16_text() -> str:
 
     faster, reason = cpu_bf16_is_faster()
     return f"{'faster' if faster else 'not faster'}: {reason}"
-
-
-def _attention_text(config: TrainConfig, shape: Any) -> str:
-    import torch
-
-    from .model.backends import choose_backend
-    from .model.precision import choose_precision
-
-    if config.attn_implementation:
-        return f"{config.attn_implementation}: attn_implementation asks for it"
-    device = _device(config)
-    weights = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
-    dtype = choose_precision(config.bf16, device)[0] or weights
-    if shape is None:
-        chosen = choose_backend(device, dtype)
-    else:
-        text = shape.get_text_config()
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        softcap = bool(getattr(text, "attn_logit_softcapping", None))
-        chosen = choose_backend(device, dtype, head_dim=head_dim, softcap=softcap)
-    return f"{chosen.name}: {chosen.reason}"
-
-
-def _head_text(config: TrainConfig) -> str:
-    from fastdpo_kernels.ops import BACKENDS
-
-    if "triton" in BACKENDS and _device(config).type == "cuda":
-        return "triton: fused kernels on a GPU"
-    return f"torch: in pieces of at most {config.head_workspace_mib} MiB, no full logits"
 
 
 def _count_parameters(shape: Any, trust_remote_code: bool) -> int:
@@ -182,7 +154,7 @@ def _layout_text(config: TrainConfig, needed: int) -> str:
             f"not checked: the check runs the model, whose {needed / GIB:.1f} GiB of weights are "
             f"more than half of the {free / GIB:.1f} GiB of free memory"
         )
-    device = _device(config)
+    device = _paths().run_device(config)
     autocast = choose_precision(config.bf16, device)[0]
     return load_scorer(config, device, autocast, say=lambda line: None).layout.reason
 

@@ -36,7 +36,7 @@ class Batch:
     response_ids: Tensor  # (T,) int64 in [0, R)
     comparisons: Tensor  # (C, 2) int64, (winner, loser)
     weights: Tensor  # (C,) fp32, the comparisons' own weights
-    ref_logps: Tensor | None  # (R,) fp32, nats
+    ref_logps: Tensor | None  # (R,) fp64, nats
     response_lengths: Tensor  # (R,) fp32, completion tokens, also those that nothing precedes
     computed_tokens: int
     pair_tokens: int  # tokens that two sequences per comparison would hold, without padding
@@ -109,7 +109,7 @@ def make_batch(groups: Sequence[Group], row: Sequence[Part], layout: str, pad_id
         response_ids=torch.from_numpy(owners),
         comparisons=torch.tensor(pairs, dtype=torch.int64).view(-1, 2),
         weights=torch.tensor(weights, dtype=torch.float32),
-        ref_logps=None if refs is None else torch.tensor(refs, dtype=torch.float32),
+        ref_logps=None if refs is None else torch.tensor(refs, dtype=torch.float64),
         response_lengths=torch.tensor([len(r) for _, r in sequences], dtype=torch.float32),
         computed_tokens=tensors["input_ids"].numel(),
         pair_tokens=pair_tokens,

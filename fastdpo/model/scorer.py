@@ -84,10 +84,10 @@ class Scorer:
         )
 
     def response_logps(self, batch: Batch) -> Tensor:
-        """Log-probability (R,) of every response, summed over tokens, nats, fp32; no gradient."""
+        """Log-probability (R,) of every response, summed over tokens, nats, fp64; no gradient."""
         logps = self.token_logps(batch)
-        total = logps.new_zeros(len(batch.response_lengths))
-        return total.index_add_(0, batch.response_ids, logps)
+        total = logps.new_zeros(len(batch.response_lengths), dtype=torch.float64)
+        return total.index_add_(0, batch.response_ids, logps.double())
 
     def loss(
         self,

@@ -57,7 +57,9 @@ class StepSums:
         statistics.
         """
         win, lose = batch.comparisons.unbind(1)
-        chosen, rejected = (beta * (logps[i] - ref_logps[i]) for i in (win, lose))
+        # Both rounded alike, so that equal models have equal rewards.
+        ratios = beta * (logps - ref_logps.to(logps.dtype))
+        chosen, rejected = ratios[win], ratios[lose]
         margins = chosen - rejected
         count = logps.new_zeros(2, len(logps))
         ones = logps.new_ones(len(win))

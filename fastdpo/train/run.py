@@ -22,6 +22,7 @@ from ..losses import make_loss
 from ..model.head import check_head, find_head
 from ..model.layout import Layout, choose_layout
 from ..model.load import add_adapter, load_model, load_model_config, load_tokenizer
+from ..model.paths import attention_path, head_path, run_device
 from ..model.precision import choose_precision
 from ..model.scorer import Scorer
 from ..reference import LogpStore, OnlineReference, fill_reference, model_fingerprint
@@ -174,6 +175,11 @@ def load_scorer(
             reason = f"padded: attn_implementation is {config.attn_implementation}"
             scorer.layout = Layout("padded", reason, None)
     say(f"{'model' if path is None else 'reference model'}: {scorer.layout.reason}")
+    if path is None:
+        packed = scorer.layout.name != "padded"
+        stock = f"{model.config._attn_implementation}: the model's own"
+        say(f"attention: {attention_path(config, model.config) if packed else stock}")
+        say(f"head: {head_path(config)}")
     return scorer
 
 
@@ -265,7 +271,7 @@ def _device(config: TrainConfig) -> torch.device:
         raise ConfigError("WORLD_SIZE is above 1: several processes are not supported yet")
     if config.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = config.tf32
-    return torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+    return run_device(config)
 
 
 def _precision(

@@ -15,7 +15,10 @@ the tile while it
 - any other gradient: the backward projects again (8TVH).
 
 A tile never holds more than `workspace_mib`. Tiles are fp32 (fp64 for fp64 inputs) whatever the
-inputs are, because a log-probability is a difference of numbers that bf16 rounds by half a nat.
+inputs are, because a log-probability is a difference of numbers that bf16 rounds by half a nat. The
+sum over a response
+and the loss are fp64: a response of some thousand nats has no more than four digits behind the
+point in fp32, and the loss is made of differences of such sums.
 """
 
 from collections.abc import Callable, Iterator
@@ -243,9 +246,9 @@ class Problem:
     targets: Tensor  # (T,) int64
     response_ids: Tensor  # (T,) int64 in [0, R)
     comparisons: Tensor  # (C, 2) int64 of (winner, loser)
-    ref_logps: Tensor  # (R,)
-    response_lengths: Tensor  # (R,)
-    weights: Tensor  # (C,)
+    ref_logps: Tensor  # (R,) fp64
+    response_lengths: Tensor  # (R,) fp64
+    weights: Tensor  # (C,) fp64
     loss_function: Callable[[Comparisons], Tensor]
 
     def loss(self, logps: Tensor, chosen: slice | Tensor) -> Tensor:
@@ -297,13 +300,14 @@ class LinearDPOLoss(torch.autograd.Function):
         head = head.cast(head.compute_dtype(hidden))
         x = hidden.detach().to(head.weight.dtype)
         grads = _Gradients(head, needs, x)
-        logps = x.new_zeros(problem.ref_logps.shape[0])
+        logps = x.new_zeros(problem.ref_logps.shape[0], dtype=torch.float64)
         stats = {name: x.new_zeros(x.shape[0], dtype=_dtype(name, x)) for name in outputs}
-        loss = x.new_zeros(())
+        loss = logps.new_zeros(())
         rows = tile_rows(head, workspace_mib)
         for piece, chosen in whole_comparisons(problem, rows):
             loss += _piece(head, x, problem, piece, chosen, logps, stats, grads, rows, any(needs))
         ctx.grads = _cast(grads, hidden.dtype, weight.dtype)
+        loss, logps = loss.to(x.dtype), logps.to(x.dtype)
         ctx.mark_non_differentiable(logps, *stats.values())
         return loss, logps, *stats.values()
 
@@ -332,7 +336,7 @@ def _piece(head, x, problem, piece, chosen, logps, stats, grads, rows, different
         tile = _workspace(part.stop - part.start, head.weight.shape[0], x)
         keep = differentiate and single
         result = _project(head, x[part], problem.targets[part], tile, tuple(stats), keep)
-        logps.index_add_(0, problem.response_ids[part], result.pop("logprob"))
+        logps.index_add_(0, problem.response_ids[part], result.pop("logprob").double())
         for name, value in result.items():
             stats[name][part] = value
     if not differentiate:
@@ -340,7 +344,7 @@ def _piece(head, x, problem, piece, chosen, logps, stats, grads, rows, different
     with torch.enable_grad():
         leaf = logps.detach().requires_grad_()
         loss = problem.loss(leaf, chosen)
-        (gradient,) = torch.autograd.grad(loss, leaf)
+        gradient = torch.autograd.grad(loss, leaf)[0].to(x.dtype)
     for part in tiles:
         tile = _workspace(part.stop - part.start, head.weight.shape[0], x)
         if not single:

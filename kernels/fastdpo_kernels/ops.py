@@ -107,7 +107,8 @@ def linear_dpo_loss(
         targets: (T,) int64 in [0, V) or `ignore_index`.
         response_ids: (T,) int64 in [0, R), the response of each token, in any order.
         comparisons: (C, 2) int64, (winner, loser) as indices of responses.
-        ref_logps: (R,) the reference's log-probability of each response, nats.
+        ref_logps: (R,) the reference's log-probability of each response, nats; fp64 is kept as
+            such.
         beta, label_smoothing: handed to the loss.
         loss_type: a name of `fastdpo_kernels.losses.LOSSES`, or a function of `Comparisons` that
             returns (C,).
@@ -141,13 +142,14 @@ def linear_dpo_loss(
         loss_function = partial(get_loss(loss_type), beta=beta, label_smoothing=label_smoothing)
     else:
         loss_function = loss_type
-    ref, lengths = ref_logps.to(dtype), response_lengths.to(dtype)
-    weights = comparison_weights.to(dtype)
+    ref, lengths = ref_logps.double(), response_lengths.double()
+    weights = comparison_weights.double()
     if backend == "reference":
         stats = _reference_stats(hidden, head, targets, ignore_index)
         loss, logps = reference.dpo_loss(
             stats["logprob"], response_ids, comparisons, ref, loss_function, weights, lengths
         )
+        loss, logps = loss.to(dtype), logps.to(dtype)
         extra = [stats[name] for name in outputs]
     else:
         index = None if bool(valid.all()) else valid.nonzero().squeeze(1)

@@ -62,8 +62,9 @@ def dpo_loss(
     comparison_weights: Tensor,
     response_lengths: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Σ weight·loss over comparisons, and the log-probability of each response, shape (R,)."""
-    logps = token_logps.new_zeros(ref_logps.shape[0]).index_add(0, response_ids, token_logps)
+    """Σ weight·loss over comparisons, and the log-probability of each response, (R,); fp64 sums."""
+    zeros = token_logps.new_zeros(ref_logps.shape[0], dtype=torch.float64)
+    logps = zeros.index_add(0, response_ids, token_logps.double())
     chosen, rejected = comparisons.unbind(1)
     pairs = Comparisons(
         logps[chosen],

@@ -1,0 +1,39 @@
+"""Which device, attention and head a run takes, and why: one answer for a run and for `doctor`."""
+
+from typing import Any
+
+import torch
+from fastdpo_kernels.ops import BACKENDS
+
+from ..config import TrainConfig
+from .backends import choose_backend
+from .precision import choose_precision
+
+
+def run_device(config: TrainConfig) -> torch.device:
+    """The GPU where there is one, unless `use_cpu` is set."""
+    return torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+
+
+def attention_path(config: TrainConfig, model_config: Any = None) -> str:
+    """The attention of packed rows as "name: reason"; without a model, for an ordinary one."""
+    if config.attn_implementation:
+        return f"{config.attn_implementation}: attn_implementation asks for it"
+    device = run_device(config)
+    weights = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = choose_precision(config.bf16, device)[0] or weights
+    if model_config is None:
+        chosen = choose_backend(device, dtype)
+    else:
+        text = model_config.get_text_config()
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        softcap = bool(getattr(text, "attn_logit_softcapping", None))
+        chosen = choose_backend(device, dtype, head_dim=head_dim, softcap=softcap)
+    return f"{chosen.name}: {chosen.reason}"
+
+
+def head_path(config: TrainConfig) -> str:
+    """What computes log-probabilities and their gradient, as "name: reason"."""
+    if "triton" in BACKENDS and run_device(config).type == "cuda":
+        return "triton: fused kernels on a GPU"
+    return f"torch: in pieces of at most {config.head_workspace_mib} MiB, no full logits"
