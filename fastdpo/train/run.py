@@ -19,6 +19,7 @@ from ..data.tokenize import tokenize_dataset
 from ..errors import CheckpointError, ConfigError, ModelError
 from ..files import cache_root
 from ..losses import make_loss
+from ..memory import keep_freed_memory
 from ..model.head import check_head, find_head
 from ..model.layout import Layout, choose_layout
 from ..model.load import add_adapter, load_model, load_model_config, load_tokenizer
@@ -269,6 +270,8 @@ def _claim(config: TrainConfig) -> Path:
 def _device(config: TrainConfig) -> torch.device:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("WORLD_SIZE is above 1: several processes are not supported yet")
+    if run_device(config).type == "cpu":
+        keep_freed_memory()
     if config.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = config.tf32
     return run_device(config)
