@@ -103,7 +103,6 @@ ALONE: dict[str, dict[str, Any]] = {
     "phi3+longrope": _LLAMA
     | {"pad_token_id": 0, "rope_parameters": _LONGROPE, "original_max_position_embeddings": 10},
     "llama+dynamic": _LLAMA | {"max_position_embeddings": 10, "rope_parameters": _DYNAMIC},
-    "doge": _LLAMA,
 }
 """Architectures whose sequences change with their neighbours in a batch."""
 

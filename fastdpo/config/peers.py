@@ -51,6 +51,8 @@ PEER_KEYS: dict[str, PeerKey] = {
     ),
     "use_cache": PeerKey(False, "Training keeps no key-value cache."),
     "activation_offloading": PeerKey(False, "Use gradient_checkpointing to save memory."),
+    "activation_checkpointing": PeerKey(None, "Use gradient_checkpointing."),
+    "activation_checkpointing_kwargs": PeerKey(None, "Every layer is checkpointed."),
     "gradient_checkpointing_kwargs": PeerKey(
         None, "Every layer is checkpointed, without re-entrance.", also=({"use_reentrant": False},)
     ),
