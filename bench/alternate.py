@@ -16,24 +16,18 @@ from typing import Any
 from . import record
 
 CASES = {
-    "tiny-llama gsm8k": {"model": "tiny-llama", "data": "gsm8k", "per-step": 32, "steps": 4},
+    "tiny-llama gsm8k": {"model": "tiny-llama", "data": "gsm8k", "per-step": 8, "steps": 5},
     "tiny-llama dpo_en_demo": {
         "model": "tiny-llama",
         "data": "dpo_en_demo",
         "per-step": 4,
         "steps": 5,
     },
-    "smollm2-135m gsm8k": {
-        "model": "smollm2-135m",
-        "data": "gsm8k",
-        "per-step": 32,
-        "steps": 3,
-        "warm-up": 1,
-    },
+    "smollm2-135m gsm8k": {"model": "smollm2-135m", "data": "gsm8k", "per-step": 8, "steps": 5},
     "smollm2-135m dpo_en_demo": {
         "model": "smollm2-135m",
         "data": "dpo_en_demo",
-        "per-step": 8,
+        "per-step": 4,
         "steps": 3,
         "warm-up": 1,
     },
