@@ -125,28 +125,27 @@ def _reduce_block(
         z.mul_(head.softcap)
     if head.temperature != 1.0:
         z.div_(head.temperature)
-    target_logit = z.gather(1, target).squeeze(1) if {"lse", "mean_logit"} & stats.keys() else None
-    torch.log_softmax(z, -1, out=z)
-    stats["logprob"].copy_(z.gather(1, target).squeeze(1))
-    if target_logit is not None:
-        lse = target_logit - stats["logprob"]
-        if "lse" in stats:
-            stats["lse"].copy_(lse)
-        if "mean_logit" in stats:
-            torch.add(z.mean(-1), lse, out=stats["mean_logit"])
+    peak = z.amax(-1, keepdim=True)
+    z.sub_(peak)
+    target_logit = z.gather(1, target).squeeze(1)
     if "is_top1" in stats:
-        torch.ge(stats["logprob"], z.amax(-1), out=stats["is_top1"])
-    if {"entropy", "log_sum_sq_prob"} & stats.keys():
-        p = z.exp()
-        if "entropy" in stats:
-            torch.linalg.vecdot(p, z, out=stats["entropy"]).neg_()
-        if "log_sum_sq_prob" in stats:
-            torch.linalg.vecdot(p, p, out=stats["log_sum_sq_prob"]).log_()
-        if probs:
-            z.copy_(p)
-    elif probs:
-        z.exp_()
+        torch.ge(target_logit, 0, out=stats["is_top1"])
+    if "mean_logit" in stats:
+        torch.add(z.mean(-1), peak.squeeze(1), out=stats["mean_logit"])
+    apart = {"entropy", "log_sum_sq_prob"} & stats.keys()
+    e = z.exp() if apart else z.exp_()
+    # torch.sum adds in a cascade; log_softmax adds one after the other and drifts by 1e-5.
+    total = e.sum(-1)
+    log_total = total.log()
+    torch.sub(target_logit, log_total, out=stats["logprob"])
+    if "lse" in stats:
+        torch.add(log_total, peak.squeeze(1), out=stats["lse"])
+    if "entropy" in stats:
+        torch.sub(log_total, torch.linalg.vecdot(e, z) / total, out=stats["entropy"])
+    if "log_sum_sq_prob" in stats:
+        torch.sub(torch.linalg.vecdot(e, e).log(), 2 * log_total, out=stats["log_sum_sq_prob"])
     if probs:
+        torch.div(e, total.unsqueeze(1), out=z)
         z.scatter_add_(1, target, z.new_full(target.shape, -1.0))
         if slope is not None:
             z.mul_(slope)
