@@ -17,11 +17,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from . import models, record
 from .trainers import rows_of
 
 STEPS = 12
+QUIET: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
 def main() -> None:
@@ -37,16 +39,16 @@ def main() -> None:
         rows = rows_of("gsm8k", 2 * STEPS)
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         whole = Path(scratch) / "whole"
-        start = time.perf_counter()
-        subprocess.run(command(data, whole), check=True, capture_output=True)
+        process = subprocess.Popen(command(data, whole), **QUIET)
+        start = wait_for_checkpoint(process, whole)
+        process.wait()
         duration = time.perf_counter() - start
         expected = (whole / "model.safetensors").read_bytes()
         for trial in range(options.times):
             output = Path(scratch) / f"trial-{trial}"
-            after = rng.uniform(0.3, 0.95) * duration
-            process = subprocess.Popen(
-                command(data, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
+            after = rng.uniform(0.0, 0.9) * duration
+            process = subprocess.Popen(command(data, output), **QUIET)
+            wait_for_checkpoint(process, output)
             try:
                 process.wait(after)
             except subprocess.TimeoutExpired:
@@ -58,7 +60,7 @@ def main() -> None:
             equal = equal and same
             row = {
                 "trial": trial,
-                "killed_after_seconds": after,
+                "seconds_after_first_checkpoint": after,
                 "killed": process.returncode == -signal.SIGKILL,
                 "last_checkpoint": max(steps, default=None),
                 "steps": STEPS,
@@ -67,6 +69,13 @@ def main() -> None:
             results.add(**row)
             print(row, flush=True)
     sys.exit(0 if equal else 1)
+
+
+def wait_for_checkpoint(process: "subprocess.Popen[bytes]", output: Path) -> float:
+    """Return the time at which the first checkpoint is there."""
+    while not list(output.glob("checkpoint-*")) and process.poll() is None:
+        time.sleep(0.02)
+    return time.perf_counter()
 
 
 def command(data: Path, output: Path) -> list[str]:
