@@ -1,0 +1,74 @@
+"""The projection to the vocabulary, and what a device must offer to score through it.
+
+`Head` says what the logits are; `Tiles` is the interface between the regimes (`regimes.py`), which
+know what has to be computed when, and a device's way of computing it: `tiles.py` in plain PyTorch,
+`triton/` in fused kernels.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+OUTPUTS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_prob", "lse")
+WORKSPACE_MIB = 512
+
+Stats = dict[str, Tensor]
+"""Per-token results by name: "logprob", "lse" and any other of `OUTPUTS`, each (t,)."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A projection to the vocabulary: z = cap·tanh(scale·(x·Wᵀ + b)/cap) / temperature."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    temperature: float = 1.0
+
+    @property
+    def gradient_scale(self) -> float:
+        """d z / d (x·Wᵀ + b) without the soft cap's own factor."""
+        return self.logit_scale / self.temperature
+
+    def cast(self, dtype: torch.dtype) -> "Head":
+        """The same head with weight and bias detached and in `dtype`."""
+        bias = None if self.bias is None else self.bias.detach().to(dtype)
+        return replace(self, weight=self.weight.detach().to(dtype), bias=bias)
+
+
+class Tiles(ABC):
+    """Scores a few thousand tokens at a time through one head, on one device.
+
+    A tile is a (t, V) buffer E such that, for every token of it and every vocabulary entry,
+
+        ∂logp_t / ∂(x_t·Wᵀ + b)_v = −gradient_scale · row_scale_t · E_tv
+
+    so that a coefficient c_t per token touches (t, H) tensors only. Tokens whose target is negative
+    are ignored: their statistics and their `row_scale` are 0, and E is finite.
+    """
+
+    head: Head
+    rows: int
+    """How many tokens a tile may hold."""
+
+    @abstractmethod
+    def score(self, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> Stats:
+        """"logprob", "lse" and `outputs` of any number of tokens, 2TVH operations, no tile kept."""
+
+    @abstractmethod
+    def exponentials(
+        self, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...]
+    ) -> tuple[Tensor, Tensor, Stats]:
+        """A tile E (t, V), its `row_scale` (t,), and the same statistics as `score`, in one pass.
+
+        The tile is overwritten by the next call.
+        """
+
+    @abstractmethod
+    def probabilities(
+        self, hidden: Tensor, targets: Tensor, stats: Stats
+    ) -> tuple[Tensor, Tensor]:
+        """A tile and its `row_scale` once more, from the statistics that `score` gave."""
