@@ -104,6 +104,7 @@ def test_a_mapping_is_json_on_the_command_line():
         ("loss_weights: [1, 2]", "expected one weight for each entry of loss_type, 1, got 2"),
         ("loss_weights: [-1]", "loss_weights: expected a number of at least 0, got -1.0"),
         ("loss_weights: [0]", "loss_weights: expected at least one weight above 0"),
+        ("loss_type: exo_pair", "loss_type: exo_pair needs a label_smoothing above 0"),
         ("lr_scheduler_kwargs: [1]", "expected a mapping (JSON on the command line) or none"),
         ("lr_scheduler_kwargs: {a: 1}", "the linear schedule takes no options, not a"),
         ("lora_r: 0", "lora_r: expected a whole number of at least 1, got 0"),

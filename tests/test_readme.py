@@ -67,6 +67,12 @@ def test_our_own_keys_are_listed_with_their_defaults() -> None:
             assert shown[name] == f"`{yaml.safe_dump(default).split()[0]}`"
 
 
+def test_every_loss_is_listed() -> None:
+    listed = re.search(r"^- Losses: (.*?) and mixes", README, re.MULTILINE | re.DOTALL)
+    assert listed is not None
+    assert set(re.findall(r"`(\w+)`", listed[1])) == set(LOSSES)
+
+
 def test_commands_and_targets_exist() -> None:
     used = set(re.findall(r"fastdpo (\w+)", "\n".join(blocks(README, "sh"))))
     used |= set(re.findall(r"^\| `fastdpo (\w+)`", README, re.MULTILINE))

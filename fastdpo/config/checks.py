@@ -23,6 +23,10 @@ def check_together(config: "TrainConfig") -> None:
         )
     if config.loss_weights is not None and not any(config.loss_weights):
         raise config.error("loss_weights", "expected at least one weight above 0")
+    if "exo_pair" in config.loss_type and config.label_smoothing == 0:
+        raise config.error(
+            "loss_type", "exo_pair needs a label_smoothing above 0; its paper recommends 1e-3"
+        )
     _check_schedule(config)
     if config.resume_from_checkpoint and config.overwrite_output_dir:
         raise config.error(

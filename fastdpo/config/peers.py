@@ -102,7 +102,7 @@ PEER_KEYS: dict[str, PeerKey] = {
     "f_divergence_type": PeerKey("reverse_kl", _DIVERGENCE),
     "f_alpha_divergence_coef": PeerKey(0.5, _DIVERGENCE),
     "use_weighting": PeerKey(False, "WPO's weights are not available."),
-    "discopop_tau": PeerKey(0.05, "The discopop loss is not available."),
+    "discopop_tau": PeerKey(0.05, "The discopop loss keeps to its paper's 0.05."),
     "label_smoothing_factor": PeerKey(0.0, "Use label_smoothing."),
     # Training
     "fp16": PeerKey(False, "Use bf16: half precision would need a loss scale."),

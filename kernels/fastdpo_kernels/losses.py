@@ -14,6 +14,7 @@ it:
 It is then a valid `loss_type` of the trainer and of `linear_dpo_loss`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -122,6 +123,89 @@ def robust(pairs: Comparisons, *, beta: float, label_smoothing: float) -> Tensor
     (−(1 − ε)·log σ(β·margin) + ε·log σ(−β·margin)) / (1 − 2ε), shape (C,); ε = `label_smoothing` <
     0.5.
     """
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"robust: expected 0 <= label_smoothing < 0.5, got {label_smoothing}")
     logits = beta * pairs.margins
     clean = -(1 - label_smoothing) * logsigmoid(logits)
     return (clean + label_smoothing * logsigmoid(-logits)) / (1 - 2 * label_smoothing)
+
+
+@register_loss("exo_pair")
+def exo_pair(pairs: Comparisons, *, beta: float, label_smoothing: float) -> Tensor:
+    """EXO, Ji et al. 2024 (arXiv:2402.00856), eq. 16: the reverse KL divergence of the policy's
+    preference q = σ(β·margin) from labels of which a share ε is flipped:
+
+    q·(log q − log(1 − ε)) + (1 − q)·(log(1 − q) − log ε), shape (C,); 0 < ε = `label_smoothing` <
+    1, of which the paper recommends 1e-3.
+    """
+    if not 0 < label_smoothing < 1:
+        raise ValueError(f"exo_pair: expected 0 < label_smoothing < 1, got {label_smoothing}")
+    logits = beta * pairs.margins
+    agree = logits.sigmoid() * (logsigmoid(logits) - math.log1p(-label_smoothing))
+    return agree + (-logits).sigmoid() * (logsigmoid(-logits) - math.log(label_smoothing))
+
+
+@register_loss("nca_pair")
+def nca_pair(pairs: Comparisons, *, beta: float, label_smoothing: float) -> Tensor:
+    """NCA for pairs, Chen et al. 2024 (arXiv:2402.05369), on the rewards r = β·log-ratio:
+
+    −log σ(r_w) − ½·log σ(−r_w) − ½·log σ(−r_l), shape (C,).
+    """
+    chosen, rejected = beta * pairs.chosen_logratios, beta * pairs.rejected_logratios
+    return -logsigmoid(chosen) - 0.5 * (logsigmoid(-chosen) + logsigmoid(-rejected))
+
+
+@register_loss("bco_pair")
+def bco_pair(pairs: Comparisons, *, beta: float, label_smoothing: float) -> Tensor:
+    """BCO, Jung et al. 2024 (arXiv:2404.04656), without its running mean of the rewards r =
+    β·log-ratio:
+
+    −log σ(r_w) − log σ(−r_l), shape (C,).
+    """
+    return -logsigmoid(beta * pairs.chosen_logratios) - logsigmoid(-beta * pairs.rejected_logratios)
+
+
+@register_loss("sppo_hard")
+def sppo_hard(pairs: Comparisons, *, beta: float, label_smoothing: float) -> Tensor:
+    """SPPO, Wu et al. 2024 (arXiv:2405.00675), eq. 4.7 with winning probabilities of 1 and 0:
+
+    (log-ratio_w − 1/(2β))² + (log-ratio_l + 1/(2β))², shape (C,); β is 1/η of the paper.
+    """
+    shift = 0.5 / beta
+    return (pairs.chosen_logratios - shift) ** 2 + (pairs.rejected_logratios + shift) ** 2
+
+
+@register_loss("apo_zero")
+def apo_zero(pairs: Comparisons, *, beta: float, label_smoothing: float) -> Tensor:
+    """APO-zero, D'Oosterlinck et al. 2024 (arXiv:2408.06266), eq. 7, for chosen responses that are
+    better than the model's own, on the rewards r = β·log-ratio:
+
+    1 − σ(r_w) + σ(r_l), shape (C,).
+    """
+    chosen, rejected = beta * pairs.chosen_logratios, beta * pairs.rejected_logratios
+    return (-chosen).sigmoid() + rejected.sigmoid()
+
+
+@register_loss("apo_down")
+def apo_down(pairs: Comparisons, *, beta: float, label_smoothing: float) -> Tensor:
+    """APO-down, D'Oosterlinck et al. 2024 (arXiv:2408.06266), eq. 8, for chosen responses that are
+    worse than the model's own, on the rewards r = β·log-ratio:
+
+    σ(r_w) + 1 − σ(r_w − r_l), shape (C,).
+    """
+    return (beta * pairs.chosen_logratios).sigmoid() + (-beta * pairs.margins).sigmoid()
+
+
+@register_loss("discopop")
+def discopop(
+    pairs: Comparisons, *, beta: float, label_smoothing: float, tau: float = 0.05
+) -> Tensor:
+    """DiscoPOP's log-ratio modulated loss, Lu et al. 2024 (arXiv:2406.08414), eq. 5, on ρ =
+    β·margin:
+
+    −(1 − σ(ρ/τ))·log σ(ρ) + σ(ρ/τ)·exp(−ρ), shape (C,).
+    """
+    logits = beta * pairs.margins
+    # σ(ρ/τ)·exp(−ρ) as one exponential: of the two factors one may be 0 and the other infinite.
+    exponential = (logsigmoid(logits / tau) - logits).exp()
+    return exponential - (-logits / tau).sigmoid() * logsigmoid(logits)
