@@ -10,6 +10,7 @@ TEST = [
     "gguf>=0.17",
     "hatchling",
     "hypothesis",
+    'liger-kernel>=0.8.5,<0.9; platform_system == "Linux"',
     "pytest>=8",
     "pytest-benchmark",
     "trl==1.16.0",

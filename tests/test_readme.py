@@ -33,6 +33,13 @@ def test_the_example_of_the_kernels_runs() -> None:
     assert names["weight"].grad.abs().sum() > 0
 
 
+def test_the_imports_of_other_trainers_exist() -> None:
+    added = re.findall(r"^\+ (from .*)$", "\n".join(blocks(README, "diff")), re.MULTILINE)
+    names: dict[str, Any] = {}
+    exec("\n".join(added), names)
+    assert {"patch_trl", "LigerFusedLinearDPOLoss"} <= set(names)
+
+
 def test_the_example_of_a_loss_is_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = blocks(CONTRIBUTING, "python")
     monkeypatch.delitem(LOSSES, "my_loss", raising=False)

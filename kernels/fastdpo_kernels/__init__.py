@@ -2,10 +2,21 @@
 logits.
 
 Needs torch alone. `linear_logprob` gives the log-probability of given tokens, `linear_dpo_loss` the
-loss of packed preference comparisons together with its gradient.
+loss of packed preference comparisons together with its gradient. `LinearDPOLoss` and `patch_trl`
+put them into trainers that are written for Liger and into TRL.
 """
 
+from .integrations.liger import LinearDPOLoss
+from .integrations.trl import patch_trl
 from .losses import LOSSES, Comparisons, register_loss
 from .ops import linear_dpo_loss, linear_logprob
 
-__all__ = ["LOSSES", "Comparisons", "linear_dpo_loss", "linear_logprob", "register_loss"]
+__all__ = [
+    "LOSSES",
+    "Comparisons",
+    "LinearDPOLoss",
+    "linear_dpo_loss",
+    "linear_logprob",
+    "patch_trl",
+    "register_loss",
+]
