@@ -7,7 +7,9 @@ import math
 
 import pytest
 import torch
-from fastdpo_kernels import LOSSES, chunked, linear_dpo_loss, linear_logprob, register_loss
+from fastdpo_kernels import LOSSES, linear_dpo_loss, linear_logprob, register_loss, tiles
+from fastdpo_kernels.head import OUTPUTS
+from fastdpo_kernels.problem import Loss, Problem, whole_comparisons
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,16 +36,13 @@ def make(tokens, hidden=24, vocab=101, seed=0, bias=False, dtype=torch.float64, 
 
 @pytest.fixture(autouse=True)
 def poisoned_workspace(monkeypatch):
-    """Small tiles, so that everything is chunked, and NaN in every tile before it is written."""
-    monkeypatch.setattr(chunked, "_MAX_TILE_ROWS", 7)
-    monkeypatch.setattr(chunked, "_CACHE_BLOCK_BYTES", 3 * 101 * 8)
-    original = chunked._project
-
-    def poisoned(head, hidden, targets, tile, outputs, probs):
-        tile.fill_(math.nan)
-        return original(head, hidden, targets, tile, outputs, probs)
-
-    monkeypatch.setattr(chunked, "_project", poisoned)
+    """Small tiles, so that everything is cut, and NaN in every tile before it is written."""
+    monkeypatch.setattr(tiles, "_MAX_TILE_ROWS", 7)
+    monkeypatch.setattr(tiles, "_CACHE_BLOCK_BYTES", 3 * 101 * 8)
+    original = tiles.TorchTiles._workspace
+    monkeypatch.setattr(
+        tiles.TorchTiles, "_workspace", lambda self, size: original(self, size).fill_(math.nan)
+    )
 
 
 @pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
@@ -62,7 +61,7 @@ def test_logprob_matches_the_reference(options, tokens, train):
             leaves[1],
             y,
             leaves[2] if b is not None else None,
-            outputs=chunked.OUTPUTS,
+            outputs=OUTPUTS,
             backend=backend,
             **options,
         )
@@ -103,7 +102,7 @@ def test_dpo_loss_and_gradients_match_the_reference(loss_type, options):
             loss_type=loss_type,
             label_smoothing=0.1,
             comparison_weights=torch.linspace(0.1, 1, len(pairs), dtype=torch.float64),
-            outputs=chunked.OUTPUTS,
+            outputs=OUTPUTS,
             backend=backend,
             **options,
         )
@@ -121,7 +120,7 @@ def test_chunking_never_changes_the_result(responses, seed, rows):
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
     expected = linear_dpo_loss(x, w, y, ids, pairs, ref, backend="reference")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "_MAX_TILE_ROWS", rows)
+        patch.setattr(tiles, "_MAX_TILE_ROWS", rows)
         for perm in (slice(None), order):
             leaf = x[perm].clone().requires_grad_()
             loss, logps = linear_dpo_loss(leaf, w, y[perm], ids[perm], pairs, ref)
@@ -139,12 +138,13 @@ def test_chunking_never_changes_the_result(responses, seed, rows):
 
 def test_pieces_hold_whole_comparisons_and_cover_all_once():
     x, _, _, y, ids, pairs, ref = packed(25, 3)
-    problem = chunked.Problem(y, ids, pairs, ref, ref, ref, lambda pairs: pairs.margins)
-    pieces = list(chunked.whole_comparisons(problem, 20))
+    problem = Problem(y, ids, pairs, ref, ref, ref, Loss(lambda pairs: pairs.margins))
+    pieces = list(whole_comparisons(problem, 20))
     assert len(pieces) > 3
     assert [p.start for p, _ in pieces[1:]] == [p.stop for p, _ in pieces[:-1]]
     assert (pieces[0][0].start, pieces[-1][0].stop) == (0, len(x))
-    assert sorted(itertools.chain(*(c.tolist() for _, c in pieces))) == list(range(len(pairs)))
+    every = torch.arange(len(pairs))
+    assert sorted(itertools.chain(*(every[c].tolist() for _, c in pieces))) == every.tolist()
     for piece, chosen in pieces:
         inside = set(ids[piece].tolist())
         outside = set(ids.tolist()) - inside
@@ -234,17 +234,17 @@ def test_wrong_arguments_are_named(change, message):
 
 def test_unknown_loss_is_named():
     x, w, _, y, ids, pairs, ref = packed()
-    with pytest.raises(ValueError, match="'sigmoidal'; known: .*hinge.*sigmoid"):
+    with pytest.raises(ValueError, match=r"'sigmoidal'; known: .*hinge.*sigmoid"):
         linear_dpo_loss(x, w, y, ids, pairs, ref, loss_type="sigmoidal")
 
 
 def test_the_workspace_is_bounded_and_can_be_released():
-    chunked.release_workspace()
+    tiles.release_workspace()
     x, w, _, y = make(3000, vocab=4096, dtype=torch.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "_MAX_TILE_ROWS", 2048)
+        patch.setattr(tiles, "_MAX_TILE_ROWS", 2048)
         linear_logprob(x.requires_grad_(), w.requires_grad_(), y, workspace_mib=2).sum().backward()
-    (buffer,) = chunked._workspaces.values()
+    (buffer,) = tiles._workspaces.values()
     assert buffer.numel() * buffer.element_size() <= 2 << 20
-    chunked.release_workspace()
-    assert not chunked._workspaces
+    tiles.release_workspace()
+    assert not tiles._workspaces
