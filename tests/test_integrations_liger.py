@@ -1,5 +1,6 @@
 """`LinearDPOLoss` beside Liger's own class: loss, metrics and gradients."""
 
+import math
 import sys
 
 import pytest
@@ -214,6 +215,15 @@ def test_rows_without_labels_are_finite(options):
         assert all(torch.isfinite(v).all() for v in values.values())
         assert all(torch.isfinite(g).all() for g in gradients)
     assert all(g.abs().sum() == 0 for g in gradients)
+
+
+def test_a_policy_that_is_its_reference_has_rewards_of_zero():
+    """As a LoRA run's first step: rounding must not make a reward accuracy out of nothing."""
+    w, x, labels, b, *_ = batch()
+    values, gradients = called(LinearDPOLoss(), (w, x, labels, b, x, w, b))
+    assert not values["chosen_rewards"].any() and not values["rejected_rewards"].any()
+    assert values["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert gradients[0].any()
 
 
 def test_evaluation_needs_no_gradient():

@@ -186,12 +186,12 @@ class LinearDPOLoss(torch.nn.Module):
         weight: Tensor,
         bias: Tensor | None,
     ) -> Metrics:
-        half, dtype = hidden.shape[0] // 2, logps.dtype
+        half = hidden.shape[0] // 2
         nll = logps.new_zeros(())
         if self.compute_nll_loss:
             nll = -logps[:half].sum() / lengths[:half].sum().clamp(min=1)
         tokens = lengths.clamp(min=1) if self.average_log_prob else 1
-        rewards = (self.beta * (logps - ref) / tokens).to(dtype)
+        rewards = self.beta * (logps - ref.to(logps.dtype)) / tokens
         logps = logps / tokens
         chosen, rejected = _mean_logits(hidden, weight, bias)
         return (
