@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from fastdpo_kernels.ops import BACKENDS
+from fastdpo_kernels.backends import choose_backend as choose_head
 
 from ..config import TrainConfig
 from .backends import choose_backend
@@ -34,6 +34,6 @@ def attention_path(config: TrainConfig, model_config: Any = None) -> str:
 
 def head_path(config: TrainConfig) -> str:
     """What computes log-probabilities and their gradient, as "name: reason"."""
-    if "triton" in BACKENDS and run_device(config).type == "cuda":
+    if choose_head("auto", run_device(config)) == "triton":
         return "triton: fused kernels on a GPU"
     return f"torch: in pieces of at most {config.head_workspace_mib} MiB, no full logits"

@@ -67,6 +67,13 @@ class Scorer:
             lines.append(torch.nn.functional.pad(states, (0, 0, 0, ids.shape[1] - length)))
         return torch.cat(lines)
 
+    def _head_operands(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Hidden states and weight; the head computes in the dtype of the states."""
+        states, weight = self.scored_states(batch), effective_weight(self.head)
+        if weight is not self.head.weight:  # rounded to bf16, an adapter's update would vanish
+            states = states.to(torch.promote_types(states.dtype, weight.dtype))
+        return states, weight
+
     def _head_arguments(self) -> dict[str, Any]:
         return {
             "bias": self.head.bias,
@@ -78,10 +85,8 @@ class Scorer:
     @torch.no_grad()
     def token_logps(self, batch: Batch) -> Tensor:
         """Log-probability (T,) of every scored token, nats, fp32; no gradient."""
-        states = self.scored_states(batch)
-        return linear_logprob(
-            states, effective_weight(self.head), batch.targets, **self._head_arguments()
-        )
+        states, weight = self._head_operands(batch)
+        return linear_logprob(states, weight, batch.targets, **self._head_arguments())
 
     def response_logps(self, batch: Batch) -> Tensor:
         """Log-probability (R,) of every response, summed over tokens, nats, fp64; no gradient."""
@@ -100,10 +105,10 @@ class Scorer:
         """This batch's share of a step's mean loss, the responses' log-probabilities, and per-token
         statistics.
         """
-        states = self.scored_states(batch)
+        states, weight = self._head_operands(batch)
         loss, logps, *stats = linear_dpo_loss(
             states,
-            effective_weight(self.head),
+            weight,
             batch.targets,
             batch.response_ids,
             batch.comparisons,

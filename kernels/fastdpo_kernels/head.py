@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .problem import Chosen, Problem
+
 OUTPUTS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_prob", "lse")
 WORKSPACE_MIB = 512
 
@@ -56,7 +58,7 @@ class Tiles(ABC):
 
     @abstractmethod
     def score(self, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> Stats:
-        """"logprob", "lse" and `outputs` of any number of tokens, 2TVH operations, no tile kept."""
+        """ "logprob", "lse" and `outputs` of any number of tokens, 0 included: 2TVH operations."""
 
     @abstractmethod
     def exponentials(
@@ -68,7 +70,24 @@ class Tiles(ABC):
         """
 
     @abstractmethod
-    def probabilities(
-        self, hidden: Tensor, targets: Tensor, stats: Stats
-    ) -> tuple[Tensor, Tensor]:
+    def probabilities(self, hidden: Tensor, targets: Tensor, stats: Stats) -> tuple[Tensor, Tensor]:
         """A tile and its `row_scale` once more, from the statistics that `score` gave."""
+
+    def dpo_step(
+        self,
+        problem: Problem,
+        tokens: slice,
+        token_logps: Tensor,
+        logps: Tensor,
+        chosen: Chosen,
+        differentiate: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """From log-probabilities of tokens to the loss and the coefficient of every token.
+
+        Adds `token_logps` (t,) of the range `tokens` to the responses' `logps` (R,) fp64 in place;
+        returns the loss () fp64 of the comparisons `chosen`, all of whose tokens have been added
+        now, and with `differentiate` ∂loss/∂logp_t (t,) in the dtype of `token_logps`. The index
+        tensors of `problem` are on the tiles' device. An engine may do it in one kernel where
+        `problem.loss.name` is a loss that it knows.
+        """
+        return problem.step(tokens, token_logps, logps, chosen, differentiate)

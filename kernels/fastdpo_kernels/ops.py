@@ -1,18 +1,18 @@
-"""The public functions: shapes, checks and the choice of a backend; the work is in `chunked` and
-`reference`.
-"""
+"""The public functions: checks, defaults and shapes; the work is in `library` and `reference`."""
 
 from collections import namedtuple
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import chunked, reference
-from .losses import Comparisons, get_loss
-
-BACKENDS = ("auto", "torch", "reference")
+from . import library, reference
+from .backends import BACKENDS
+from .call import check_targets, wide
+from .head import OUTPUTS, WORKSPACE_MIB
+from .losses import Comparisons
+from .problem import Loss, Problem
 
 
 def linear_logprob(
@@ -27,7 +27,7 @@ def linear_logprob(
     ignore_index: int = -100,
     outputs: tuple[str, ...] = (),
     backend: str = "auto",
-    workspace_mib: int = chunked.WORKSPACE_MIB,
+    workspace_mib: int = WORKSPACE_MIB,
 ):
     """Log-probability of given tokens under a language-model head, without the (T, V) logits.
 
@@ -54,24 +54,27 @@ def linear_logprob(
         ValueError: shapes that do not fit, an unknown output or backend, a target outside the
             vocabulary.
     """
-    _check(hidden, weight, targets, bias, outputs, backend, ignore_index)
-    head = chunked.Head(weight, bias, softcap, logit_scale, temperature)
-    flat, shape = targets.reshape(-1), targets.shape
+    _check(hidden, weight, targets, bias, outputs, backend)
+    options = _head_options(hidden, weight, softcap, logit_scale, temperature, ignore_index)
     if backend == "reference":
-        stats = _reference_stats(hidden, head, targets, ignore_index)
+        stats = _reference_stats(hidden, weight, bias, targets, **options)
         values = [stats[name] for name in ("logprob", *outputs)]
     else:
-        valid = flat != ignore_index
-        index = None if bool(valid.all()) else valid.nonzero().squeeze(1)
-        x = hidden.reshape(-1, hidden.shape[-1])
-        scored, labels = (x, flat) if index is None else (x[index], flat[index])
-        values = list(
-            chunked.LinearLogprob.apply(scored, weight, bias, labels, head, outputs, workspace_mib)
+        needs = _needs(hidden, weight, bias)
+        flat = library.linear_logprob(
+            hidden.reshape(-1, hidden.shape[-1]),
+            weight,
+            bias,
+            targets.reshape(-1),
+            **options,
+            backend=backend,
+            workspace_mib=workspace_mib,
+            outputs=",".join(outputs),
+            keep_gradient=needs == [True, False, False],
         )
-        values = [_scatter(value, index, shape) for value in values]
-    if not outputs:
-        return values[0]
-    return namedtuple("LinearLogprob", ("logprob", *outputs))(*values)
+        stats = dict(zip(("logprob", *OUTPUTS), flat[:-1], strict=True))
+        values = [stats[name].view(targets.shape) for name in ("logprob", *outputs)]
+    return namedtuple("LinearLogprob", ("logprob", *outputs))(*values) if outputs else values[0]
 
 
 def linear_dpo_loss(
@@ -93,7 +96,7 @@ def linear_dpo_loss(
     backend: str = "auto",
     response_lengths: Tensor | None = None,
     outputs: tuple[str, ...] = (),
-    workspace_mib: int = chunked.WORKSPACE_MIB,
+    workspace_mib: int = WORKSPACE_MIB,
 ):
     """DPO's loss over packed responses and its gradient, in one pass over the head (6TVH
     operations).
@@ -124,68 +127,121 @@ def linear_dpo_loss(
     Raises:
         ValueError: as `linear_logprob`, and for an unknown loss.
     """
-    _check(hidden, weight, targets, bias, outputs, backend, ignore_index)
+    _check(hidden, weight, targets, bias, outputs, backend)
     if comparisons.ndim != 2 or comparisons.shape[1] != 2:
         raise ValueError(f"comparisons: expected (C, 2), got {tuple(comparisons.shape)}")
-    head = chunked.Head(weight, bias, softcap, logit_scale)
-    dtype = head.compute_dtype(hidden)
-    valid = targets != ignore_index
-    if response_lengths is None:
-        response_lengths = torch.zeros_like(ref_logps).index_add(
-            0, response_ids, valid.to(ref_logps.dtype)
-        )
-    if comparison_weights is None:
-        count = max(1, comparisons.shape[0])
-        comparison_weights = ref_logps.new_full((comparisons.shape[0],), 1.0 / count)
-    loss_function: Callable[[Comparisons], Tensor]
-    if isinstance(loss_type, str):
-        loss_function = partial(get_loss(loss_type), beta=beta, label_smoothing=label_smoothing)
-    else:
-        loss_function = loss_type
-    ref, lengths = ref_logps.double(), response_lengths.double()
-    weights = comparison_weights.double()
+    options = _head_options(hidden, weight, softcap, logit_scale, 1.0, ignore_index)
+    tensors = (targets, response_ids, comparisons, ref_logps, comparison_weights, response_lengths)
+    scalars = {"beta": beta, "label_smoothing": label_smoothing}
     if backend == "reference":
-        stats = _reference_stats(hidden, head, targets, ignore_index)
-        loss, logps = reference.dpo_loss(
-            stats["logprob"], response_ids, comparisons, ref, loss_function, weights, lengths
+        loss, logps, stats = _reference_loss(
+            hidden, weight, bias, *tensors, Loss.find(loss_type, **scalars), options
         )
-        loss, logps = loss.to(dtype), logps.to(dtype)
-        extra = [stats[name] for name in outputs]
     else:
-        index = None if bool(valid.all()) else valid.nonzero().squeeze(1)
-        if index is not None:
-            hidden, targets, response_ids = hidden[index], targets[index], response_ids[index]
-        problem = chunked.Problem(
-            targets, response_ids, comparisons, ref, lengths, weights, loss_function
+        options |= {"backend": backend, "workspace_mib": workspace_mib}
+        options |= {"outputs": ",".join(outputs), "needs": _needs(hidden, weight, bias)}
+        constants = [None if t is None else t.detach() for t in tensors]
+        call = library.linear_dpo_loss
+        if not isinstance(loss_type, str):  # a decorator would import the compiler with the package
+            call = torch.compiler.disable(_with_function)
+        loss, logps, *others = call(
+            hidden, weight, bias, *constants, loss_type=loss_type, **scalars, **options
         )
-        loss, logps, *extra = chunked.LinearDPOLoss.apply(
-            hidden, weight, bias, head, problem, outputs, workspace_mib
-        )
-        extra = [_scatter(value, index, valid.shape) for value in extra]
-    logps = logps.detach()
+        stats = dict(zip(OUTPUTS, others[: len(OUTPUTS)], strict=True))
     if not outputs:
         return loss, logps
-    return loss, logps, namedtuple("TokenStats", outputs)(*extra)
+    return loss, logps, namedtuple("TokenStats", outputs)(*(stats[name] for name in outputs))
 
 
-def _reference_stats(hidden: Tensor, head: chunked.Head, targets: Tensor, ignore_index: int):
-    dtype = head.compute_dtype(hidden)
-    bias = None if head.bias is None else head.bias.to(dtype)
-    logits = reference.logits_of(
-        hidden.to(dtype),
-        head.weight.to(dtype),
-        bias,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-        temperature=head.temperature,
+def _with_function(*tensors: Tensor | None, loss_type: Callable, **options: Any):
+    """The operator for a loss that is not registered."""
+    with library.named_loss(loss_type) as name:
+        return library.linear_dpo_loss(*tensors, loss_type=name, **options)
+
+
+def _needs(*tensors: Tensor | None) -> list[bool]:
+    enabled = torch.is_grad_enabled()
+    return [enabled and t is not None and t.requires_grad for t in tensors]
+
+
+def _head_options(
+    hidden: Tensor,
+    weight: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    ignore_index: int,
+) -> dict[str, Any]:
+    """What the operators want to know of a head, the dtype that it computes in included."""
+    device, dtype = hidden.device.type, hidden.dtype
+    if torch.float64 in (dtype, weight.dtype):
+        dtype = torch.float64
+    elif torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return {
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "temperature": temperature,
+        "ignore_index": ignore_index,
+        "dtype": dtype,
+    }
+
+
+def _reference_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    dtype: torch.dtype,
+    ignore_index: int,
+    **scalars: Any,
+) -> dict[str, Tensor]:
+    check_targets(targets, weight.shape[0], ignore_index)
+
+    def rounded(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype).to(wide(dtype))
+
+    b = None if bias is None else rounded(bias)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = reference.logits_of(rounded(hidden), rounded(weight), b, **scalars)
+        return reference.token_stats(logits, targets, ignore_index)
+
+
+def _reference_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    response_ids: Tensor,
+    comparisons: Tensor,
+    ref_logps: Tensor,
+    comparison_weights: Tensor | None,
+    response_lengths: Tensor | None,
+    loss: Loss,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    stats = _reference_stats(hidden, weight, bias, targets, **options)
+    problem = Problem.build(
+        targets.masked_fill(targets == options["ignore_index"], -1),
+        response_ids.to(targets.device),
+        comparisons.to(targets.device),
+        ref_logps,
+        comparison_weights,
+        response_lengths,
+        loss,
     )
-    return reference.token_stats(logits, targets, ignore_index)
-
-
-def _scatter(value: Tensor, index: Tensor | None, shape: torch.Size) -> Tensor:
-    if index is not None:
-        value = value.new_zeros(shape.numel()).index_copy(0, index, value)
-    return value.view(shape)
+    value, logps = reference.dpo_loss(
+        stats["logprob"],
+        problem.response_ids,
+        problem.comparisons,
+        problem.ref_logps,
+        loss.function,
+        problem.weights,
+        problem.response_lengths,
+    )
+    dtype = wide(options["dtype"])
+    return value.to(dtype), logps.detach().to(dtype), stats
 
 
 def _check(
@@ -195,13 +251,12 @@ def _check(
     bias: Tensor | None,
     outputs: tuple[str, ...],
     backend: str,
-    ignore_index: int,
 ) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
-    unknown = set(outputs) - set(chunked.OUTPUTS)
+    unknown = set(outputs) - set(OUTPUTS)
     if unknown:
-        raise ValueError(f"unknown outputs {sorted(unknown)}; known: {', '.join(chunked.OUTPUTS)}")
+        raise ValueError(f"unknown outputs {sorted(unknown)}; known: {', '.join(OUTPUTS)}")
     if hidden.shape[:-1] != targets.shape:
         raise ValueError(
             f"targets: expected shape {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}"
@@ -213,8 +268,3 @@ def _check(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if targets.device.type == "cpu" and targets.numel():
-        inside = (targets >= 0) & (targets < weight.shape[0]) | (targets == ignore_index)
-        if not bool(inside.all()):
-            worst = targets[~inside][0].item()
-            raise ValueError(f"targets: {worst} is outside the vocabulary of {weight.shape[0]}")

@@ -1,0 +1,90 @@
+"""What the operators of `library.py` begin and end with: engine, rounding, ignored tokens."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .backends import choose_backend, make_tiles
+from .head import OUTPUTS, Head, Stats, Tiles
+
+
+def check_targets(targets: Tensor, vocab: int, ignore_index: int) -> None:
+    """`ValueError` for a target outside the vocabulary, where looking costs no synchronisation."""
+    if targets.device.type != "cpu" or not targets.numel():
+        return
+    outside = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
+    if bool(outside.any()):
+        worst = targets[outside][0].item()
+        raise ValueError(f"targets: {worst} is outside the vocabulary of {vocab}")
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of results: fp32, or fp64 where the head computes in that."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the body of every operator begins with."""
+
+    tiles: Tiles
+    hidden: Tensor  # (t, H) scored tokens, in the dtype that the head computes in
+    targets: Tensor  # (t,), -1 where ignored
+    index: Tensor | None  # (t,) into all tokens, None if all are scored
+    count: int  # T
+
+    def take(self, values: Tensor) -> Tensor:
+        """Those of all tokens' values (T, ...) that are scored."""
+        if self.index is None:
+            return values
+        return values.index_select(0, self.index.to(values.device))
+
+    def spread(self, values: Tensor) -> Tensor:
+        """The values (t, ...) of scored tokens among zeros, (T, ...)."""
+        if self.index is None:
+            return values
+        zeros = values.new_zeros((self.count, *values.shape[1:]))
+        return zeros.index_copy_(0, self.index, values)
+
+    def outputs(self, stats: Stats, wanted: str) -> list[Tensor]:
+        """Every optional output in the order of `OUTPUTS`, empty where it is not asked for."""
+        names = wanted.split(",")
+        return [
+            self.spread(stats[name]) if name in names else empty(stats["logprob"], name)
+            for name in OUTPUTS
+        ]
+
+
+def empty(like: Tensor, name: str) -> Tensor:
+    """What stands for an output that is not asked for."""
+    return like.new_empty(0, dtype=torch.bool if name == "is_top1" else like.dtype)
+
+
+def begin(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    ignore_index: int,
+    dtype: torch.dtype,
+    backend: str,
+    workspace_mib: int,
+) -> Call:
+    """Choose the engine, round to `dtype`, and leave out ignored tokens where that is cheap."""
+    check_targets(targets, weight.shape[0], ignore_index)
+    head = Head(weight, bias, softcap, logit_scale, temperature).cast(dtype)
+    engine = choose_backend(backend, hidden.device, dtype, hidden.shape[-1])
+    tiles = make_tiles(engine, head, workspace_mib)
+    targets = targets.masked_fill(targets == ignore_index, -1)
+    index = None
+    if engine == "torch":  # counting costs a GPU a synchronisation, and saves it whole products
+        valid = targets >= 0
+        index = None if bool(valid.all()) else valid.nonzero().squeeze(1)
+    count = hidden.shape[0]
+    if index is not None:
+        hidden, targets = hidden.index_select(0, index), targets.index_select(0, index)
+    return Call(tiles, hidden.to(dtype).contiguous(), targets, index, count)

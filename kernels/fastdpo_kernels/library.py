@@ -1,0 +1,319 @@
+"""The regimes as operators of `torch.library`, opaque to compilers, with fake and autograd rules.
+
+Options are keyword-only, so that an autograd rule answers for tensors alone. Outputs that are not
+asked for are empty. A gradient that the forward forms is kept in its tensor's own dtype, but in
+fp32 for fp16: the scale of the loss, which keeps fp16 from underflowing, arrives later.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from . import regimes
+from .call import begin, wide
+from .head import OUTPUTS
+from .losses import Comparisons
+from .problem import Loss, Problem
+from .regimes import Dtypes, Needs
+
+_HEAD = (
+    "float? softcap, float logit_scale, float temperature, int ignore_index, ScalarType dtype, "
+    "str backend, int workspace_mib"
+)
+_OUTPUTS = ", ".join(f"Tensor {name}" for name in OUTPUTS)
+_GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
+
+_functions: dict[str, Callable[[Comparisons], Tensor]] = {}
+"""Losses that are not registered, under a name of their own while an operator uses them."""
+
+
+@contextmanager
+def named_loss(loss: str | Callable[[Comparisons], Tensor]) -> Iterator[str]:
+    """A name that the operators understand: the loss's own, or one that lasts as long as this."""
+    if isinstance(loss, str):
+        yield loss
+        return
+    name = f"<function {id(loss)}, {len(_functions)}>"
+    _functions[name] = loss
+    try:
+        yield name
+    finally:
+        del _functions[name]
+
+
+def _no_autocast(tensor: Tensor) -> torch.autocast:
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _kept_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Dtypes:
+    tensors = (hidden, weight, weight if bias is None else bias)
+    return Dtypes(*(torch.float32 if t.dtype == torch.float16 else t.dtype for t in tensors))
+
+
+def _or_empty(
+    gradients: Sequence[Tensor | None], like: Tensor, dtypes: Dtypes
+) -> tuple[Tensor, ...]:
+    """Gradients as an operator returns them."""
+    pairs = zip(gradients, dtypes, strict=True)
+    return tuple(like.new_empty(0, dtype=dtype) if g is None else g for g, dtype in pairs)
+
+
+def _fake_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    tensors = (hidden, weight, weight if bias is None else bias)
+    parts = zip(tensors, _kept_dtypes(*tensors), needs, strict=True)
+    return tuple(t.new_empty(t.shape if need else 0, dtype=dtype) for t, dtype, need in parts)
+
+
+def _fake_outputs(hidden: Tensor, dtype: torch.dtype, outputs: str) -> tuple[Tensor, ...]:
+    like = hidden.new_empty(hidden.shape[0], dtype=wide(dtype))
+    dtypes = [torch.bool if name == "is_top1" else like.dtype for name in OUTPUTS]
+    wanted = outputs.split(",")
+    return tuple(
+        like.new_empty(like.shape if name in wanted else 0, dtype=dtype)
+        for name, dtype in zip(OUTPUTS, dtypes, strict=True)
+    )
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that cannot be differentiated again: a clear error, never a missing term."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if g is None else g.view_as(g) for g in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(
+            "linear_logprob and linear_dpo_loss can be differentiated once, not twice"
+        )
+
+
+def _once(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    if not torch.is_grad_enabled():
+        return gradients
+    return _Once.apply(torch.empty(0, requires_grad=True), *gradients)
+
+
+def _multiplied(kept: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """kept·factor in the dtype of what it is the gradient of; in place if nobody asks again."""
+    plain = type(kept) is Tensor and type(factor) is Tensor  # not while a compiler looks on
+    if not plain or torch._C._autograd._get_current_graph_task_keep_graph():
+        return (kept * factor).to(dtype)
+    if factor.device.type == "cpu" and factor.ndim == 0 and factor.item() == 1.0:
+        return kept.to(dtype)
+    return kept.mul_(factor).to(dtype)
+
+
+# Log-probabilities of tokens ----------------------------------------------------------------------
+
+
+@custom_op(
+    "fastdpo_kernels::linear_logprob",
+    mutates_args=(),
+    schema=f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, *, {_HEAD}, str outputs, "
+    f"bool keep_gradient) -> (Tensor logprob, {_OUTPUTS}, Tensor grad_hidden)",
+)
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    outputs: str,
+    keep_gradient: bool,
+    **head: Any,
+) -> tuple[Tensor, ...]:
+    """Log-probabilities (T,), lse and `outputs`, and with `keep_gradient`, for a head without
+    gradient, ∂logp_t/∂x_t (T, H).
+    """
+    with _no_autocast(hidden):
+        call = begin(hidden, weight, bias, targets, **head)
+        dtype = _kept_dtypes(hidden, weight, bias).hidden
+        if keep_gradient:
+            stats, gradient = regimes.score_with_gradient(
+                call.tiles, call.hidden, call.targets, _names(outputs), dtype
+            )
+            gradient = call.spread(gradient)
+        else:
+            stats = call.tiles.score(call.hidden, call.targets, _names(outputs))
+            gradient = hidden.new_empty(0, dtype=dtype)
+        logprob = call.spread(stats["logprob"])
+        return logprob, *call.outputs(stats, outputs + ",lse"), gradient
+
+
+@linear_logprob.register_fake
+def _(hidden, weight, bias, targets, *, dtype, outputs, keep_gradient, **_):
+    logprob = hidden.new_empty(hidden.shape[0], dtype=wide(dtype))
+    gradient = _fake_gradients(hidden, weight, bias, (keep_gradient, False, False))[0]
+    return logprob, *_fake_outputs(hidden, dtype, outputs + ",lse"), gradient
+
+
+@custom_op(
+    "fastdpo_kernels::linear_logprob_backward",
+    mutates_args=(),
+    schema="(Tensor grad_logprob, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
+    f"Tensor logprob, Tensor lse, *, {_HEAD}, bool[] needs) -> ({_GRADIENTS})",
+)
+def linear_logprob_backward(
+    grad_logprob: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    logprob: Tensor,
+    lse: Tensor,
+    *,
+    needs: Sequence[bool],
+    **head: Any,
+) -> tuple[Tensor, ...]:
+    """Gradients of Σ grad_logprob_t·logp_t."""
+    with _no_autocast(hidden):
+        call = begin(hidden, weight, bias, targets, **head)
+        dtypes = Dtypes(hidden.dtype, weight.dtype, (weight if bias is None else bias).dtype)
+        stats = {"logprob": call.take(logprob), "lse": call.take(lse)}
+        coefficients = call.take(grad_logprob).to(logprob.dtype)
+        grad_hidden, *others = regimes.logprob_gradients(
+            call.tiles, call.hidden, call.targets, stats, coefficients, Needs(*needs), dtypes
+        )
+        if grad_hidden is not None:
+            grad_hidden = call.spread(grad_hidden)
+        return _or_empty((grad_hidden, *others), hidden, dtypes)
+
+
+@linear_logprob_backward.register_fake
+def _(grad_logprob, hidden, weight, bias, targets, logprob, lse, *, needs, **_):
+    parts = zip((hidden, weight, weight if bias is None else bias), needs, strict=True)
+    return tuple(t.new_empty(t.shape if need else 0) for t, need in parts)
+
+
+def _logprob_context(ctx, inputs, keyword_only_inputs, output):
+    hidden, weight, bias, targets = inputs
+    logprob, *others, grad_hidden = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*others, grad_hidden)
+    ctx.options, ctx.hidden_dtype = dict(keyword_only_inputs), hidden.dtype
+    del ctx.options["outputs"]
+    ctx.frozen = ctx.options.pop("keep_gradient")
+    lse = others[OUTPUTS.index("lse")]
+    saved = (grad_hidden,) if ctx.frozen else (hidden, weight, bias, targets, logprob, lse)
+    ctx.save_for_backward(*saved)
+
+
+def _logprob_gradients(ctx, grad_logprob, *_):
+    if grad_logprob is None:
+        return (None,) * 4
+    gradients: tuple[Tensor | None, ...]
+    with torch.no_grad():
+        if ctx.frozen:
+            (kept,) = ctx.saved_tensors
+            factor = grad_logprob.unsqueeze(1)
+            gradients = (_multiplied(kept, factor, ctx.hidden_dtype), None, None)
+        else:
+            needs = ctx.needs_input_grad[:3]
+            parts = linear_logprob_backward(
+                grad_logprob, *ctx.saved_tensors, **ctx.options, needs=needs
+            )
+            gradients = tuple(g if need else None for g, need in zip(parts, needs, strict=True))
+    return *_once(*gradients), None
+
+
+linear_logprob.register_autograd(_logprob_gradients, setup_context=_logprob_context)
+
+
+# The loss of comparisons --------------------------------------------------------------------------
+
+
+@custom_op(
+    "fastdpo_kernels::linear_dpo_loss",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor response_ids, "
+    "Tensor comparisons, Tensor ref_logps, Tensor? comparison_weights, Tensor? response_lengths, "
+    f"*, {_HEAD}, str outputs, str loss_type, float beta, float label_smoothing, bool[] needs) -> "
+    f"(Tensor loss, Tensor response_logps, {_OUTPUTS}, {_GRADIENTS})",
+)
+def linear_dpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    response_ids: Tensor,
+    comparisons: Tensor,
+    ref_logps: Tensor,
+    comparison_weights: Tensor | None,
+    response_lengths: Tensor | None,
+    *,
+    outputs: str,
+    loss_type: str,
+    beta: float,
+    label_smoothing: float,
+    needs: Sequence[bool],
+    **head: Any,
+) -> tuple[Tensor, ...]:
+    """Loss (), log-probabilities of responses (R,), `outputs` (T,) and the gradients of the loss
+    that are needed.
+    """
+    loss = Loss.find(_functions.get(loss_type, loss_type), beta, label_smoothing)
+    with _no_autocast(hidden):
+        call = begin(hidden, weight, bias, targets, **head)
+        problem = Problem.build(
+            call.targets,
+            call.take(response_ids),
+            comparisons,
+            ref_logps,
+            comparison_weights,
+            response_lengths,
+            loss,
+        )
+        dtypes = _kept_dtypes(hidden, weight, bias)
+        result = regimes.dpo_loss(
+            call.tiles, call.hidden, problem, _names(outputs), Needs(*needs), dtypes
+        )
+        grad_hidden, *others = result.gradients
+        if grad_hidden is not None:
+            grad_hidden = call.spread(grad_hidden)
+        dtype = wide(call.hidden.dtype)
+        return (
+            result.loss.to(dtype),
+            result.logps.to(dtype),
+            *call.outputs(result.stats, outputs),
+            *_or_empty((grad_hidden, *others), hidden, dtypes),
+        )
+
+
+@linear_dpo_loss.register_fake
+def _(hidden, weight, bias, targets, ids, pairs, ref, *_, dtype, outputs, needs, **__):
+    loss = hidden.new_empty((), dtype=wide(dtype))
+    logps = hidden.new_empty(ref.shape[0], dtype=wide(dtype))
+    gradients = _fake_gradients(hidden, weight, bias, needs)
+    return loss, logps, *_fake_outputs(hidden, dtype, outputs), *gradients
+
+
+def _dpo_context(ctx, inputs, keyword_only_inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.needs = keyword_only_inputs["needs"]
+    ctx.dtypes = [None if t is None else t.dtype for t in inputs[:3]]
+    ctx.save_for_backward(*output[-3:])
+
+
+def _dpo_gradients(ctx, grad_loss, *_):
+    gradients: list[Tensor | None] = [None] * 3
+    if grad_loss is not None:
+        with torch.no_grad(), _no_autocast(grad_loss):
+            for place, kept in enumerate(ctx.saved_tensors):
+                if ctx.needs[place]:
+                    gradients[place] = _multiplied(kept, grad_loss, ctx.dtypes[place])
+    return *_once(*gradients), *(None,) * 6
+
+
+linear_dpo_loss.register_autograd(_dpo_gradients, setup_context=_dpo_context)
+
+
+def _names(outputs: str) -> tuple[str, ...]:
+    return tuple(outputs.split(",")) if outputs else ()

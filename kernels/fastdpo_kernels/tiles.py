@@ -1,0 +1,178 @@
+"""Tiles in plain PyTorch, for the CPU and every other device.
+
+A tile is fp32 (fp64 for fp64) whatever dtype the head computes in: hidden states and weight are
+rounded to that, and everything after their product is as exact as the tile, because a
+log-probability is a difference of numbers that bf16 rounds by half a nat. After the product, a tile
+is worked on a few rows at a time, so that on a CPU all element-wise passes run in the cache.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .head import Head, Stats, Tiles
+from .products import mm
+
+_MAX_TILE_ROWS = 2048
+_CACHE_BLOCK_BYTES = 3 << 20
+_DEVICE_BLOCK_BYTES = 64 << 20
+_workspaces: dict[torch.dtype, Tensor] = {}
+
+
+def release_workspace() -> None:
+    """Free the tile that is kept between calls on the CPU (a fresh one costs more in page faults
+    than its product does).
+    """
+    _workspaces.clear()
+
+
+def _kept_workspace(size: int, dtype: torch.dtype) -> Tensor:
+    buffer = _workspaces.get(dtype)
+    if buffer is None or buffer.numel() < size:
+        _workspaces.pop(dtype, None)
+        buffer = _workspaces[dtype] = torch.empty(size, dtype=dtype)
+    return buffer[:size]
+
+
+def tile_rows(vocab: int, dtype: torch.dtype, workspace_mib: int) -> int:
+    """How many tokens a tile of at most `workspace_mib` MiB holds."""
+    return max(1, min(_MAX_TILE_ROWS, (workspace_mib << 20) // (vocab * dtype.itemsize)))
+
+
+class TorchTiles(Tiles):
+    """`Tiles` in plain PyTorch; `head` is in the dtype that the head computes in."""
+
+    def __init__(self, head: Head, workspace_mib: int) -> None:
+        weight = head.weight
+        self._operands = weight.dtype
+        self._dtype = torch.promote_types(weight.dtype, torch.float32)
+        # A GPU multiplies bf16 and accumulates in fp32; elsewhere the operands are widened once.
+        native = weight.is_cuda and weight.dtype == torch.bfloat16
+        self.head = head if native else head.cast(self._dtype)
+        self.rows = tile_rows(weight.shape[0], self._dtype, workspace_mib)
+        self._buffer: Tensor | None = None
+
+    def score(self, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> Stats:
+        stats = self._empty_stats(targets, outputs)
+        for start in range(0, targets.shape[0], self.rows):
+            some = slice(start, start + self.rows)
+            part = {name: value[some] for name, value in stats.items()}
+            self._reduce(hidden[some], targets[some], part, None)
+        return _without_ignored(stats, targets)
+
+    def exponentials(
+        self, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...]
+    ) -> tuple[Tensor, Tensor, Stats]:
+        stats = self._empty_stats(targets, outputs)
+        row_scale = hidden.new_empty(targets.shape, dtype=self._dtype)
+        tile = self._reduce(hidden, targets, stats, row_scale)
+        return tile, row_scale.masked_fill_(targets < 0, 0), _without_ignored(stats, targets)
+
+    def probabilities(self, hidden: Tensor, targets: Tensor, stats: Stats) -> tuple[Tensor, Tensor]:
+        ignored = targets < 0
+        logprob = stats["logprob"].masked_fill(ignored, -torch.inf).unsqueeze(1)
+        index = targets.clamp(min=0).unsqueeze(1)
+        tile = self._products(hidden)
+        for some in self._blocks(tile):
+            z, target = tile[some], index[some]
+            slope = self._finish_logits(z, slope=True)
+            # log p = (z − z_y) + log p_y: lse is too coarse a number where logits are large.
+            p = z.sub_(z.gather(1, target)).add_(logprob[some]).exp_()
+            p.scatter_(1, target, logprob[some].expm1())
+            if slope is not None:
+                p.mul_(slope)
+        return tile, torch.ones_like(stats["logprob"]).masked_fill_(ignored, 0)
+
+    def _empty_stats(self, targets: Tensor, outputs: tuple[str, ...]) -> Stats:
+        names = dict.fromkeys(("logprob", "lse", *outputs))
+        dtypes = {name: torch.bool if name == "is_top1" else self._dtype for name in names}
+        return {name: targets.new_empty(targets.shape, dtype=d) for name, d in dtypes.items()}
+
+    def _products(self, hidden: Tensor) -> Tensor:
+        """x·Wᵀ in the workspace, (t, V)."""
+        weight = self.head.weight
+        shape = hidden.shape[0], weight.shape[0]
+        tile = self._workspace(shape[0] * shape[1]).view(shape)
+        x = hidden.to(weight.dtype)
+        return mm(x, weight.T, self._dtype, operands=self._operands, out=tile)
+
+    def _workspace(self, size: int) -> Tensor:
+        if self.head.weight.device.type == "cpu":
+            return _kept_workspace(size, self._dtype)
+        if self._buffer is None or self._buffer.numel() < size:
+            self._buffer = None
+            self._buffer = self.head.weight.new_empty(size, dtype=self._dtype)
+        return self._buffer[:size]
+
+    def _blocks(self, tile: Tensor) -> Iterator[slice]:
+        limit = _CACHE_BLOCK_BYTES if tile.device.type == "cpu" else _DEVICE_BLOCK_BYTES
+        rows = max(1, limit // (tile.shape[1] * tile.element_size()))
+        for start in range(0, tile.shape[0], rows):
+            yield slice(start, start + rows)
+
+    def _reduce(
+        self, hidden: Tensor, targets: Tensor, stats: Stats, row_scale: Tensor | None
+    ) -> Tensor:
+        """Fill `stats`; with `row_scale`, fill it too and leave E in the tile."""
+        tile = self._products(hidden)
+        index = targets.clamp(min=0).unsqueeze(1)
+        for some in self._blocks(tile):
+            part = {name: value[some] for name, value in stats.items()}
+            scale = None if row_scale is None else row_scale[some]
+            self._reduce_block(tile[some], index[some], part, scale)
+        return tile
+
+    def _reduce_block(
+        self, z: Tensor, target: Tensor, stats: Stats, row_scale: Tensor | None
+    ) -> None:
+        slope = self._finish_logits(z, slope=row_scale is not None)
+        peak = z.amax(-1, keepdim=True)
+        target_logit = z.sub_(peak).gather(1, target)
+        if "is_top1" in stats:
+            torch.ge(target_logit.squeeze(1), 0, out=stats["is_top1"])
+        if "mean_logit" in stats:
+            torch.add(z.mean(-1), peak.squeeze(1), out=stats["mean_logit"])
+        apart = {"entropy", "log_sum_sq_prob"} & stats.keys()
+        e = z.exp() if apart else z.exp_()
+        moment = torch.linalg.vecdot(e, z) if "entropy" in stats else None
+        square = torch.linalg.vecdot(e, e) if "log_sum_sq_prob" in stats else None
+        # torch.sum adds in a cascade; log_softmax adds one after the other and drifts by 1e-5.
+        rest = e.scatter_(1, target, 0.0).sum(-1, keepdim=True)
+        total = rest + target_logit.exp()
+        log_total = total.log()
+        # As p → 1, log p is minus the sum of the other entries, which 1 + that sum would round off.
+        logprob = torch.where(target_logit == 0, -rest.log1p(), target_logit - log_total)
+        stats["logprob"].copy_(logprob.squeeze(1))
+        torch.add(log_total, peak, out=stats["lse"].unsqueeze(1))
+        if moment is not None:
+            torch.sub(log_total.squeeze(1), moment / total.squeeze(1), out=stats["entropy"])
+        if square is not None:
+            torch.sub(square.log(), 2 * log_total.squeeze(1), out=stats["log_sum_sq_prob"])
+        if row_scale is not None:
+            torch.reciprocal(total.squeeze(1), out=row_scale)
+            e.scatter_(1, target, -rest)
+            if slope is not None:
+                torch.mul(e, slope, out=z)
+            elif apart:
+                z.copy_(e)
+
+    def _finish_logits(self, z: Tensor, *, slope: bool) -> Tensor | None:
+        """From x·Wᵀ to logits, in place; with `slope`, the soft cap's derivative."""
+        head, factor = self.head, None
+        if head.bias is not None:
+            z.add_(head.bias)
+        if head.logit_scale != 1.0:
+            z.mul_(head.logit_scale)
+        if head.softcap is not None:
+            z.div_(head.softcap).tanh_()
+            factor = 1 - z * z if slope else None
+            z.mul_(head.softcap)
+        if head.temperature != 1.0:
+            z.div_(head.temperature)
+        return factor
+
+
+def _without_ignored(stats: Stats, targets: Tensor) -> Stats:
+    ignored = targets < 0
+    return {name: value.masked_fill_(ignored, 0) for name, value in stats.items()}
