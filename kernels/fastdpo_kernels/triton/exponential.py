@@ -1,0 +1,416 @@
+"""The anchored exponential: a tile of exp(z − a) in memory, from which both gradients are made.
+
+The anchor a_t of a token is its target's own logit, computed first (T·H work). One product then
+writes, block by block,
+
+    E_tv = exp(z_tv − a_t),      s_t = 1 + Σ_{v≠y} E_tv,      logp_t = −log s_t,
+
+with the sums in fp32 and without the target's column, so that log1p keeps logp exact as p → 1. No
+running maximum, no atomics, one order of summation. At the end the target's entry becomes
+−Σ_{v≠y} E_tv; then softmax − onehot = E/s, and a coefficient per token never touches the tile:
+
+    dX = (E·W)·r,      dW = Eᵀ·(X·r),      r_t = −c_t·scale/s_t.
+
+With a soft cap E also carries its slope 1 − tanh². A sum that reaches exp(clamp) flags its token:
+its log-sum-exp is then computed as in `score`, and its row of E once more with that as the anchor,
+which makes it softmax − onehot. A second pass over the same tokens does so for all of them. Both
+kernels look for flagged tokens on the device; where there are none they end at once.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..head import Head, Stats
+from .configs import Config, choose, choose_pointers, multiprocessors
+from .logits import (
+    block_position,
+    log1p,
+    logits_block,
+    prepare,
+    softcap_slope,
+    transform,
+)
+from .score import extras, score_into, unpack
+
+_GROUP = 16
+_MERGED = 32
+_CLAMP = 75.0
+_CLAMP_SQUARED = 40.0
+_NO_EXTRAS = {"HAS_ENTROPY": False, "HAS_SQUARES": False, "HAS_MEAN": False, "HAS_TOP1": False}
+
+
+@triton.jit
+def anchor_kernel(
+    x,
+    w,
+    bias,
+    targets,
+    anchor,
+    tokens,
+    vocab,
+    width,
+    stride_x,
+    stride_w,
+    scale,
+    softcap,
+    inv_temperature,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """anchor (tokens,): the target's logit; 0 where ignored, NaN for a target outside."""
+    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    target = tl.load(targets + rows, mask=rows < tokens, other=-1)
+    known = (target >= 0) & (target < vocab)
+    x_row = x + rows.to(tl.int64)[:, None] * stride_x
+    w_row = w + tl.where(known, target, 0).to(tl.int64)[:, None] * stride_w
+    acc = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
+    for start in range(0, width, BLOCK_H):
+        h = start + tl.arange(0, BLOCK_H)
+        read = known[:, None] & (h < width)[None, :]
+        a = tl.load(x_row + h[None, :], mask=read, other=0.0).to(tl.float32)
+        acc += a * tl.load(w_row + h[None, :], mask=read, other=0.0).to(tl.float32)
+    raw = tl.sum(acc, 1)
+    if HAS_BIAS:
+        raw += tl.load(bias + target, mask=known, other=0.0).to(tl.float32)
+    z = transform(raw, scale, softcap, inv_temperature, HAS_SOFTCAP)
+    z = tl.where(known, z, tl.where(target < 0, 0.0, float("nan")))
+    tl.store(anchor + rows, z, mask=rows < tokens)
+
+
+@triton.jit
+def exponential_kernel(
+    x,
+    w,
+    bias,
+    targets,
+    anchor,
+    entry,
+    tile,
+    partial,
+    tokens,
+    vocab,
+    width,
+    stride_x,
+    stride_w,
+    stride_tile,
+    scale,
+    softcap,
+    inv_temperature,
+    clamp,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    WHOLE_H: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SUMS: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_SQUARES: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    HAS_TOP1: tl.constexpr,
+    GROUP: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):
+    """tile (tokens, vocab) = E. With SUMS, partial (1 + extras, blocks, tokens): Σ E over v ≠ y;
+    then Σ z, max(z − a), Σ E·(z − a), Σ E². Without, the targets' entries come from `entry`.
+    """
+    row_blocks, col_blocks = tl.cdiv(tokens, BLOCK_T), tl.cdiv(vocab, BLOCK_V)
+    programs = tl.num_programs(0)
+    for program in tl.range(
+        tl.program_id(0), row_blocks * col_blocks, programs, flatten=PERSISTENT
+    ):
+        row_block, col_block = block_position(program, row_blocks, col_blocks, GROUP)
+        row, col = row_block * BLOCK_T, col_block * BLOCK_V
+        z = logits_block(
+            x, w, bias, row, col, tokens, vocab, width, stride_x, stride_w,
+            scale, softcap, inv_temperature,
+            BLOCK_T, BLOCK_V, BLOCK_H, WHOLE_H, HAS_BIAS, HAS_SOFTCAP, DESCRIPTORS, PRECISION,
+        )  # fmt: skip
+        rows = row + tl.arange(0, BLOCK_T)
+        cols = col + tl.arange(0, BLOCK_V)
+        kept = rows < tokens
+        target = tl.load(targets + rows, mask=kept, other=-1)
+        hit = cols[None, :] == target[:, None]
+        a = tl.load(anchor + rows, mask=kept, other=0.0)[:, None]
+        if SUMS:
+            other = (cols < vocab)[None, :] & (hit == 0)
+            out = partial + tl.cast(col_block, tl.int64) * tokens + rows
+            step = tl.cast(col_blocks, tl.int64) * tokens
+            # In this order, and from z each time, the sums need the fewest registers.
+            if HAS_MEAN:
+                tl.store(
+                    out + step, tl.sum(tl.where((cols < vocab)[None, :], z, 0.0), 1), mask=kept
+                )
+            if HAS_TOP1:
+                highest = tl.max(tl.where(other, z - a, -float("inf")), 1)
+                tl.store(out + (1 + HAS_MEAN) * step, highest, mask=kept)
+            e = tl.exp(tl.where(other, tl.minimum(z - a, clamp), -float("inf")))
+            tl.store(out, tl.sum(e, 1), mask=kept)
+            out += (1 + HAS_MEAN + HAS_TOP1) * step
+            if HAS_ENTROPY:
+                tl.store(out, tl.sum(e * tl.maximum(z - a, -1e4), 1), mask=kept)
+            if HAS_SQUARES:
+                tl.store(out + HAS_ENTROPY * step, tl.sum(e * e, 1), mask=kept)
+        else:
+            e = tl.exp(tl.minimum(z - a, clamp))
+            e = tl.where(hit, tl.load(entry + rows, mask=kept, other=0.0)[:, None], e)
+        if HAS_SOFTCAP:
+            e = e * softcap_slope(z, softcap, inv_temperature)
+        if DESCRIPTORS:
+            tile.store([row, col], e.to(tile.dtype))
+        else:
+            at = tile + rows.to(tl.int64)[:, None] * stride_tile + cols[None, :]
+            tl.store(at, e.to(tile.dtype.element_ty), mask=kept[:, None] & (cols < vocab)[None, :])
+
+
+@triton.jit
+def again_kernel(
+    x,
+    w,
+    bias,
+    targets,
+    anchor,
+    entry,
+    tile,
+    tokens,
+    vocab,
+    width,
+    stride_x,
+    stride_w,
+    stride_tile,
+    scale,
+    softcap,
+    inv_temperature,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    WHOLE_H: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """softmax − onehot into the rows of the tile whose target is not negative: the flagged ones.
+
+    Whether there are any is decided on the device, a block of rows at a time.
+    """
+    for row in range(0, tokens, BLOCK_T):
+        rows = row + tl.arange(0, BLOCK_T)
+        kept = rows < tokens
+        target = tl.load(targets + rows, mask=kept, other=-1)
+        if tl.max(target, 0) >= 0:
+            lse = tl.load(anchor + rows, mask=kept, other=0.0)
+            own = tl.load(entry + rows, mask=kept, other=0.0)
+            for col_block in range(tl.program_id(0), tl.cdiv(vocab, BLOCK_V), tl.num_programs(0)):
+                z = logits_block(
+                    x, w, bias, row, col_block * BLOCK_V, tokens, vocab, width, stride_x, stride_w,
+                    scale, softcap, inv_temperature,
+                    BLOCK_T, BLOCK_V, BLOCK_H, WHOLE_H, HAS_BIAS, HAS_SOFTCAP, DESCRIPTORS,
+                    PRECISION,
+                )  # fmt: skip
+                cols = col_block * BLOCK_V + tl.arange(0, BLOCK_V)
+                e = tl.exp(tl.minimum(z - lse[:, None], 0.0))
+                e = tl.where(cols[None, :] == target[:, None], own[:, None], e)
+                if HAS_SOFTCAP:
+                    e = e * softcap_slope(z, softcap, inv_temperature)
+                at = tile + rows.to(tl.int64)[:, None] * stride_tile + cols[None, :]
+                mask = (target >= 0)[:, None] & (cols < vocab)[None, :]
+                tl.store(at, e.to(tile.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def finish_kernel(
+    targets,
+    anchor,
+    flagged,
+    tile,
+    partial,
+    results,
+    row_scale,
+    tokens,
+    vocab,
+    blocks,
+    stride_tile,
+    softcap,
+    inv_temperature,
+    limit,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_SQUARES: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    HAS_TOP1: tl.constexpr,
+):
+    """From partial sums to results (6, tokens) as in `score`, row_scale (tokens,) = 1/s, and the
+    targets' entries of the tile. `flagged` gets the targets of the tokens that are over the clamp,
+    −1 for the others; the row scale of those is 1.
+    """
+    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    kept = rows < tokens
+    target = tl.load(targets + rows, mask=kept, other=-1)
+    lanes = tl.arange(0, BLOCK_S)
+    step = tl.cast(blocks, tl.int64) * tokens
+    rest = tl.zeros((BLOCK_T,), tl.float32)
+    peak = tl.full((BLOCK_T,), -float("inf"), tl.float32)
+    weighted = tl.zeros((BLOCK_T,), tl.float32)
+    squares = tl.zeros((BLOCK_T,), tl.float32)
+    plain = tl.zeros((BLOCK_T,), tl.float32)
+    for first in range(0, blocks, BLOCK_S):
+        at = partial + (first + lanes).to(tl.int64)[:, None] * tokens + rows[None, :]
+        read = (first + lanes < blocks)[:, None] & kept[None, :]
+        rest += tl.sum(tl.load(at, mask=read, other=0.0), 0)
+        if HAS_MEAN:
+            at += step
+            plain += tl.sum(tl.load(at, mask=read, other=0.0), 0)
+        if HAS_TOP1:
+            at += step
+            peak = tl.maximum(peak, tl.max(tl.load(at, mask=read, other=-float("inf")), 0))
+        if HAS_ENTROPY:
+            at += step
+            weighted += tl.sum(tl.load(at, mask=read, other=0.0), 0)
+        if HAS_SQUARES:
+            at += step
+            squares += tl.sum(tl.load(at, mask=read, other=0.0), 0)
+    z = tl.load(anchor + rows, mask=kept, other=0.0)
+    valid = target >= 0
+    over = valid & (rest >= limit)
+    s = 1.0 + rest
+    log_s = log1p(rest)
+    tl.store(flagged + rows, tl.where(over, target, -1), mask=kept)
+    scale = tl.where(over, 1.0, 1.0 / s)
+    tl.store(row_scale + rows, tl.where(valid, scale, 0.0), mask=kept)
+    hit = -rest
+    if HAS_SOFTCAP:
+        hit = hit * softcap_slope(z, softcap, inv_temperature)
+    at = tile + rows.to(tl.int64) * stride_tile + target
+    tl.store(at, hit.to(tile.dtype.element_ty), mask=kept & valid & (target < vocab))
+    out = results + rows
+    tl.store(out, tl.where(valid, -log_s, 0.0), mask=kept)
+    tl.store(out + tokens, tl.where(valid, z + log_s, 0.0), mask=kept)
+    if HAS_TOP1:
+        tl.store(out + 2 * tokens, (valid & (peak <= 0.0)).to(tl.float32), mask=kept)
+    if HAS_ENTROPY:
+        tl.store(out + 3 * tokens, tl.where(valid, log_s - weighted / s, 0.0), mask=kept)
+    if HAS_SQUARES:
+        collision = tl.log(squares + 1.0) - 2.0 * log_s
+        tl.store(out + 4 * tokens, tl.where(valid, collision, 0.0), mask=kept)
+    if HAS_MEAN:
+        tl.store(out + 5 * tokens, tl.where(valid, plain / vocab, 0.0), mask=kept)
+
+
+def exponentials(
+    head: Head,
+    hidden: Tensor,
+    targets: Tensor,
+    tile: Tensor,
+    outputs: tuple[str, ...],
+) -> tuple[Tensor, Stats]:
+    """Fill tile (t, V) with E; returns row_scale (t,) and the statistics of `Tiles.score`."""
+    tokens, vocab = tile.shape
+    config = choose(head, hidden, outputs)
+    flags = {**extras(outputs), "HAS_TOP1": "is_top1" in outputs}
+    clamp = _CLAMP_SQUARED if flags["HAS_SQUARES"] else _CLAMP
+    blocks = triton.cdiv(vocab, config.block_v)
+    anchor = anchors(head, hidden, targets)
+    flagged, row_scale = torch.empty_like(targets), torch.empty_like(anchor)
+    results = anchor.new_empty((6, tokens))
+    partial = anchor.new_empty((1 + sum(flags.values()), blocks, tokens))
+    _launch(head, hidden, targets, tile, config, anchor, anchor, partial, clamp, flags)
+    finish_kernel[(triton.cdiv(tokens, _MERGED),)](
+        targets, anchor, flagged, tile, partial, results, row_scale,
+        tokens, vocab, blocks, tile.stride(0), float(head.softcap or 1.0), 1.0 / head.temperature,
+        math.exp(clamp), BLOCK_T=_MERGED, BLOCK_S=32, HAS_SOFTCAP=head.softcap is not None, **flags,
+    )  # fmt: skip
+    score_into(results, head, hidden, flagged, outputs)
+    launch = prepare(head, hidden, choose_pointers(hidden))
+    again_kernel[(multiprocessors(hidden.device),)](
+        **launch,
+        targets=flagged,
+        anchor=results[1],
+        entry=torch.expm1(results[0]),
+        tile=tile,
+        stride_tile=tile.stride(0),
+    )
+    return row_scale, unpack(results, outputs)
+
+
+def probabilities(
+    head: Head, hidden: Tensor, targets: Tensor, tile: Tensor, stats: Stats
+) -> Tensor:
+    """Fill tile (t, V) with softmax − onehot from known statistics; returns row_scale (t,)."""
+    config = choose(head, hidden)
+    lse, entry = stats["lse"], torch.expm1(stats["logprob"])
+    _launch(head, hidden, targets, tile, config, lse, entry, lse, 0.0, None)
+    return (targets >= 0).to(lse.dtype)
+
+
+def _launch(
+    head: Head,
+    hidden: Tensor,
+    targets: Tensor,
+    tile: Tensor,
+    config: Config,
+    anchor: Tensor,
+    entry: Tensor,
+    partial: Tensor,
+    clamp: float,
+    flags: dict[str, bool] | None,
+) -> None:
+    """Run `exponential_kernel`; without `flags`, no sums."""
+    launch, cores = prepare(head, hidden, config), multiprocessors(hidden.device)
+    tokens, vocab = tile.shape
+    blocks = triton.cdiv(tokens, config.block_t) * triton.cdiv(vocab, config.block_v)
+    destination: Any = tile
+    if launch["DESCRIPTORS"]:
+        destination = TensorDescriptor.from_tensor(tile, [config.block_t, config.block_v])
+    exponential_kernel[(min(blocks, cores) if config.persistent else blocks,)](
+        **launch,
+        **(flags or _NO_EXTRAS),
+        targets=targets,
+        anchor=anchor,
+        entry=entry,
+        tile=destination,
+        partial=partial,
+        stride_tile=tile.stride(0),
+        clamp=clamp,
+        SUMS=flags is not None,
+        GROUP=_GROUP,
+        PERSISTENT=config.persistent,
+    )
+
+
+def anchors(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
+    """The logit (t,) of each target, fp32; 0 where ignored, NaN for a target outside."""
+    tokens, width = hidden.shape
+    result = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
+    anchor_kernel[(triton.cdiv(tokens, 8),)](
+        hidden,
+        head.weight,
+        head.weight if head.bias is None else head.bias,
+        targets,
+        result,
+        tokens,
+        head.weight.shape[0],
+        width,
+        hidden.stride(0),
+        head.weight.stride(0),
+        float(head.logit_scale),
+        float(head.softcap or 1.0),
+        1.0 / head.temperature,
+        BLOCK_T=8,
+        BLOCK_H=256,
+        HAS_BIAS=head.bias is not None,
+        HAS_SOFTCAP=head.softcap is not None,
+    )
+    return result
