@@ -165,12 +165,13 @@ def test_a_pair_is_never_torn_apart(monkeypatch):
     seen = {}
 
     def spy(hidden, weight, targets, response_ids, comparisons, *args, **kwargs):
-        seen.update(ids=response_ids.tolist(), pairs=comparisons.tolist())
+        seen.update(ids=response_ids.tolist(), pairs=comparisons.tolist(), **kwargs)
         return linear_dpo_loss(hidden, weight, targets, response_ids, comparisons, *args, **kwargs)
 
     monkeypatch.setattr(liger, "linear_dpo_loss", spy)
     arguments = batch()
     called(LinearDPOLoss(), arguments)
+    assert seen["loss_type"] == "sigmoid"
     assert seen["pairs"] == [[0, 3], [1, 4], [2, 5]]
     order = list(dict.fromkeys(seen["ids"]))
     assert order == [0, 3, 1, 4, 2, 5]

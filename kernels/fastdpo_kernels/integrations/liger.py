@@ -129,7 +129,9 @@ class LinearDPOLoss(torch.nn.Module):
             pairs,
             ref,
             bias,
+            beta=self.beta,
             loss_type=self._objective(half, int(counts[:half].sum())),
+            label_smoothing=self.label_smoothing,
             response_lengths=lengths.to(ref.dtype),
             backend=self.backend,
         )
@@ -166,9 +168,13 @@ class LinearDPOLoss(torch.nn.Module):
         logps = linear_logprob(_rows(hidden, index), weight, labels, bias, backend=self.backend)
         return ref.index_add_(0, index // target.shape[1], logps.double())
 
-    def _objective(self, pairs: int, chosen_tokens: int) -> Callable[[Comparisons], Tensor]:
-        """The loss of each comparison, such that their mean is Liger's loss of the batch."""
+    def _objective(self, pairs: int, chosen_tokens: int) -> str | Callable[[Comparisons], Tensor]:
+        """The loss of each comparison, such that their mean is Liger's loss of the batch; its name
+        where that says all, which spares `torch.compile` a graph break.
+        """
         share = self.alpha * pairs / max(1, chosen_tokens) if self.compute_nll_loss else 0.0
+        if not (share or self.average_log_prob or self._preference.keywords.keys() & {"tau"}):
+            return self.loss_type
 
         def objective(values: Comparisons) -> Tensor:
             loss = self._preference(_per_token(values) if self.average_log_prob else values)
