@@ -119,7 +119,7 @@ class LinearDPOLoss(torch.nn.Module):
         labels = target.reshape(-1).index_select(0, index)
         ref = self._reference(target, index, labels, ref_input, ref_weight, ref_bias)
         # On the host, where the head can see without waiting which tokens belong together.
-        pairs = torch.arange(2 * half).view(2, half).T
+        pairs = torch.arange(2 * half).view(2, half).T.contiguous()
         response_ids = pairs.reshape(-1).repeat_interleave(counts[pairs.reshape(-1)])
         loss, logps = linear_dpo_loss(
             _rows(_input, index),
