@@ -17,7 +17,9 @@ def _triton_tiles() -> Callable[[Head, int], Tiles] | None:
     """`TritonTiles`, or None without Triton; imported where it is first used, which takes time."""
     try:
         from .triton import TritonTiles
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "triton":
+            raise
         return None
     return TritonTiles
 

@@ -1,6 +1,7 @@
 """What the operators of `library.py` begin and end with: engine, rounding, ignored tokens."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,16 @@ def check_targets(targets: Tensor, vocab: int, ignore_index: int) -> None:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of results: fp32, or fp64 where the head computes in that."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def names(outputs: str) -> tuple[str, ...]:
+    """The optional outputs, which a schema takes as one string, comma between them."""
+    return tuple(name for name in outputs.split(",") if name)
+
+
+def no_autocast(tensor: Tensor) -> torch.autocast:
+    """The body of an operator rounds what it means to round."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 @dataclass(frozen=True)
@@ -49,9 +60,9 @@ class Call:
 
     def outputs(self, stats: Stats, wanted: str) -> list[Tensor]:
         """Every optional output in the order of `OUTPUTS`, empty where it is not asked for."""
-        names = wanted.split(",")
+        asked = names(wanted)
         return [
-            self.spread(stats[name]) if name in names else empty(stats["logprob"], name)
+            self.spread(stats[name]) if name in asked else empty(stats["logprob"], name)
             for name in OUTPUTS
         ]
 
@@ -88,3 +99,24 @@ def begin(
     if index is not None:
         hidden, targets = hidden.index_select(0, index), targets.index_select(0, index)
     return Call(tiles, hidden.to(dtype).contiguous(), targets, index, count)
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that cannot be differentiated again: a clear error, never a missing term."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if g is None else g.view_as(g) for g in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(
+            "linear_logprob and linear_dpo_loss can be differentiated once, not twice"
+        )
+
+
+def once(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients as a backward returns them, whether or not a graph is made of it."""
+    if not torch.is_grad_enabled():
+        return gradients
+    return _Once.apply(torch.empty(0, requires_grad=True), *gradients)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import regimes
-from .call import begin, wide
+from .call import begin, names, no_autocast, once, wide
 from .head import OUTPUTS
 from .losses import Comparisons
 from .problem import Loss, Problem
@@ -45,10 +45,6 @@ def named_loss(loss: str | Callable[[Comparisons], Tensor]) -> Iterator[str]:
         del _functions[name]
 
 
-def _no_autocast(tensor: Tensor) -> torch.autocast:
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
 def _kept_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Dtypes:
     tensors = (hidden, weight, weight if bias is None else bias)
     return Dtypes(*(torch.float32 if t.dtype == torch.float16 else t.dtype for t in tensors))
@@ -73,44 +69,11 @@ def _fake_gradients(
 def _fake_outputs(hidden: Tensor, dtype: torch.dtype, outputs: str) -> tuple[Tensor, ...]:
     like = hidden.new_empty(hidden.shape[0], dtype=wide(dtype))
     dtypes = [torch.bool if name == "is_top1" else like.dtype for name in OUTPUTS]
-    wanted = outputs.split(",")
+    wanted = names(outputs)
     return tuple(
         like.new_empty(like.shape if name in wanted else 0, dtype=dtype)
         for name, dtype in zip(OUTPUTS, dtypes, strict=True)
     )
-
-
-class _Once(torch.autograd.Function):
-    """Gradients that cannot be differentiated again: a clear error, never a missing term."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if g is None else g.view_as(g) for g in gradients)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> None:
-        raise RuntimeError(
-            "linear_logprob and linear_dpo_loss can be differentiated once, not twice"
-        )
-
-
-def _once(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    if not torch.is_grad_enabled():
-        return gradients
-    return _Once.apply(torch.empty(0, requires_grad=True), *gradients)
-
-
-def _multiplied(kept: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """kept·factor in the dtype of what it is the gradient of; in place if nobody asks again."""
-    plain = type(kept) is Tensor and type(factor) is Tensor  # not while a compiler looks on
-    if not plain or torch._C._autograd._get_current_graph_task_keep_graph():
-        return (kept * factor).to(dtype)
-    if factor.device.type == "cpu" and factor.ndim == 0 and factor.item() == 1.0:
-        return kept.to(dtype)
-    return kept.mul_(factor).to(dtype)
-
-
-# Log-probabilities of tokens ----------------------------------------------------------------------
 
 
 @custom_op(
@@ -132,16 +95,16 @@ def linear_logprob(
     """Log-probabilities (T,), lse and `outputs`, and with `keep_gradient`, for a head without
     gradient, ∂logp_t/∂x_t (T, H).
     """
-    with _no_autocast(hidden):
+    with no_autocast(hidden):
         call = begin(hidden, weight, bias, targets, **head)
         dtype = _kept_dtypes(hidden, weight, bias).hidden
         if keep_gradient:
             stats, gradient = regimes.score_with_gradient(
-                call.tiles, call.hidden, call.targets, _names(outputs), dtype
+                call.tiles, call.hidden, call.targets, names(outputs), dtype
             )
             gradient = call.spread(gradient)
         else:
-            stats = call.tiles.score(call.hidden, call.targets, _names(outputs))
+            stats = call.tiles.score(call.hidden, call.targets, names(outputs))
             gradient = hidden.new_empty(0, dtype=dtype)
         logprob = call.spread(stats["logprob"])
         return logprob, *call.outputs(stats, outputs + ",lse"), gradient
@@ -173,7 +136,7 @@ def linear_logprob_backward(
     **head: Any,
 ) -> tuple[Tensor, ...]:
     """Gradients of Σ grad_logprob_t·logp_t."""
-    with _no_autocast(hidden):
+    with no_autocast(hidden):
         call = begin(hidden, weight, bias, targets, **head)
         dtypes = Dtypes(hidden.dtype, weight.dtype, (weight if bias is None else bias).dtype)
         stats = {"logprob": call.take(logprob), "lse": call.take(lse)}
@@ -212,21 +175,18 @@ def _logprob_gradients(ctx, grad_logprob, *_):
     with torch.no_grad():
         if ctx.frozen:
             (kept,) = ctx.saved_tensors
-            factor = grad_logprob.unsqueeze(1)
-            gradients = (_multiplied(kept, factor, ctx.hidden_dtype), None, None)
+            gradient = kept * grad_logprob.unsqueeze(1)
+            gradients = (gradient.to(ctx.hidden_dtype), None, None)
         else:
             needs = ctx.needs_input_grad[:3]
             parts = linear_logprob_backward(
                 grad_logprob, *ctx.saved_tensors, **ctx.options, needs=needs
             )
             gradients = tuple(g if need else None for g, need in zip(parts, needs, strict=True))
-    return *_once(*gradients), None
+    return *once(*gradients), None
 
 
 linear_logprob.register_autograd(_logprob_gradients, setup_context=_logprob_context)
-
-
-# The loss of comparisons --------------------------------------------------------------------------
 
 
 @custom_op(
@@ -259,7 +219,7 @@ def linear_dpo_loss(
     that are needed.
     """
     loss = Loss.find(_functions.get(loss_type, loss_type), beta, label_smoothing)
-    with _no_autocast(hidden):
+    with no_autocast(hidden):
         call = begin(hidden, weight, bias, targets, **head)
         problem = Problem.build(
             call.targets,
@@ -272,7 +232,7 @@ def linear_dpo_loss(
         )
         dtypes = _kept_dtypes(hidden, weight, bias)
         result = regimes.dpo_loss(
-            call.tiles, call.hidden, problem, _names(outputs), Needs(*needs), dtypes
+            call.tiles, call.hidden, problem, names(outputs), Needs(*needs), dtypes
         )
         grad_hidden, *others = result.gradients
         if grad_hidden is not None:
@@ -294,6 +254,16 @@ def _(hidden, weight, bias, targets, ids, pairs, ref, *_, dtype, outputs, needs,
     return loss, logps, *_fake_outputs(hidden, dtype, outputs), *gradients
 
 
+def _times(kept: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """kept·factor as `dtype`; in place where nobody can ask again, for a (V, H) more or less."""
+    plain = type(kept) is Tensor and type(factor) is Tensor  # not while a compiler looks on
+    if not plain or torch._C._autograd._get_current_graph_task_keep_graph():
+        return (kept * factor).to(dtype)
+    if factor.device.type == "cpu" and factor.item() == 1.0:
+        return kept.to(dtype)
+    return kept.mul_(factor).to(dtype)
+
+
 def _dpo_context(ctx, inputs, keyword_only_inputs, output):
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
@@ -305,15 +275,11 @@ def _dpo_context(ctx, inputs, keyword_only_inputs, output):
 def _dpo_gradients(ctx, grad_loss, *_):
     gradients: list[Tensor | None] = [None] * 3
     if grad_loss is not None:
-        with torch.no_grad(), _no_autocast(grad_loss):
+        with torch.no_grad(), no_autocast(grad_loss):
             for place, kept in enumerate(ctx.saved_tensors):
                 if ctx.needs[place]:
-                    gradients[place] = _multiplied(kept, grad_loss, ctx.dtypes[place])
-    return *_once(*gradients), *(None,) * 6
+                    gradients[place] = _times(kept, grad_loss, ctx.dtypes[place])
+    return *once(*gradients), *(None,) * 6
 
 
 linear_dpo_loss.register_autograd(_dpo_gradients, setup_context=_dpo_context)
-
-
-def _names(outputs: str) -> tuple[str, ...]:
-    return tuple(outputs.split(",")) if outputs else ()

@@ -34,7 +34,8 @@ def linear_logprob(
     logp_t = z_t,y − log Σ_v exp z_tv with z = cap·tanh(scale·(x·Wᵀ + b)/cap) / temperature.
 
     Args:
-        hidden: (..., H), any floating dtype.
+        hidden: (..., H), any floating dtype: the one that the head computes in, unless autocast
+            is on or an input is fp64; weight and bias are rounded to it.
         weight: (V, H).
         targets: (...) int64 in [0, V) or `ignore_index`.
         bias: (V,) or None.
@@ -43,7 +44,9 @@ def linear_logprob(
         ignore_index: positions with this target give 0 and receive no gradient.
         outputs: any of "entropy" (nats), "mean_logit", "is_top1", "log_sum_sq_prob", "lse"; not
             differentiable.
-        backend: "auto", "torch" (chunked) or "reference" (full logits, for tests).
+        backend: "triton" (fused kernels: CUDA, or any device under `TRITON_INTERPRET=1`), "torch"
+            (the same in plain PyTorch, any device), "auto" (the first where it can, else the
+            second) or "reference" (full logits, for tests).
         workspace_mib: MiB that a tile of logits may take.
 
     Returns:
@@ -130,6 +133,9 @@ def linear_dpo_loss(
     _check(hidden, weight, targets, bias, outputs, backend)
     if comparisons.ndim != 2 or comparisons.shape[1] != 2:
         raise ValueError(f"comparisons: expected (C, 2), got {tuple(comparisons.shape)}")
+    if isinstance(loss_type, Loss) and loss_type.name is not None:
+        beta, label_smoothing = loss_type.beta, loss_type.label_smoothing
+        loss_type = loss_type.name
     options = _head_options(hidden, weight, softcap, logit_scale, 1.0, ignore_index)
     tensors = (targets, response_ids, comparisons, ref_logps, comparison_weights, response_lengths)
     scalars = {"beta": beta, "label_smoothing": label_smoothing}
@@ -200,7 +206,8 @@ def _reference_stats(
     check_targets(targets, weight.shape[0], ignore_index)
 
     def rounded(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype).to(wide(dtype))
+        exact = tensor.to(wide(dtype))  # its gradient is not rounded to `dtype` on the way back
+        return exact + (exact.to(dtype).to(exact.dtype) - exact).detach()
 
     b = None if bias is None else rounded(bias)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -236,7 +243,7 @@ def _reference_loss(
         problem.response_ids,
         problem.comparisons,
         problem.ref_logps,
-        loss.function,
+        loss,
         problem.weights,
         problem.response_lengths,
     )

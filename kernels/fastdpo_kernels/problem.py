@@ -22,8 +22,10 @@ Chosen = slice | Tensor
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of a comparison, (C,) from `Comparisons`; `name` is None for a function that is not
-    registered, and a kernel that knows the name may compute it from `beta` and `label_smoothing`.
+    """The loss of a comparison, a function from `Comparisons` to (C,).
+
+    `name` is None for one that is not registered; a kernel that knows the name may compute it from
+    `beta` and `label_smoothing`.
     """
 
     function: Callable[[Comparisons], Tensor]
@@ -31,11 +33,16 @@ class Loss:
     beta: float = 0.1
     label_smoothing: float = 0.0
 
+    def __call__(self, pairs: Comparisons) -> Tensor:
+        return self.function(pairs)
+
     @staticmethod
     def find(
         loss: str | Callable[[Comparisons], Tensor], beta: float, label_smoothing: float
     ) -> "Loss":
         """A registered loss by its name, or any function of `Comparisons`."""
+        if isinstance(loss, Loss):
+            return loss
         if not isinstance(loss, str):
             return Loss(loss)
         function = partial(get_loss(loss), beta=beta, label_smoothing=label_smoothing)
@@ -97,7 +104,7 @@ class Problem:
         win, lose = self.comparisons[chosen].unbind(1)
         ref, length = self.ref_logps, self.response_lengths
         pairs = Comparisons(logps[win], logps[lose], ref[win], ref[lose], length[win], length[lose])
-        return (self.weights[chosen] * self.loss.function(pairs)).sum()
+        return (self.weights[chosen] * self.loss(pairs)).sum()
 
     def step(
         self,

@@ -1,0 +1,376 @@
+"""The operators under torch's own machinery: opcheck, compilers, autocast, gradcheck, graphs used
+twice.
+"""
+
+import gc
+
+import pytest
+import torch
+from fastdpo_kernels import LOSSES, library, linear_dpo_loss, linear_logprob, tiles
+from fastdpo_kernels.head import OUTPUTS
+from fastdpo_kernels.problem import Problem
+from test_kernels import make, packed
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdpo.losses import make_loss
+
+NEEDS = [
+    (True, True, True),
+    (True, False, False),
+    (False, True, False),
+    (False, False, True),
+    (False, False, False),
+]
+HEAD = {
+    "softcap": None,
+    "logit_scale": 1.0,
+    "temperature": 1.0,
+    "ignore_index": -100,
+    "dtype": torch.float32,
+    "backend": "torch",
+    "workspace_mib": 1,
+}
+CAPPED = {"softcap": 4.0, "logit_scale": 1.3, "temperature": 0.7}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(tiles, "_MAX_TILE_ROWS", 7)
+
+
+def leaves(tensors, needs=(True, True, True)):
+    return [
+        None if t is None else t.clone().requires_grad_(need)
+        for t, need in zip(tensors, needs, strict=True)
+    ]
+
+
+def logprob_problem(dtype=torch.float32, tokens=20):
+    x, w, b, y = make(tokens, bias=True, dtype=dtype)
+    return (x, w, b), y
+
+
+def dpo_problem(dtype=torch.float32, **kwargs):
+    x, w, b, y, ids, pairs, ref = packed(bias=True, dtype=dtype, **kwargs)
+    return (x, w, b), (y, ids, pairs, ref.double())
+
+
+def gradients(loss, tensors, **kwargs):
+    wanted = [t for t in tensors if t is not None and t.requires_grad]
+    return torch.autograd.grad(loss, wanted, **kwargs)
+
+
+@pytest.mark.parametrize("head", [{}, CAPPED], ids=["plain", "capped"])
+@pytest.mark.parametrize("outputs", ["", "entropy,is_top1", ",".join(OUTPUTS)])
+@pytest.mark.parametrize("needs", NEEDS, ids=str)
+def test_opcheck_of_logprob(needs, outputs, head):
+    inputs, y = logprob_problem()
+    frozen = needs == (True, False, False)
+    options = HEAD | head | {"outputs": outputs, "keep_gradient": frozen}
+    torch.library.opcheck(library.linear_logprob, (*leaves(inputs, needs), y), options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("needs", NEEDS[:-1], ids=str)
+def test_opcheck_of_logprob_backward(needs, dtype):
+    inputs, y = logprob_problem(dtype)
+    logprob, lse = linear_logprob(inputs[0], inputs[1], y, inputs[2], outputs=("lse",))
+    arguments = (torch.ones_like(logprob), *inputs, y, logprob, lse)
+    options = HEAD | {"dtype": dtype, "needs": needs}
+    torch.library.opcheck(library.linear_logprob_backward, arguments, options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("extras", [False, True], ids=["defaults", "weights and lengths"])
+@pytest.mark.parametrize("needs", NEEDS, ids=str)
+def test_opcheck_of_dpo_loss(needs, extras, dtype):
+    inputs, rest = dpo_problem(dtype)
+    extra = (torch.rand(len(rest[2])), torch.ones(len(rest[3]))) if extras else (None, None)
+    options = HEAD | {"dtype": dtype, "outputs": "entropy" if extras else "", "needs": needs}
+    options |= {"loss_type": "sigmoid", "beta": 0.1, "label_smoothing": 0.1}
+    arguments = (*leaves(inputs, needs), *rest, *extra)
+    torch.library.opcheck(library.linear_dpo_loss, arguments, options)
+
+
+def logprob_and_loss(x, w, b, y, ids, pairs, ref):
+    """Both public functions, every output of theirs used."""
+    tokens = linear_logprob(x, w, y, b, softcap=5.0, outputs=("entropy", "is_top1"))
+    loss, logps, stats = linear_dpo_loss(x, w, y, ids, pairs, ref, b, outputs=("lse",))
+    total = (tokens.logprob * tokens.entropy.sin()).sum() + 3 * loss
+    return total, logps, stats.lse, tokens.is_top1
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_without_a_graph_break(backend):
+    inputs, rest = dpo_problem()
+    results = []
+    for function in (
+        logprob_and_loss,
+        torch.compile(logprob_and_loss, fullgraph=True, backend=backend),
+    ):
+        tensors = leaves(inputs)
+        loss, *others = function(*tensors, *rest)
+        results.append([loss, *others, *gradients(loss, tensors)])
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+
+
+def test_compiled_for_other_lengths_and_for_no_gradient():
+    compiled = torch.compile(logprob_and_loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for seed in range(3):
+        inputs, rest = dpo_problem(responses=7 + seed, seed=seed)
+        tensors = leaves(inputs)
+        expected, actual = (f(*tensors, *rest) for f in (logprob_and_loss, compiled))
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(
+            gradients(actual[0], tensors), gradients(expected[0], tensors), rtol=1e-5, atol=1e-6
+        )
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*tensors, *rest), expected)
+
+
+def test_a_function_as_loss_goes_past_the_compiler():
+    inputs, rest = dpo_problem()
+
+    def loss_of(x, w, b, *rest):
+        return linear_dpo_loss(x, w, *rest, b, loss_type=lambda pairs: -pairs.margins)[0] * 2
+
+    tensors = leaves(inputs)
+    compiled = torch.compile(loss_of, backend="aot_eager")(*tensors, *rest)
+    expected = loss_of(*tensors, *rest)
+    torch.testing.assert_close(compiled, expected)
+    torch.testing.assert_close(gradients(compiled, tensors), gradients(expected, tensors))
+    assert not library._functions
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_autocast_rounds_its_inputs(backend):
+    inputs, rest = dpo_problem()
+    tensors = leaves(inputs)
+    rounded = [t.bfloat16() for t in tensors]
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = linear_dpo_loss(*tensors[:2], *rest, tensors[2], backend=backend)
+        logprob = linear_logprob(*tensors[:2], rest[0], tensors[2], backend=backend)
+    expected = linear_dpo_loss(*rounded[:2], *rest, rounded[2], backend=backend)
+    expected_logprob = linear_logprob(*rounded[:2], rest[0], rounded[2], backend=backend)
+    assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1], expected[1])
+    assert torch.equal(logprob, expected_logprob) and logprob.dtype == torch.float32
+    for loss, other in ((ours[0], expected[0]), (logprob.sum(), expected_logprob.sum())):
+        for gradient, coarse in zip(
+            gradients(loss, tensors), gradients(other, tensors), strict=True
+        ):
+            assert gradient.dtype == torch.float32
+            torch.testing.assert_close(gradient, coarse, rtol=2**-8, atol=1e-6)
+        assert not torch.equal(gradient, coarse), "gradients are not rounded in between"
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_wider_weight_is_rounded_to_what_the_states_are(dtype, backend):
+    (x, w, b), rest = dpo_problem()
+    tensors = leaves((x.to(dtype), w, b))
+    loss, logps = linear_dpo_loss(*tensors[:2], *rest, tensors[2], backend=backend)
+    expected = linear_dpo_loss(x.to(dtype), w.to(dtype), *rest, b.to(dtype), backend=backend)
+    assert torch.equal(loss, expected[0]) and torch.equal(logps, expected[1])
+    assert logps.dtype == torch.float32
+    found = gradients(loss, tensors)
+    assert [g.dtype for g in found] == [dtype, torch.float32, torch.float32]
+    exact = leaves([t.to(dtype).double() for t in (x, w, b)])
+    value, _ = linear_dpo_loss(*exact[:2], *rest, exact[2], backend="reference")
+    for gradient, other in zip(found, gradients(value, exact), strict=True):
+        eps = max(torch.finfo(gradient.dtype).eps, 1e-5)
+        assert (gradient - other).norm() <= eps * other.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("needs", NEEDS[:-1], ids=str)
+def test_a_graph_that_is_kept_gives_the_same_gradients_twice(needs, dtype):
+    inputs, rest = dpo_problem(dtype)
+    tensors = leaves(inputs, needs)
+    weights = torch.linspace(-1, 2, len(rest[0]))
+    for value in (
+        5 * linear_dpo_loss(*tensors[:2], *rest, tensors[2])[0],
+        (weights * linear_logprob(*tensors[:2], rest[0], tensors[2])).sum(),
+    ):
+        first = gradients(value, tensors, retain_graph=True)
+        second = gradients(value, tensors, retain_graph=True)
+        first[0].add_(1)  # what was handed out is the caller's
+        third = gradients(value, tensors)
+        for a, b, c in zip(first[1:], second[1:], third[1:], strict=True):
+            assert torch.equal(a, b) and torch.equal(b, c)
+        assert torch.equal(second[0], third[0])
+        with pytest.raises(RuntimeError, match="second time"):
+            gradients(value, tensors)
+
+
+def test_the_scale_of_a_loss_keeps_fp16_from_underflowing():
+    inputs, rest = dpo_problem(torch.float16)
+    tensors = leaves(inputs)
+    tiny = torch.full((len(rest[2]),), 1e-6)
+    loss, _ = linear_dpo_loss(*tensors[:2], *rest, tensors[2], comparison_weights=tiny)
+    scaled = gradients(loss * 2**16, tensors)
+    exact = leaves([t.double() for t in inputs])
+    value, _ = linear_dpo_loss(
+        *exact[:2], *rest, exact[2], comparison_weights=tiny, backend="reference"
+    )
+    for gradient, other in zip(scaled, gradients(value * 2**16, exact), strict=True):
+        assert (gradient - other).norm() <= torch.finfo(torch.float16).eps * other.norm()
+
+
+@pytest.mark.parametrize("needs", NEEDS, ids=str)
+def test_gradients_of_some_inputs_only(needs):
+    inputs, rest = dpo_problem(torch.float64)
+    weights = torch.linspace(-1, 2, len(rest[0]), dtype=torch.float64)
+    for name in ("loss", "logprob"):
+        results = []
+        for backend in ("torch", "reference"):
+            x, w, b = tensors = leaves(inputs, needs)
+            if name == "loss":
+                value = linear_dpo_loss(x, w, *rest, b, backend=backend)[0]
+            else:
+                value = (linear_logprob(x, w, rest[0], b, backend=backend) * weights).sum()
+            assert value.requires_grad == any(needs)
+            results.append(gradients(value, tensors) if any(needs) else ())
+        torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the tensors of one shape that operators return; not those inside our own."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.names = shape, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        fresh = isinstance(result, torch.Tensor) and not any(
+            isinstance(a, torch.Tensor) and a.data_ptr() == result.data_ptr() for a in args
+        )
+        if fresh and result.shape == self.shape:
+            self.names.append(str(func))
+        return result
+
+
+def test_the_backward_of_the_loss_copies_no_gradient():
+    inputs, rest = dpo_problem()
+    x, w, b = leaves(inputs)
+    loss = 2 * linear_dpo_loss(x, w, *rest, b)[0]
+    with Allocations(w.shape) as seen:
+        loss.backward()
+    assert w.grad is not None and not seen.names
+
+
+def test_the_backward_of_an_unused_logprob_makes_no_zeros():
+    inputs, y = logprob_problem()
+    x, w, b = leaves(inputs)
+    tokens = linear_logprob(x, w, y, b, outputs=("entropy",))
+    assert not tokens.entropy.requires_grad
+    with Allocations(w.shape) as seen:
+        (tokens.logprob.sum() * 0 + x.sum()).backward()
+    assert len(seen.names) == 0 or all("empty" not in name for name in seen.names)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_nothing_is_formed(mode, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a tile was kept")
+
+    monkeypatch.setattr(tiles.TorchTiles, "exponentials", refuse)
+    inputs, rest = dpo_problem()
+    x, w, b = leaves(inputs)
+    with mode():
+        loss, logps = linear_dpo_loss(x, w, *rest, b)
+        logprob = linear_logprob(x, w, rest[0], b)
+    assert not (loss.requires_grad or logps.requires_grad or logprob.requires_grad)
+    expected = linear_dpo_loss(x, w, *rest, b, backend="reference")
+    torch.testing.assert_close((loss, logps), (expected[0].detach(), expected[1]))
+
+
+@pytest.mark.parametrize("needs", NEEDS[:-1], ids=str)
+def test_second_derivatives_are_refused(needs):
+    inputs, rest = dpo_problem()
+    tensors = leaves(inputs, needs)
+    for value in (
+        linear_dpo_loss(*tensors[:2], *rest, tensors[2])[0],
+        linear_logprob(*tensors[:2], rest[0], tensors[2]).sum(),
+    ):
+        first = gradients(value, tensors, create_graph=True)
+        with pytest.raises(RuntimeError, match="once, not twice"):
+            (value + sum(g.square().sum() for g in first)).backward()
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "logit_scale": 0.7}], ids=str)
+@pytest.mark.parametrize("needs", NEEDS[:-1], ids=str)
+def test_gradcheck(needs, options):
+    (x, w, b), (y, ids, pairs, ref) = dpo_problem(torch.float64, responses=3)
+    x, w, b = leaves((x[:, :3], w[:11, :3], b[:11]), needs)
+    y = y.remainder(11).where(y >= 0, -100)
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: linear_logprob(x, w, y, b, temperature=0.8, **options), (x, w, b)
+    )
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: linear_dpo_loss(x, w, y, ids, pairs % 3, ref, b, **options)[0], (x, w, b)
+    )
+
+
+def test_hooks_on_saved_tensors_are_honoured():
+    """What offloads activations: every saved tensor goes through the hooks, and comes back."""
+    inputs, rest = dpo_problem()
+    results = []
+    for copy in (lambda t: t, lambda t: t.clone()):
+        tensors = leaves(inputs)
+        with torch.autograd.graph.saved_tensors_hooks(copy, copy):
+            loss = 2 * linear_dpo_loss(*tensors[:2], *rest, tensors[2])[0]
+        results.append([loss, *gradients(loss, tensors)])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_a_checkpointed_head():
+    inputs, rest = dpo_problem()
+    x, w, b = tensors = leaves(inputs)
+    expected = linear_dpo_loss(x, w, *rest, b)[0]
+    loss = torch.utils.checkpoint.checkpoint(
+        lambda x: linear_dpo_loss(x, w, *rest, b)[0], x, use_reentrant=False
+    )
+    torch.testing.assert_close(
+        gradients(loss, tensors), gradients(expected, tensors), rtol=0, atol=0
+    )
+
+
+def test_a_registered_loss_is_known_by_its_name(monkeypatch):
+    """What a mix of one loss is for the trainer; engines look for names."""
+    inputs, rest = dpo_problem()
+    seen = []
+    step = Problem.step
+    monkeypatch.setattr(Problem, "step", lambda self, *a: seen.append(self.loss) or step(self, *a))
+    expected = linear_dpo_loss(*inputs[:2], *rest, loss_type="ipo", beta=0.3, label_smoothing=0.2)
+    loss = make_loss(["ipo"], beta=0.3, label_smoothing=0.2)
+    torch.testing.assert_close(linear_dpo_loss(*inputs[:2], *rest, loss_type=loss), expected)
+    half = make_loss(["ipo"], beta=0.3, loss_weights=[0.5])
+    torch.testing.assert_close(
+        linear_dpo_loss(*inputs[:2], *rest, loss_type=half)[0], expected[0] / 2
+    )
+    assert [(s.name, s.beta, s.label_smoothing) for s in seen[:2]] == [("ipo", 0.3, 0.2)] * 2
+    assert seen[2].name is None
+
+
+def test_a_function_as_loss_is_forgotten_after_an_error():
+    inputs, rest = dpo_problem()
+
+    def fails(pairs):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        linear_dpo_loss(*inputs[:2], *rest, loss_type=fails)
+    assert not library._functions and "fails" not in LOSSES
+
+
+def test_nothing_is_kept_after_the_backward():
+    inputs, rest = dpo_problem()
+    tensors = leaves(inputs)
+    linear_dpo_loss(*tensors[:2], *rest, tensors[2])[0].backward()
+    for t in tensors:
+        t.grad = None
+    gc.collect()
+    shape = inputs[1].shape
+    held = [o for o in gc.get_objects() if type(o) is torch.Tensor and o.shape == shape]
+    assert len(held) <= 3, "the weight, its leaf and nothing else"
