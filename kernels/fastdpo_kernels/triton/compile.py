@@ -31,7 +31,7 @@ TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTC"}
 """Prefix of the instruction that multiplies 16-bit operands; fp32 may take an older one."""
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_POINTERS = {"targets": "i64", "tile": None, "partial": "fp32", "anchor": "fp32", "entry": "fp32"}
+_POINTERS = {"targets": "i64", "tile": None, "partial": "fp32", "anchor": "fp32", "logprob": "fp32"}
 _POINTERS |= {"logit": "fp32", "results": "fp32", "row_scale": "fp32", "flags": "i32"}
 _FLOATS = ("scale", "softcap", "inv_temperature", "temperature", "clamp")
 

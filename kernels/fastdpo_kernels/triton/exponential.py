@@ -86,13 +86,20 @@ def anchor_kernel(
 
 
 @triton.jit
+def softmax_minus_onehot(z, anchor, logprob, hit):
+    """log p = (z − z_y) + log p_y: the log-sum-exp is too coarse where logits are large."""
+    p = tl.exp(tl.minimum(z - anchor + logprob[:, None], 0.0))
+    return tl.where(hit, p - 1.0, p)
+
+
+@triton.jit
 def exponential_kernel(
     x,
     w,
     bias,
     targets,
     anchor,
-    entry,
+    logprob,
     tile,
     partial,
     tokens,
@@ -122,7 +129,7 @@ def exponential_kernel(
     PERSISTENT: tl.constexpr,
 ):
     """tile (tokens, vocab) = E. With SUMS, partial (1 + extras, blocks, tokens): Σ E over v ≠ y;
-    then Σ z, max(z − a), Σ E·(z − a), Σ E². Without, the targets' entries come from `entry`.
+    then Σ z, max(z − a), Σ E·(z − a), Σ E². Without, E is softmax − onehot, from `logprob`.
     """
     row_blocks, col_blocks = tl.cdiv(tokens, BLOCK_T), tl.cdiv(vocab, BLOCK_V)
     programs = tl.num_programs(0)
@@ -162,8 +169,8 @@ def exponential_kernel(
             if HAS_SQUARES:
                 tl.store(out + HAS_ENTROPY * step, tl.sum(e * e, 1), mask=kept)
         else:
-            e = tl.exp(tl.minimum(z - a, clamp))
-            e = tl.where(hit, tl.load(entry + rows, mask=kept, other=0.0)[:, None], e)
+            known = tl.load(logprob + rows, mask=kept, other=0.0)
+            e = softmax_minus_onehot(z, a, known, hit)
         if HAS_SOFTCAP:
             e = e * softcap_slope(z, softcap, inv_temperature)
         if DESCRIPTORS:
@@ -180,7 +187,7 @@ def again_kernel(
     bias,
     targets,
     anchor,
-    entry,
+    logprob,
     tile,
     tokens,
     vocab,
@@ -209,8 +216,8 @@ def again_kernel(
         kept = rows < tokens
         target = tl.load(targets + rows, mask=kept, other=-1)
         if tl.max(target, 0) >= 0:
-            lse = tl.load(anchor + rows, mask=kept, other=0.0)
-            own = tl.load(entry + rows, mask=kept, other=0.0)
+            a = tl.load(anchor + rows, mask=kept, other=0.0)[:, None]
+            known = tl.load(logprob + rows, mask=kept, other=0.0)
             for col_block in range(tl.program_id(0), tl.cdiv(vocab, BLOCK_V), tl.num_programs(0)):
                 z = logits_block(
                     x, w, bias, row, col_block * BLOCK_V, tokens, vocab, width, stride_x, stride_w,
@@ -219,8 +226,7 @@ def again_kernel(
                     PRECISION,
                 )  # fmt: skip
                 cols = col_block * BLOCK_V + tl.arange(0, BLOCK_V)
-                e = tl.exp(tl.minimum(z - lse[:, None], 0.0))
-                e = tl.where(cols[None, :] == target[:, None], own[:, None], e)
+                e = softmax_minus_onehot(z, a, known, cols[None, :] == target[:, None])
                 if HAS_SOFTCAP:
                     e = e * softcap_slope(z, softcap, inv_temperature)
                 at = tile + rows.to(tl.int64)[:, None] * stride_tile + cols[None, :]
@@ -337,8 +343,8 @@ def exponentials(
     again_kernel[(multiprocessors(hidden.device),)](
         **launch,
         targets=flagged,
-        anchor=results[1],
-        entry=torch.expm1(results[0]),
+        anchor=anchor,
+        logprob=results[0],
         tile=tile,
         stride_tile=tile.stride(0),
     )
@@ -350,9 +356,9 @@ def probabilities(
 ) -> Tensor:
     """Fill tile (t, V) with softmax − onehot from known statistics; returns row_scale (t,)."""
     config = choose(head, hidden)
-    lse, entry = stats["lse"], torch.expm1(stats["logprob"])
-    _launch(head, hidden, targets, tile, config, lse, entry, lse, 0.0, None)
-    return (targets >= 0).to(lse.dtype)
+    anchor, logprob = anchors(head, hidden, targets), stats["logprob"]
+    _launch(head, hidden, targets, tile, config, anchor, logprob, anchor, 0.0, None)
+    return (targets >= 0).to(logprob.dtype)
 
 
 def _launch(
@@ -362,7 +368,7 @@ def _launch(
     tile: Tensor,
     config: Config,
     anchor: Tensor,
-    entry: Tensor,
+    logprob: Tensor,
     partial: Tensor,
     clamp: float,
     flags: dict[str, bool] | None,
@@ -379,7 +385,7 @@ def _launch(
         **(flags or _NO_EXTRAS),
         targets=targets,
         anchor=anchor,
-        entry=entry,
+        logprob=logprob,
         tile=destination,
         partial=partial,
         stride_tile=tile.stride(0),

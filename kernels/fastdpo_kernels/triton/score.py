@@ -191,12 +191,12 @@ def score(head: Head, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...])
 
 
 def unpack(results: Tensor, outputs: tuple[str, ...]) -> Stats:
-    """Statistics by name out of the rows that a merge kernel wrote."""
+    """Statistics by name, each in memory of its own, out of the rows that a kernel wrote."""
     rows = dict(zip(_ROWS, results.unbind(0), strict=True))
-    stats = {name: rows[name] for name in ("logprob", "lse", *outputs)}
-    if "is_top1" in stats:
-        stats["is_top1"] = stats["is_top1"] != 0
-    return stats
+    return {
+        name: rows[name] != 0 if name == "is_top1" else rows[name].clone()
+        for name in ("logprob", "lse", *outputs)
+    }
 
 
 _ROWS = ("logprob", "lse", "is_top1", "entropy", "log_sum_sq_prob", "mean_logit")

@@ -1,27 +1,38 @@
 """Tiles made by the fused kernels: what `regimes.py` calls on a GPU."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ..head import Head, Stats, Tiles
-from .exponential import exponentials, probabilities
+from ..problem import Chosen, Problem
+from . import exponential
+from .dpo_step import DERIVATIVES, add_response_sums, coefficients
 from .score import score
 
 _PITCH = 64
-"""The rows of a tile begin at multiples of so many elements, whatever the vocabulary is."""
+"""Rows of a tile begin at multiples of so many elements, as the copy engine needs it."""
+_ROWS = 128
+_SMALLEST_BLOCK = 64
+_PARTIAL_SUMS = 5
 
 
 class TritonTiles(Tiles):
-    """`Tiles` in Triton, for bf16, fp16 and fp32 heads; a tile has the head's dtype."""
+    """`Tiles` in Triton, for heads in bf16, fp16 and fp32; a tile has the head's dtype."""
 
     def __init__(self, head: Head, workspace_mib: int) -> None:
-        if head.weight.dtype == torch.float64:
+        weight = head.weight
+        if weight.dtype == torch.float64:
             raise ValueError('backend "triton" has no fp64; use "torch" or "reference"')
-        self.head = head
-        vocab = head.weight.shape[0]
-        pitch = -(-vocab // _PITCH) * _PITCH
-        self.rows = max(1, (workspace_mib << 20) // (pitch * head.weight.element_size()))
-        self._pitch = pitch
+        self.head = head if weight.stride(1) == 1 else replace(head, weight=weight.contiguous())
+        vocab, width = weight.shape
+        self._pitch = -(-vocab // _PITCH) * _PITCH
+        size = weight.element_size()
+        sums = 4 * _PARTIAL_SUMS * (vocab // _SMALLEST_BLOCK + 1)
+        row_bytes = self._pitch * size + sums + width * (4 + size)
+        rows = (workspace_mib << 20) // row_bytes
+        self.rows = max(1, rows if rows < 2 * _ROWS else rows // _ROWS * _ROWS)
         self._buffer: Tensor | None = None
 
     def score(self, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> Stats:
@@ -31,20 +42,46 @@ class TritonTiles(Tiles):
         self, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...]
     ) -> tuple[Tensor, Tensor, Stats]:
         if self.head.weight.dtype == torch.float16:
-            # fp16 cannot hold exp of more than 11 nats; the softmax itself, it can.
+            # fp16 ends at exp(11); a softmax it can hold.
             stats = self.score(hidden, targets, outputs)
             return *self.probabilities(hidden, targets, stats), stats
         tile = self._tile(hidden.shape[0])
-        row_scale, stats = exponentials(self.head, hidden, targets, tile, outputs)
+        row_scale, stats = exponential.exponentials(self.head, hidden, targets, tile, outputs)
         return tile, row_scale, stats
 
     def probabilities(self, hidden: Tensor, targets: Tensor, stats: Stats) -> tuple[Tensor, Tensor]:
         tile = self._tile(hidden.shape[0])
-        return tile, probabilities(self.head, hidden, targets, tile, stats)
+        return tile, exponential.probabilities(self.head, hidden, targets, tile, stats)
+
+    def dpo_step(
+        self,
+        problem: Problem,
+        tokens: slice,
+        token_logps: Tensor,
+        logps: Tensor,
+        chosen: Chosen,
+        differentiate: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        loss = problem.loss
+        if loss.name not in DERIVATIVES:
+            return super().dpo_step(problem, tokens, token_logps, logps, chosen, differentiate)
+        ids = problem.response_ids[tokens]
+        add_response_sums(logps, token_logps, ids)
+        value, gradient = coefficients(
+            logps,
+            problem.ref_logps,
+            problem.response_lengths,
+            problem.comparisons[chosen],
+            problem.weights[chosen],
+            loss_type=loss.name,
+            beta=loss.beta,
+            label_smoothing=loss.label_smoothing,
+        )
+        return value, gradient.to(token_logps.dtype)[ids] if differentiate else None
 
     def _tile(self, tokens: int) -> Tensor:
+        """(tokens, V) of the workspace, uninitialised."""
         if self._buffer is None or self._buffer.shape[0] < tokens:
             self._buffer = None
-            weight = self.head.weight
-            self._buffer = weight.new_empty((tokens, self._pitch))
+            self._buffer = self.head.weight.new_empty((tokens, self._pitch))
         return self._buffer[:tokens, : self.head.weight.shape[0]]
