@@ -4,45 +4,76 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "peft",
+    "datasets",
+)
 
 
 class Results:
-    """Appends rows to `bench/results/NAME.jsonl` as they come."""
+    """Appends rows to `NAME.jsonl` as they come: in bench/results, or in the folders that the
+    variable `FASTDPO_RESULTS` lists as a search path does.
+    """
 
-    def __init__(self, name: str, options: argparse.Namespace) -> None:
-        self.path = RESULTS / f"{name}.jsonl"
-        self.common = {**environment(), "options": vars(options)}
+    def __init__(
+        self, name: str, options: argparse.Namespace, device: "torch.device | None" = None
+    ) -> None:
+        folders = os.environ.get("FASTDPO_RESULTS", str(RESULTS)).split(os.pathsep)
+        self.paths = [Path(folder) / f"{name}.jsonl" for folder in folders]
+        self.common = {**environment(device), "options": vars(options)}
 
-    def add(self, **row: Any) -> None:
-        """Write one row."""
-        self.path.parent.mkdir(exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**row, **self.common}) + "\n")
+    def add(self, **row: Any) -> dict[str, Any]:
+        """Write one row; give it back whole."""
+        row = {**row, **self.common}
+        for path in self.paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, default=str) + "\n")
+        return row
 
 
-def environment() -> dict[str, Any]:
-    """Date, commit, command, device and versions."""
+def environment(device: "torch.device | None" = None) -> dict[str, Any]:
+    """Date, commit, command, device and versions.
+
+    Where the sources were copied without their repository, the variable `FASTDPO_COMMIT` says which
+    commit they are.
+    """
+    commit = _git("rev-parse", "--short", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": _git("rev-parse", "--short", "HEAD"),
-        "clean": not _git("status", "--porcelain", "--untracked-files=no"),
+        "commit": commit or os.environ.get("FASTDPO_COMMIT", ""),
+        "clean": not changed if commit else None,
         "command": " ".join(["python", *sys.orig_argv[1:]]),
-        "device": _cpu(),
+        "device": _cpu() if device is None or device.type == "cpu" else _cuda(device),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES},
     }
 
 
 def _git(*arguments: str) -> str:
-    result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent)
+    command = ["git", *arguments]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent)
+    except FileNotFoundError:
+        return ""
     return result.stdout.strip()
 
 
@@ -51,6 +82,16 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _cuda(device: "torch.device") -> str:
+    import torch
+
+    properties = torch.cuda.get_device_properties(device)
+    return (
+        f"{properties.name}, {properties.total_memory >> 30} GiB, "
+        f"{properties.multi_processor_count} multiprocessors, CUDA {torch.version.cuda}"
+    )
 
 
 def _cpu() -> str:

@@ -1,0 +1,224 @@
+"""Time, memory and error of a head in every regime: ours, its peers, and the bare products.
+
+    python -m bench.heads --device cuda --heads llama-3.1-8b --tokens 16384 --regimes dpo
+
+All providers of a case get the same inputs (`head_cases`) and take turns, A B A B, in one process.
+Every one has been called three times before the first repetition counts. CUDA is timed by events, a
+CPU by the clock. Gradients are fresh tensors in each call, as in training, and so, on a CPU, are
+their page faults; only the bare products write to buffers made before.
+
+Memory is what one call adds to what was there: on CUDA the allocator's peak, on a CPU the peak of
+the allocations that PyTorch's profiler sees, temporaries inside an operation included (the
+process's own peak would be that of the largest provider before). `workspace_mib` is that peak
+without the returned gradients. Errors are against fp64, see `Problem.errors`.
+
+Rows go to bench/results/heads-<device>.jsonl, one a repetition; a provider that cannot be
+imported, lacks the regime or runs out of memory is a row that says so.
+"""
+
+import argparse
+import itertools
+import re
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import head_table, record
+from .head_cases import HEADS, REGIMES, Inputs, Problem
+from .head_providers import PROVIDERS, Output, Provider, Step, configured, release
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEFAULTS = {
+    "heads": "cpu",
+    "regimes": "no_grad,frozen,trainable,dpo",
+    "providers": "fastdpo,products,trl,liger,cce,naive",
+}
+Case = dict[str, Any]
+
+
+def call(step: Step) -> tuple[Output, tuple[Tensor, ...]]:
+    """One forward and backward."""
+    output = step.forward()
+    return output, step.backward(output)
+
+
+def clock(step: Step, device: torch.device) -> tuple[float, float]:
+    """Seconds of a forward, and of a forward and a backward together."""
+    if device.type == "cuda":
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        events[0].record()
+        output = step.forward()
+        events[1].record()
+        gradients = step.backward(output)
+        events[2].record()
+        torch.cuda.synchronize(device)
+        del gradients
+        return events[0].elapsed_time(events[1]) / 1e3, events[0].elapsed_time(events[2]) / 1e3
+    start = time.perf_counter()
+    output = step.forward()
+    middle = time.perf_counter()
+    gradients = step.backward(output)
+    end = time.perf_counter()
+    del gradients
+    return middle - start, end - start
+
+
+def peak_bytes(function: Callable[[], Any], device: torch.device) -> tuple[int, Any]:
+    """The most that `function` has allocated at one time, and its result."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        result = function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before, result
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        result = function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak, result
+
+
+def _tensors(output: Output, gradients: tuple[Tensor, ...]) -> list[Tensor]:
+    return [tensor for tensor in (*output, *gradients) if tensor is not None]
+
+
+def examine(problem: Problem, build: Provider) -> Case:
+    """Memory, errors, and whether two calls give the same bits."""
+    step = build(problem)
+    first = call(step)
+    release()
+    peak, (output, gradients) = peak_bytes(lambda: call(step), problem.inputs.weight.device)
+    held = sum(g.numel() * g.element_size() for g in gradients)
+    found: Case = {
+        "peak_mib": peak / 2**20,
+        "gradient_mib": held / 2**20,
+        "workspace_mib": (peak - held) / 2**20,
+        "deterministic": all(map(torch.equal, _tensors(*first), _tensors(output, gradients))),
+    }
+    if problem.regime.dpo and output.value.ndim == 0:
+        found["loss"] = output.value.item()
+    if output.logps is not None:
+        if gradients and problem.regime.hidden:
+            gradients = (step.in_order(gradients[0]), *gradients[1:])
+        found |= problem.errors(output.logps.detach(), gradients)
+    return found
+
+
+def run_case(
+    problem: Problem, providers: dict[str, Provider], repeats: int, write: Callable[..., None]
+) -> None:
+    """Examine every provider, then let them take turns; `write` gets each row as it comes."""
+    device = problem.inputs.weight.device
+
+    def attempt(name: str, function: Callable[[], Any]) -> Any:
+        try:
+            return function()
+        except Exception as error:
+            reason = (str(error).strip() or "-").splitlines()[0][:200].replace("|", "/")
+            write(provider=name, error=f"{type(error).__name__}: {reason}")
+        # Not before the error is gone: its frames hold the tensors.
+        release()
+        return None
+
+    def warm(name: str) -> Step:
+        step = providers[name](problem)
+        call(step)
+        return step
+
+    facts, steps = {}, {}
+    for name, build in providers.items():
+        facts[name] = attempt(name, partial(examine, problem, build))
+        release()
+    for name in (name for name, found in facts.items() if found):
+        steps[name] = attempt(name, partial(warm, name))
+    for repetition in range(repeats):
+        for name in [name for name, step in steps.items() if step]:
+            times = attempt(name, partial(clock, steps[name], device))
+            if times is None:
+                steps[name] = None
+            else:
+                times = {"forward_s": times[0], "total_s": times[1]}
+                write(provider=name, repetition=repetition, **times, **facts[name])
+
+
+def file_name(device: torch.device) -> str:
+    """heads-cpu, heads-h100, ..."""
+    if device.type == "cpu":
+        return "heads-cpu"
+    words = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).split("-")
+    short = [word for word in words if re.fullmatch(r"[a-z]+[0-9]+[a-z]?", word)]
+    return "heads-" + (short[0] if short else "-".join(words))
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    known = {"heads": list(HEADS), "regimes": list(REGIMES), "providers": list(PROVIDERS)}
+    for name, default in DEFAULTS.items():
+        listed = f"of {','.join(known[name])}; default {default}"
+        parser.add_argument(f"--{name}", default=default, metavar="A,B", help=listed)
+    parser.add_argument("--tokens", default="2048", metavar="A,B")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: fp32 on a CPU, else bf16")
+    parser.add_argument("--workspace-mib", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--configs", action="store_true", help="every configuration of the fused kernels besides"
+    )
+    options = parser.parse_args(arguments)
+    for name, names in known.items():
+        chosen = getattr(options, name).split(",")
+        setattr(options, name, chosen)
+        if set(chosen) - set(names):
+            parser.error(f"--{name}: unknown {', '.join(sorted(set(chosen) - set(names)))}")
+    options.tokens = [int(tokens) for tokens in options.tokens.split(",")]
+    options.dtype = options.dtype or ("fp32" if options.device == "cpu" else "bf16")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the cases, write rows, print the table."""
+    options = parse(arguments)
+    device, dtype, rows = torch.device(options.device), DTYPES[options.dtype], []
+    results = record.Results(file_name(device), options, device)
+    for head, tokens in itertools.product(options.heads, options.tokens):
+        providers = {name: PROVIDERS[name] for name in options.providers}
+        inputs = Inputs.make(head, tokens, dtype, device)
+        if options.configs:
+            providers |= configured(inputs)
+        for regime in options.regimes:
+            problem = Problem.make(inputs, REGIMES[regime], options.workspace_mib)
+            case = {
+                "head": head,
+                "vocab": HEADS[head][0],
+                "hidden": HEADS[head][1],
+                "tokens": tokens,
+                "regime": regime,
+                "dtype": options.dtype,
+                "response_tokens": problem.response_tokens,
+                "workspace_limit_mib": problem.workspace_mib,
+            }
+
+            def write(case: Case = case, **row: Any) -> None:
+                rows.append(results.add(case=case, **row))
+
+            run_case(problem, providers, options.repeats, write)
+            print(f"done: {regime}, {head}, T={tokens}", flush=True)
+        del inputs, problem
+        release()
+    print("\n" + head_table.tables(rows))
+
+
+if __name__ == "__main__":
+    main()
