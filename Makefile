@@ -1,12 +1,13 @@
 # make demo   train a small real model with DPO, on a CPU, in a few minutes
 # make test   every test that this machine can run
 # make lint   ruff and mypy
+# make gpu-check   tests and figures that need a GPU, in nine minutes, with the interpreter PYTHON
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu-check clean
 # An interrupted or failed install must not look like a finished one.
 .DELETE_ON_ERROR:
 
@@ -20,6 +21,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# No virtual environment: a GPU machine has its own torch and triton, and perhaps no network.
+gpu-check:
+	$(PYTHON) -m bench.gpu_check $(ARGS)
 
 $(VENV)/.installed-%: setup.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
