@@ -1,14 +1,20 @@
 """Fixtures that several test files use."""
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # read when Triton is first imported, by transformers as a rule
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import datasets
 from data_samples import CHATML, make_tokenizer
+from head_problems import ENGINES, Engine
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from bench.data import dpo_en_demo as fetch_dpo_en_demo
@@ -21,6 +27,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=needs_gpu)
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture(scope="session", params=ENGINES, ids=lambda engine: engine.backend)
+def engine(request: pytest.FixtureRequest) -> Engine:
+    """Everything that computes the head, in turn."""
+    return request.param
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
-"""The portable head against the specification in fp64: every option, odd sizes, chunks, repeats,
-ignored tokens.
+"""Every engine of the head against the specification in fp64: every option, odd sizes, chunks,
+repeats, ignored tokens, extreme logits.
 """
 
 import itertools
@@ -8,141 +8,117 @@ import math
 import pytest
 import torch
 from fastdpo_kernels import LOSSES, linear_dpo_loss, linear_logprob, register_loss, tiles
-from fastdpo_kernels.head import OUTPUTS
 from fastdpo_kernels.problem import Loss, Problem, whole_comparisons
+from head_problems import (
+    HEADS,
+    REFERENCE,
+    Case,
+    assert_same,
+    evaluate_logprob,
+    evaluate_loss,
+    make,
+    packed,
+    small_tiles,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-HEADS = {
-    "plain": {},
-    "scale": {"logit_scale": 0.37},
-    "softcap": {"softcap": 3.0},
-    "everything": {"softcap": 5.0, "logit_scale": 1.7, "temperature": 0.8, "bias": True},
-}
-
-
-def make(tokens, hidden=24, vocab=101, seed=0, bias=False, dtype=torch.float64, ignore=0.2):
-    """Random hidden states, weight, targets (some ignored) and bias; logits with a spread of
-    several nats.
-    """
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, hidden, generator=g, dtype=torch.float64)
-    w = torch.randn(vocab, hidden, generator=g, dtype=torch.float64) * 0.5
-    y = torch.randint(0, vocab, (tokens,), generator=g)
-    y[torch.rand(tokens, generator=g) < ignore] = -100
-    b = torch.randn(vocab, generator=g, dtype=torch.float64) if bias else None
-    return [None if t is None else t.to(dtype) for t in (x, w, b)] + [y]
+TRAIN = [(True, True), (True, False), (False, True)]
 
 
 @pytest.fixture(autouse=True)
-def poisoned_workspace(monkeypatch):
+def poisoned_workspace():
     """Small tiles, so that everything is cut, and NaN in every tile before it is written."""
-    monkeypatch.setattr(tiles, "_MAX_TILE_ROWS", 7)
-    monkeypatch.setattr(tiles, "_CACHE_BLOCK_BYTES", 3 * 101 * 8)
-    original = tiles.TorchTiles._workspace
-    monkeypatch.setattr(
-        tiles.TorchTiles, "_workspace", lambda self, size: original(self, size).fill_(math.nan)
-    )
+    with small_tiles(7):
+        yield
+
+
+def unpacked(tokens, **kwargs):
+    """Tokens that belong to one response."""
+    x, w, b, y = make(tokens, **kwargs)
+    ids = torch.zeros(tokens, dtype=torch.int64)
+    return Case(x, w, b, y, ids, torch.tensor([[0, 1]]), torch.zeros(2, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("tokens", [1, 6, 63])
-@pytest.mark.parametrize("train", [(True, True), (True, False), (False, True)], ids=str)
-def test_logprob_matches_the_reference(options, tokens, train):
+@pytest.mark.parametrize("train", [*TRAIN, (False, False)], ids=str)
+def test_logprob_matches_the_reference(engine, options, tokens, train):
     options = dict(options)
-    x, w, b, y = make(tokens, bias=options.pop("bias", False))
-    results = {}
-    for backend in ("reference", "torch"):
-        leaves = [x.clone().requires_grad_(train[0]), w.clone().requires_grad_(train[1])]
-        if b is not None:
-            leaves.append(b.clone().requires_grad_(train[1]))
-        out = linear_logprob(
-            leaves[0],
-            leaves[1],
-            y,
-            leaves[2] if b is not None else None,
-            outputs=OUTPUTS,
-            backend=backend,
-            **options,
-        )
-        (out.logprob * torch.linspace(-1, 2, tokens, dtype=torch.float64)).sum().backward()
-        results[backend] = [*out, *(leaf.grad for leaf in leaves if leaf.requires_grad)]
-    for ours, reference in zip(results["torch"], results["reference"], strict=True):
-        torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10)
-
-
-def packed(responses=7, seed=0, dtype=torch.float64, bias=False):
-    """A packed problem with uneven responses, one of them empty, several comparisons a response."""
-    g = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 9, (responses,), generator=g)
-    lengths[responses // 2] = 0
-    ids = torch.repeat_interleave(torch.arange(responses), lengths)
-    x, w, b, y = make(len(ids), seed=seed, dtype=dtype, bias=bias, ignore=0.1)
-    pairs = torch.tensor([(a, a + 1) for a in range(0, responses - 1, 2)] + [(2, 0), (0, 1)])
-    ref = -torch.rand(responses, generator=g, dtype=torch.float64) * 40
-    return x, w, b, y, ids, pairs, ref.to(dtype)
+    case = unpacked(tokens, bias=options.pop("bias", False), dtype=torch.float32)
+    exact = evaluate_logprob(case, REFERENCE, train, **options)
+    assert_same(evaluate_logprob(case, engine, train, **options), exact, engine.tolerance)
 
 
 @pytest.mark.parametrize("loss_type", sorted(LOSSES))
 @pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
-def test_dpo_loss_and_gradients_match_the_reference(loss_type, options):
+def test_dpo_loss_and_gradients_match_the_reference(engine, loss_type, options):
     options = {k: v for k, v in options.items() if k != "temperature"}
-    x, w, b, y, ids, pairs, ref = packed(bias=options.pop("bias", False))
-    results = {}
-    for backend in ("reference", "torch"):
-        leaves = [t.clone().requires_grad_() for t in (x, w, b) if t is not None]
-        loss, logps, stats = linear_dpo_loss(
-            leaves[0],
-            leaves[1],
-            y,
-            ids,
-            pairs,
-            ref,
-            leaves[2] if b is not None else None,
-            loss_type=loss_type,
-            label_smoothing=0.1,
-            comparison_weights=torch.linspace(0.1, 1, len(pairs), dtype=torch.float64),
-            outputs=OUTPUTS,
-            backend=backend,
-            **options,
-        )
-        (3 * loss).backward()
-        assert not logps.requires_grad
-        results[backend] = [loss, logps, *stats, *(leaf.grad for leaf in leaves)]
-    for ours, reference in zip(results["torch"], results["reference"], strict=True):
-        torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10)
+    case = packed(bias=options.pop("bias", False), dtype=torch.float32)
+    weights = torch.linspace(0.1, 1, len(case.comparisons), dtype=torch.float64)
+    options |= {"loss_type": loss_type, "label_smoothing": 0.1, "comparison_weights": weights}
+    exact = evaluate_loss(case, REFERENCE, **options)
+    options["comparison_weights"] = weights.to(engine.device)
+    assert_same(evaluate_loss(case, engine, **options), exact, engine.tolerance)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 1000])
+@pytest.mark.parametrize("train", [*TRAIN, (False, False)], ids=str)
+def test_comparisons_of_any_length_in_tiles_of_any_size(engine, train, rows):
+    case = packed(bias=True, dtype=torch.float32, longest=30)
+    exact = evaluate_loss(case, REFERENCE, train, softcap=4.0)
+    with small_tiles(rows):
+        assert_same(evaluate_loss(case, engine, train, softcap=4.0), exact, engine.tolerance)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 9), st.integers(0, 10_000), st.integers(1, 60))
-def test_chunking_never_changes_the_result(responses, seed, rows):
-    x, w, _, y, ids, pairs, ref = packed(responses + 2, seed)
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
-    expected = linear_dpo_loss(x, w, y, ids, pairs, ref, backend="reference")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "_MAX_TILE_ROWS", rows)
-        for perm in (slice(None), order):
-            leaf = x[perm].clone().requires_grad_()
-            loss, logps = linear_dpo_loss(leaf, w, y[perm], ids[perm], pairs, ref)
-            loss.backward()
-            torch.testing.assert_close((loss.detach(), logps), expected, rtol=1e-11, atol=1e-11)
-            gradient = (
-                leaf.grad
-                if perm is not order
-                else torch.empty_like(x).index_copy(0, order, leaf.grad)
-            )
-            whole = x.clone().requires_grad_()
-            linear_dpo_loss(whole, w, y, ids, pairs, ref, backend="reference")[0].backward()
-            torch.testing.assert_close(gradient, whole.grad, rtol=1e-11, atol=1e-12)
+def test_chunking_never_changes_the_result(engine, responses, seed, rows):
+    case = packed(responses + 2, seed, dtype=torch.float32)
+    order = torch.randperm(len(case.response_ids), generator=torch.Generator().manual_seed(seed))
+    exact = evaluate_loss(case, REFERENCE)
+    tokens = [*OUTPUTS, "gradient of hidden"]
+    with small_tiles(rows):
+        assert_same(evaluate_loss(case, engine), exact, engine.tolerance)
+        shuffled = case._replace(
+            hidden=case.hidden[order],
+            targets=case.targets[order],
+            response_ids=case.response_ids[order],
+        )
+        expected = exact | {name: exact[name][order] for name in tokens}
+        assert_same(evaluate_loss(shuffled, engine), expected, engine.tolerance)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(-3, 100))
+def test_ignoring_a_token_is_leaving_it_out(engine, ignored, ignore_index):
+    case = unpacked(len(ignored), dtype=torch.float32, ignore=0.0)
+    left = torch.tensor([not flag for flag in ignored]) & (case.targets != ignore_index)
+    case = case._replace(targets=case.targets.where(left, ignore_index))
+    full = evaluate_logprob(case, engine, ignore_index=ignore_index)
+    for name, value in full.items():
+        if name != "gradient of weight":
+            assert not value[~left].any(), name
+    x, w = (t.to(engine.device, engine.exact).requires_grad_() for t in case[:2])
+    short = linear_logprob(
+        x[left.to(x.device)], w, case.targets[left].to(x.device), backend=engine.backend
+    )
+    coefficients = torch.linspace(-1, 2, len(ignored))[left].to(short)
+    (short * coefficients).sum().backward()
+    tolerance = {"rtol": engine.tolerance, "atol": engine.tolerance}
+    torch.testing.assert_close(full["logprob"][left], short.detach().double().cpu(), **tolerance)
+    torch.testing.assert_close(full["gradient of hidden"], x.grad.double().cpu(), **tolerance)
+    torch.testing.assert_close(full["gradient of weight"], w.grad.double().cpu(), **tolerance)
 
 
 def test_pieces_hold_whole_comparisons_and_cover_all_once():
-    x, _, _, y, ids, pairs, ref = packed(25, 3)
+    case = packed(25, 3)
+    y, ids, pairs, ref = case[3:]
     problem = Problem(y, ids, pairs, ref, ref, ref, Loss(lambda pairs: pairs.margins))
     pieces = list(whole_comparisons(problem, 20))
     assert len(pieces) > 3
     assert [p.start for p, _ in pieces[1:]] == [p.stop for p, _ in pieces[:-1]]
-    assert (pieces[0][0].start, pieces[-1][0].stop) == (0, len(x))
+    assert (pieces[0][0].start, pieces[-1][0].stop) == (0, len(y))
     every = torch.arange(len(pairs))
     assert sorted(itertools.chain(*(every[c].tolist() for _, c in pieces))) == every.tolist()
     for piece, chosen in pieces:
@@ -152,51 +128,98 @@ def test_pieces_hold_whole_comparisons_and_cover_all_once():
         assert not outside & set(pairs[chosen].flatten().tolist())
 
 
+def naive_logprob(case, dtype):
+    """The same in plain PyTorch in `dtype`, logits rounded to it: what the error is measured by."""
+    x, w = (t.to(dtype).requires_grad_() for t in case[:2])
+    valid = case.targets != -100
+    logps = (x @ w.T).log_softmax(-1).gather(1, case.targets.clamp(min=0).unsqueeze(1)).squeeze(1)
+    logps = logps.where(valid, 0)
+    (logps * torch.linspace(-1, 2, len(x)).to(dtype)).sum().backward()
+    return {
+        "logprob": logps.detach().double(),
+        "gradient of hidden": x.grad.double(),
+        "gradient of weight": w.grad.double(),
+    }
+
+
+@pytest.mark.parametrize("offset", [0.0, 16.0], ids=["centred", "offset"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_low_precision_inputs_are_scored_in_fp32(dtype):
-    x, w, _, y = make(50, hidden=64, dtype=dtype)
-    exact = linear_logprob(x.double(), w.double(), y, backend="reference")
-    ours = linear_logprob(x, w, y)
-    naive = (x @ w.T).log_softmax(-1).gather(1, y.clamp(min=0).unsqueeze(1)).squeeze(1)
-    error = (ours - exact).abs().max()
-    same_dtype = (naive.where(y != -100, 0) - exact).abs().max()
-    assert ours.dtype == torch.float32
-    assert error <= 2 * same_dtype + 1e-6
-    assert error < 1e-5
+@pytest.mark.parametrize("tokens", [1, 63, 300])
+@pytest.mark.parametrize("train", TRAIN[:2], ids=str)
+def test_errors_are_bounded_by_those_of_the_same_dtype(engine, train, tokens, dtype, offset):
+    case = unpacked(tokens, hidden=64, vocab=509, dtype=torch.bfloat16, seed=2)
+    case.hidden[:, 0], case.weight[:, 0] = 4.0, offset / 4
+    exact = evaluate_logprob(case, REFERENCE, train, outputs=())
+    naive = naive_logprob(case, dtype)
+    ours = evaluate_logprob(case, engine, train, dtype=dtype, outputs=())
+    assert ours.keys() == exact.keys()
+    for name, value in ours.items():
+        error, bound = ((t - exact[name]).norm() for t in (value, naive[name]))
+        eps = torch.finfo(torch.float32).eps * (1 + exact[name].norm())
+        assert error <= 2 * bound + 4 * eps, name
+    if dtype != torch.float32:  # logits are not rounded to it
+        assert (ours["logprob"] - exact["logprob"]).abs().max() < 1e-5
 
 
-def test_extreme_logits_stay_finite_and_exact():
-    vocab, hidden = 101, 8
-    w = torch.zeros(vocab, hidden)
+def peaked(logits, dtype=torch.float32):
+    """A head whose row t has the logits (logits[t], −logits[t], 0, 0, ...)."""
+    x = torch.zeros(len(logits), 16, dtype=dtype)
+    x[:, 0] = torch.tensor(logits)
+    w = torch.zeros(101, 16, dtype=dtype)
     w[3, 0], w[4, 0] = 1.0, -1.0
-    x = torch.zeros(3, hidden)
-    x[:, 0] = torch.tensor([1e4, 40.0, 9.0])
-    y = torch.tensor([3, 4, 3])
+    return x, w
+
+
+def test_extreme_logits_stay_finite_and_exact(engine):
+    x, w = peaked([1e4, 40.0, 9.0, -1e4])
+    y = torch.tensor([3, 4, 3, 3])
     exact = linear_logprob(x.double(), w.double(), y, backend="reference")
-    torch.testing.assert_close(linear_logprob(x, w, y).double(), exact, rtol=1e-6, atol=1e-6)
+    leaf = x.to(engine.device).requires_grad_()
+    ours = linear_logprob(leaf, w.to(engine.device), y.to(engine.device), backend=engine.backend)
+    torch.testing.assert_close(ours.double().cpu(), exact, rtol=1e-6, atol=1e-6)
+    ours.sum().backward()
+    assert leaf.grad.isfinite().all()
     assert exact[1] < -79
 
 
-def test_first_loss_is_log_two():
-    x, w, _, y, ids, pairs, _ = packed(dtype=torch.float32)
-    _, logps = linear_dpo_loss(x, w, y, ids, pairs, torch.zeros(7))
-    loss, _ = linear_dpo_loss(x, w, y, ids, pairs, logps)
+def test_a_log_probability_near_zero_keeps_its_digits(engine):
+    """−log p is a sum of small terms as p → 1: 1 − p must not come out of a subtraction."""
+    x, w = peaked([12.0, 16.0, 20.0, 30.0])
+    y = torch.full((4,), 3)
+    wide = [t.double().requires_grad_() for t in (x, w)]
+    z = wide[0] @ wide[1].T
+    rest = (z - z[:, 3:4]).index_fill(1, torch.tensor([3]), -torch.inf)
+    exact = -rest.logsumexp(1).exp().log1p()
+    exact.sum().backward()
+    ours = [t.to(engine.device).requires_grad_() for t in (x, w)]
+    logprob = linear_logprob(*ours, y.to(engine.device), backend=engine.backend)
+    logprob.sum().backward()
+    torch.testing.assert_close(logprob.double().cpu(), exact, rtol=1e-5, atol=0)
+    for leaf, other in zip(ours, wide, strict=True):
+        torch.testing.assert_close(leaf.grad.double().cpu(), other.grad, rtol=1e-5, atol=1e-30)
+
+
+def test_first_loss_is_log_two(engine):
+    x, w, _, y, ids, pairs, _ = (
+        None if t is None else t.to(engine.device) for t in packed(dtype=torch.float32)
+    )
+    zeros = torch.zeros(7, device=x.device)
+    _, logps = linear_dpo_loss(x, w, y, ids, pairs, zeros, backend=engine.backend)
+    loss, _ = linear_dpo_loss(x, w, y, ids, pairs, logps, backend=engine.backend)
     assert abs(loss.item() - math.log(2)) < 1e-6
 
 
-def test_nothing_to_score():
-    x, w, _, y = make(5)
-    y[:] = -100
-    leaf = x.requires_grad_()
-    assert not linear_logprob(leaf, w, y).any()
-    linear_logprob(leaf, w, y).sum().backward()
-    assert not leaf.grad.any()
-    ids = torch.zeros(5, dtype=torch.int64)
-    loss, logps = linear_dpo_loss(
-        leaf, w, y, ids, torch.tensor([[0, 1]]), torch.zeros(2, dtype=torch.float64)
-    )
-    loss.backward()
-    assert abs(loss.item() - math.log(2)) < 1e-12 and not logps.any()
+@pytest.mark.parametrize("train", TRAIN, ids=str)
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_nothing_to_score(engine, tokens, train):
+    case = unpacked(tokens, ignore=1.1, dtype=torch.float32)
+    assert (case.targets == -100).all()
+    for evaluate in (evaluate_logprob, evaluate_loss):
+        results = evaluate(case, engine, train)
+        loss = results.pop("loss", None)
+        assert loss is None or abs(loss.item() - math.log(2)) < 1e-7
+        assert sum("gradient" in name for name in results) == sum(train)
+        assert not any(value.any() for value in results.values())
 
 
 def test_a_loss_is_added_by_writing_a_function():
@@ -241,8 +264,7 @@ def test_unknown_loss_is_named():
 def test_the_workspace_is_bounded_and_can_be_released():
     tiles.release_workspace()
     x, w, _, y = make(3000, vocab=4096, dtype=torch.float32)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "_MAX_TILE_ROWS", 2048)
+    with small_tiles(2048):
         linear_logprob(x.requires_grad_(), w.requires_grad_(), y, workspace_mib=2).sum().backward()
     (buffer,) = tiles._workspaces.values()
     assert buffer.numel() * buffer.element_size() <= 2 << 20

@@ -9,7 +9,7 @@ import torch
 from fastdpo_kernels import LOSSES, library, linear_dpo_loss, linear_logprob, tiles
 from fastdpo_kernels.head import OUTPUTS
 from fastdpo_kernels.problem import Problem
-from test_kernels import make, packed
+from head_problems import make, packed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdpo.losses import make_loss

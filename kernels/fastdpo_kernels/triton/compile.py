@@ -76,10 +76,13 @@ def cases(arch: int) -> Iterator[Case]:
             continue
         dtypes = (torch.float32,) if kind == "float32" else (torch.bfloat16, torch.float16)
         for config, dtype in itertools.product(configs, dtypes):
-            for chosen in (frozenset(), _POSSIBLE[kind]):
+            possible = _POSSIBLE[kind]
+            if kernel is score.score_kernel and possible is _PLAIN:
+                possible = frozenset()
+            for chosen in dict.fromkeys((frozenset(), possible)):
                 options = tuple(_options(kernel, config, dtype, chosen))
                 case = Case(kernel, arch, dtype, config, options)
-                if case.name not in seen and (chosen or dtype != torch.float16):
+                if case.name not in seen and (chosen == possible or dtype != torch.float16):
                     seen.add(case.name)
                     yield case
 

@@ -34,7 +34,7 @@ WIDE = 1500
 
 # With H < WIDE two programs share a multiprocessor, one's epilogue behind the other's product: at
 # most 128 registers and 113 KiB each. A wide block reads its operands less often, but its logits
-# fill the registers: bias, soft cap and Σp² need a smaller one.
+# fill the registers: bias, soft cap, Σp² and sums under a running maximum need a smaller one.
 _PAIRED = Config(128, 128, 64, 8, 2, descriptors=True)
 _WIDE_BLOCK = Config(128, 256, 64, 8, 3, descriptors=True)
 _SMALL = Config(64, 128, 64, 8, 3, descriptors=True)
@@ -86,20 +86,26 @@ def architecture(device: torch.device) -> int:
     return max(known)
 
 
-def family(head: Head, hidden: Tensor, outputs: tuple[str, ...] = ()) -> str:
-    """Which kind of call this is, a key of `TABLE`'s entries."""
+def family(
+    head: Head, hidden: Tensor, outputs: tuple[str, ...] = (), *, online: bool = False
+) -> str:
+    """Which kind of call this is, a key of `TABLE`'s entries; `online`: with running maxima."""
     if hidden.dtype == torch.float32:
         return "float32"
     if not (describable(hidden) and describable(head.weight)):
         return "pointers"
-    if head.softcap is not None or head.bias is not None or "log_sum_sq_prob" in outputs:
+    sums = {"log_sum_sq_prob", "entropy", "mean_logit"} if online else {"log_sum_sq_prob"}
+    if head.softcap is not None or head.bias is not None or sums & set(outputs):
         return "rich"
     return "wide" if hidden.shape[1] >= WIDE else "narrow"
 
 
-def choose(head: Head, hidden: Tensor, outputs: tuple[str, ...] = ()) -> Config:
+def choose(
+    head: Head, hidden: Tensor, outputs: tuple[str, ...] = (), *, online: bool = False
+) -> Config:
     """The configuration of a call."""
-    return TABLE[architecture(hidden.device)][family(head, hidden, outputs)][0]
+    kind = family(head, hidden, outputs, online=online)
+    return TABLE[architecture(hidden.device)][kind][0]
 
 
 def choose_pointers(hidden: Tensor) -> Config:

@@ -100,7 +100,8 @@ def coefficients_kernel(
 def add_response_sums(logps: Tensor, logprob: Tensor, response_ids: Tensor) -> None:
     """logps (R,) fp64 += Σ logprob (T,) of each response; response_ids (T,) int64, in any order."""
     grid = (logps.shape[0],)
-    response_sums_kernel[grid](logprob, response_ids, logps, logprob.shape[0], BLOCK=_BLOCK)
+    ids = response_ids.contiguous()
+    response_sums_kernel[grid](logprob, ids, logps, logprob.shape[0], BLOCK=_BLOCK)
 
 
 def coefficients(
@@ -122,10 +123,10 @@ def coefficients(
     loss, result = logps.new_zeros(1), torch.zeros_like(logps)
     coefficients_kernel[(logps.shape[0],)](
         logps,
-        ref_logps,
-        lengths,
-        comparisons,
-        weights,
+        ref_logps.contiguous(),
+        lengths.contiguous(),
+        comparisons.contiguous(),
+        weights.contiguous(),
         loss,
         result,
         comparisons.shape[0],

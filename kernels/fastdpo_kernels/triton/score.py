@@ -220,7 +220,7 @@ def score_into(
 ) -> None:
     """Write the rows of results (6, t) for the tokens that are not ignored."""
     tokens, vocab = hidden.shape[0], head.weight.shape[0]
-    config = choose(head, hidden, outputs)
+    config = choose(head, hidden, outputs, online=True)
     launch, flags = prepare(head, hidden, config), extras(outputs)
     row_blocks, col_blocks = triton.cdiv(tokens, config.block_t), triton.cdiv(vocab, config.block_v)
     wanted = _PROGRAMS_A_CORE * multiprocessors(hidden.device)
