@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from fastdpo_kernels import LOSSES, linear_dpo_loss, linear_logprob, register_loss, tiles
+from fastdpo_kernels.head import OUTPUTS
 from fastdpo_kernels.problem import Loss, Problem, whole_comparisons
 from head_problems import (
     HEADS,
