@@ -33,7 +33,7 @@ setup(
     },
     install_requires=[
         "torch>=2.11,<2.14",
-        'triton>=3.6; platform_system == "Linux"',
+        'triton>=3.6,<3.8; platform_system == "Linux"',
         "transformers>=5.17,<6",
         "datasets>=4.7",
         "peft>=0.19",
