@@ -15,6 +15,7 @@ from .head import Head, Stats, Tiles
 from .products import mm
 
 _MAX_TILE_ROWS = 2048
+_TARGET_ROWS = 256
 _CACHE_BLOCK_BYTES = 3 << 20
 _DEVICE_BLOCK_BYTES = 64 << 20
 _workspaces: dict[torch.dtype, Tensor] = {}
@@ -73,7 +74,7 @@ class TorchTiles(Tiles):
         ignored = targets < 0
         logprob = stats["logprob"].masked_fill(ignored, -torch.inf).unsqueeze(1)
         index = targets.clamp(min=0).unsqueeze(1)
-        tile = self._products(hidden)
+        tile = self._products(hidden, index)
         for some in self._blocks(tile):
             z, target = tile[some], index[some]
             slope = self._finish_logits(z, slope=True)
@@ -89,13 +90,21 @@ class TorchTiles(Tiles):
         dtypes = {name: torch.bool if name == "is_top1" else self._dtype for name in names}
         return {name: targets.new_empty(targets.shape, dtype=d) for name, d in dtypes.items()}
 
-    def _products(self, hidden: Tensor) -> Tensor:
-        """x·Wᵀ in the workspace, (t, V)."""
+    def _products(self, hidden: Tensor, index: Tensor) -> Tensor:
+        """x·Wᵀ in the workspace, (t, V), and x·W[y] from a sum in fp64: errors of the other entries
+        average out in the log-sum-exp, the target's goes into the log-probability as it is.
+        """
         weight = self.head.weight
         shape = hidden.shape[0], weight.shape[0]
         tile = self._workspace(shape[0] * shape[1]).view(shape)
         x = hidden.to(weight.dtype)
-        return mm(x, weight.T, self._dtype, operands=self._operands, out=tile)
+        mm(x, weight.T, self._dtype, operands=self._operands, out=tile)
+        for start in range(0, shape[0], _TARGET_ROWS):
+            some = slice(start, start + _TARGET_ROWS)
+            rows = weight[index[some, 0]].double()
+            exact = torch.linalg.vecdot(x[some].double(), rows).to(tile.dtype)
+            tile[some].scatter_(1, index[some], exact.unsqueeze(1))
+        return tile
 
     def _workspace(self, size: int) -> Tensor:
         if self.head.weight.device.type == "cpu":
@@ -115,8 +124,8 @@ class TorchTiles(Tiles):
         self, hidden: Tensor, targets: Tensor, stats: Stats, row_scale: Tensor | None
     ) -> Tensor:
         """Fill `stats`; with `row_scale`, fill it too and leave E in the tile."""
-        tile = self._products(hidden)
         index = targets.clamp(min=0).unsqueeze(1)
+        tile = self._products(hidden, index)
         for some in self._blocks(tile):
             part = {name: value[some] for name, value in stats.items()}
             scale = None if row_scale is None else row_scale[some]
