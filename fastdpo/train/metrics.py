@@ -132,11 +132,16 @@ def model_flops_utilisation(parameters: int, tokens: int, seconds: float) -> flo
     """6·parameters·tokens / seconds over the GPU's dense bf16 peak; None where the peak is not
     known.
     """
+    peak = peak_tflops()
+    return None if peak is None else 6.0 * parameters * tokens / seconds / (peak * 1e12)
+
+
+def peak_tflops() -> float | None:
+    """The GPU's dense bf16 peak; None where there is no GPU or its peak is not known."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
-    peak = next((v for key, v in _PEAK_TFLOPS.items() if key in name), None)
-    return None if peak is None else 6.0 * parameters * tokens / seconds / (peak * 1e12)
+    return next((v for key, v in _PEAK_TFLOPS.items() if key in name), None)
 
 
 class Tracker(Protocol):

@@ -15,7 +15,8 @@ from .head import Head, Stats, Tiles
 from .products import mm
 
 _MAX_TILE_ROWS = 2048
-_TARGET_ROWS = 256
+_TARGET_ROWS = 64
+_TILE_SHARE = 0.98
 _CACHE_BLOCK_BYTES = 3 << 20
 _DEVICE_BLOCK_BYTES = 64 << 20
 _workspaces: dict[torch.dtype, Tensor] = {}
@@ -37,8 +38,11 @@ def _kept_workspace(size: int, dtype: torch.dtype) -> Tensor:
 
 
 def tile_rows(vocab: int, dtype: torch.dtype, workspace_mib: int) -> int:
-    """How many tokens a tile of at most `workspace_mib` MiB holds."""
-    return max(1, min(_MAX_TILE_ROWS, (workspace_mib << 20) // (vocab * dtype.itemsize)))
+    """How many tokens a tile holds so that it and what is needed beside it, a few blocks, stay
+    within `workspace_mib` MiB.
+    """
+    budget = int((workspace_mib << 20) * _TILE_SHARE)
+    return max(1, min(_MAX_TILE_ROWS, budget // (vocab * dtype.itemsize)))
 
 
 class TorchTiles(Tiles):
