@@ -22,7 +22,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from . import head_table, record
+from . import record, tables
+from .rows import Row, is_ours, read
 
 ROOT = Path(__file__).parent.parent
 HEADS = "qwen2.5-0.5b,gemma-3-1b,llama-3.1-8b"
@@ -162,12 +163,12 @@ def command(stage: Stage) -> list[str]:
     return parts
 
 
-def failures(rows: list[head_table.Row]) -> list[str]:
+def failures(rows: list[Row]) -> list[str]:
     """What our own providers did wrong."""
     found = []
     for row in rows:
         where = f"{row['provider']}, {row['case']['regime']}, {row['case']['head']}"
-        if row["provider"] in head_table.PEERS:
+        if not is_ours(row["provider"]):
             continue
         if "error" in row:
             found.append(f"{where}: {row['error']}")
@@ -224,11 +225,11 @@ def _run_all(options: argparse.Namespace, scratch: Path, end: float) -> int:
         for folder in options.results:
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(log, folder)
-    rows = head_table.read(rows_folder)
+    rows = read(rows_folder)
     for folder in options.results:
-        (folder / "heads.md").write_text(head_table.tables(rows) + "\n", encoding="utf-8")
+        (folder / "heads.md").write_text(tables.head_tables(rows) + "\n", encoding="utf-8")
     bad += failures(rows)
-    print("\n" + head_table.summary(rows))
+    print("\n" + tables.head_summary(rows))
     print("\n".join(["", *bad]) if bad else "\nall of our own passed")
     return int(bool(bad))
 

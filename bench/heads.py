@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import head_table, record
+from . import record, tables
 from .head_cases import HEADS, REGIMES, Inputs, Problem
 from .head_providers import PROVIDERS, Output, Provider, Step, configured, release
 
@@ -217,7 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"done: {regime}, {head}, T={tokens}", flush=True)
         del inputs, problem
         release()
-    print("\n" + head_table.tables(rows))
+    print("\n" + tables.head_tables(rows))
 
 
 if __name__ == "__main__":

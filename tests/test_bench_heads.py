@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_check, head_providers, head_table, heads, record
+from bench import gpu_check, head_providers, heads, record, tables
 from bench.head_cases import REGIMES, Inputs, Problem, response_tokens
+from bench.rows import Row, read
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -124,7 +125,7 @@ def test_failures_are_rows_and_providers_take_turns(inputs: Inputs) -> None:
     assert all(0 < row["forward_s"] < row["total_s"] for row in rows if "total_s" in row)
 
 
-def example_rows() -> list[head_table.Row]:
+def example_rows() -> list[Row]:
     case = {"regime": "dpo", "head": "tiny", "vocab": 331, "hidden": 48, "tokens": 16}
     case |= {"dtype": "fp32", "workspace_limit_mib": 512}
     common = {"case": case, "device": "a CPU", "commit": "1", "command": "c"}
@@ -139,15 +140,16 @@ def example_rows() -> list[head_table.Row]:
 
 
 def test_tables() -> None:
-    text = head_table.tables(example_rows())
-    assert "| fastdpo | 1000 | 3000 (2000–4000) | 1.50 | 1.00 | 400 |" in text
-    assert "| trl | 1000 | 6000 (5000–7000) | 3.00 | 2.00 |" in text
+    text = tables.head_tables(example_rows())
+    assert "| fastdpo | 1000 | 2000 | 3000 (2000–4000) | 1.50 | 1.00 | 400 |" in text
+    assert "| trl | 1000 | 5000 | 6000 (5000–7000) | 3.00 | 2.00 |" in text
     assert "| cce | ImportError: no |" in text
-    line = head_table.summary(example_rows()).splitlines()[2]
-    assert line == "| dpo | tiny | 16 | 3000 | 1.50 | 2.00 |  |  | failed |  | 400 of 512 |  |  |"
+    line = tables.head_summary(example_rows()).splitlines()[2]
+    figures = "3000 | 1.50 | 2.00 | not installed | 400 of 512"
+    assert line == f"| dpo | tiny | 16 | fp32 | {figures} |  |  |"
     # Another process is another table: its ratios are its own.
     moved = [{**row, "command": "d"} for row in example_rows()]
-    assert len(head_table.summary([*example_rows(), *moved]).splitlines()) == 4
+    assert len(tables.head_summary([*example_rows(), *moved]).splitlines()) == 4
 
 
 def test_our_own_failures_count() -> None:
@@ -177,7 +179,7 @@ def test_dry_run_of_the_gpu_check(tmp_path: Path, capsys: pytest.CaptureFixture[
     arguments = ["--dry-run", "--results", str(tmp_path), "--stages", *stages]
     assert gpu_check.main(arguments) == 0
     assert [path.stat().st_size for path in kept] == sizes
-    rows = head_table.read(tmp_path)
+    rows = read(tmp_path)
     regimes = {row["case"]["regime"] for row in rows}
     assert regimes == set(REGIMES)
     timed = {row["provider"] for row in rows if "total_s" in row}
