@@ -40,15 +40,16 @@ class Batch:
     response_lengths: Tensor  # (R,) fp32, completion tokens, also those that nothing precedes
     computed_tokens: int
     pair_tokens: int  # tokens that two sequences per comparison would hold, without padding
+    host: "Batch | None" = None  # where it was made, for plans that must not wait for a device
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on a device."""
+        """The same batch on a device; `host` stays behind."""
         moved: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, Tensor | Segments):
                 moved[f.name] = value.to(device)
-        return replace(self, **moved)
+        return replace(self, host=self.host or self, **moved)
 
     def lengths(self) -> list[int]:
         """Padded layout: the length of every line without its padding."""

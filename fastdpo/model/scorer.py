@@ -106,12 +106,13 @@ class Scorer:
         statistics.
         """
         states, weight = self._head_operands(batch)
+        indices = batch.host or batch
         loss, logps, *stats = linear_dpo_loss(
             states,
             weight,
             batch.targets,
-            batch.response_ids,
-            batch.comparisons,
+            indices.response_ids,
+            indices.comparisons,
             ref_logps,
             loss_type=loss_function,
             comparison_weights=batch.weights / comparisons_in_step,
