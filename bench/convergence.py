@@ -11,11 +11,13 @@ neither in the training pairs nor in the first model's texts (`bench.held_out`).
 
 Rows go to bench/results/convergence-<device>.jsonl, one an evaluation. Step 0 is before training,
 where every reward is zero but for rounding: fastdpo counts a tie as one half, TRL as what the
-rounding says, so accuracies of step 0 are not compared.
+rounding says, so accuracies of step 0 are not compared. Rows of --quick are kept only where
+FASTDPO_RESULTS says in which folder.
 """
 
 import argparse
 import json
+import os
 import re
 import tempfile
 import time
@@ -238,11 +240,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = ("steps", "pairs_per_step", "learning_rate", "beta", "seed", "eval_pairs")
     case = {"model": first.name, "data": options.data}
     case |= {name: getattr(options, name) for name in names}
-    curves = {}
+    curves, keep = {}, not options.quick or "FASTDPO_RESULTS" in os.environ
     for name, run in PROVIDERS.items():
         start = time.perf_counter()
         curves[name] = run(split, path, options)
-        for step, figures in curves[name].items():
+        for step, figures in curves[name].items() if keep else ():
             results.add(case=case, provider=name, step=step, eval=figures)
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
     print(report(curves, options.eval_pairs))

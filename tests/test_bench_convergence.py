@@ -235,6 +235,24 @@ def test_report() -> None:
         convergence.differences({0: ours[0]}, theirs)
 
 
+def test_quick_rows_are_kept_only_on_demand(
+    options: argparse.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curve = example_curve(0.5, 0.1)
+    providers = dict.fromkeys(convergence.PROVIDERS, lambda *arguments: curve)
+    monkeypatch.setattr(convergence, "PROVIDERS", providers)
+    monkeypatch.setattr(convergence.record, "RESULTS", tmp_path / "kept")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flags = ["--data", options.data, "--tokenizer", options.tokenizer]
+    monkeypatch.delenv("FASTDPO_RESULTS", raising=False)
+    assert convergence.main([*flags, "--quick"]) == 0
+    assert not (tmp_path / "kept").exists()
+    monkeypatch.setenv("FASTDPO_RESULTS", str(tmp_path / "named"))
+    assert convergence.main([*flags, "--quick"]) == 0
+    rows = (tmp_path / "named" / "convergence-cpu.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [0, 10, 0, 10]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [["--steps", "25"], ["--trl-batch", "3"], ["--trl-batch", "4", "--eval-pairs", "6"]],
