@@ -1,13 +1,14 @@
 # make demo   train a small real model with DPO, on a CPU, in a few minutes
 # make test   every test that this machine can run
 # make lint   ruff and mypy
+# make readme   tables and charts of the README from bench/results (ARGS=--check: do they agree?)
 # make gpu-check   tests and figures that need a GPU, in nine minutes, with the interpreter PYTHON
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint gpu-check clean
+.PHONY: demo test lint readme gpu-check clean
 # An interrupted or failed install must not look like a finished one.
 .DELETE_ON_ERROR:
 
@@ -21,6 +22,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+readme: $(VENV)/.installed-dev
+	$(BIN)/python -m bench.readme $(ARGS)
 
 # No virtual environment: a GPU machine has its own torch and triton, and perhaps no network.
 gpu-check:

@@ -186,6 +186,11 @@ def trainer_label(case: Row) -> str:
     return ", ".join([*names, case["dtype"], *words])
 
 
+def head_label(case: Row) -> str:
+    """Regime, head, tokens and dtype, in words."""
+    return f"{case['regime']}, {case['head']}, T={case['tokens']}, {case['dtype']}"
+
+
 def trainer_tables(rows: Iterable[Row]) -> str:
     """One table a case and run: speed and memory with their ratios to TRL, agreement, failures."""
     parts = [_trainer_table(run) for run in runs(rows)]
@@ -239,10 +244,13 @@ def _settings(rows: list[Row]) -> str:
 
 
 def curves(rows: Iterable[Row], name: str) -> dict[str, list[tuple[float, float]]]:
-    """(step, figure) of every evaluation of one case, by provider."""
+    """(step, figure) of every evaluation of one case, by provider.
+
+    Without the accuracy before training: all rewards are ties there, which TRL decides by rounding.
+    """
     found: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        if "eval" in row:
+        if "eval" in row and (row["step"] or name != "accuracy"):
             found.setdefault(row["provider"], []).append((row["step"], row["eval"][name]))
     return {provider: sorted(points) for provider, points in found.items()}
 
