@@ -76,6 +76,7 @@ OWN_DEFAULTS: dict[str, Any] = {
     "logging_first_step": False,
     "report_to": [],
     "run_name": None,
+    "profile_steps": 0,
     "disable_tqdm": None,
     "output_dir": "trainer_output",
     "overwrite_output_dir": False,

@@ -7,7 +7,7 @@ Padded:  one sequence a line, padded on the right, with an attention mask.
 The same tokens are scored in all three, and in the same order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -43,13 +43,17 @@ class Batch:
     host: "Batch | None" = None  # where it was made, for plans that must not wait for a device
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on a device; `host` stays behind."""
-        moved: dict[str, Any] = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, Tensor | Segments):
-                moved[f.name] = value.to(device)
+        """The same batch on a device; `host` stays behind. From pinned memory nothing waits."""
+        moved = self._each(lambda value: value.to(device, non_blocking=True))
         return replace(self, host=self.host or self, **moved)
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory, from which a device copies by itself."""
+        return replace(self, **self._each(lambda value: value.pin_memory()))
+
+    def _each(self, function: Callable[[Any], Any]) -> dict[str, Any]:
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return {name: function(v) for name, v in values if isinstance(v, Tensor | Segments)}
 
     def lengths(self) -> list[int]:
         """Padded layout: the length of every line without its padding."""

@@ -9,7 +9,7 @@ exact.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,7 +86,7 @@ class Segments:
         segments = cls(checked, **_index_tensors(checked), trace=trace)
         return segments.to(device)
 
-    def to(self, device: torch.device | str) -> Segments:
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Segments:
         """These segments with their tensors on `device`; a copy is made once per device."""
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
@@ -94,18 +94,25 @@ class Segments:
         if self.cu_seqlens_q.device == device:
             return self
         if device not in self.cache:
-            self.cache[device] = Segments(
-                self.bounds,
-                self.cu_seqlens_q.to(device),
-                self.cu_seqlens_k.to(device),
-                None if self.kv_index is None else self.kv_index.to(device),
-                None if self.own_index is None else self.own_index.to(device),
-                tuple((stream.to(device), keys.to(device)) for stream, keys in self.copies),
-                self.max_seqlen_q,
-                self.max_seqlen_k,
-                self.trace,
-            )
+            self.cache[device] = self._each(lambda t: t.to(device, non_blocking=non_blocking))
         return self.cache[device]
+
+    def pin_memory(self) -> Segments:
+        """These segments with their tensors in page-locked memory."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Segments:
+        return Segments(
+            self.bounds,
+            function(self.cu_seqlens_q),
+            function(self.cu_seqlens_k),
+            None if self.kv_index is None else function(self.kv_index),
+            None if self.own_index is None else function(self.own_index),
+            tuple((function(stream), function(keys)) for stream, keys in self.copies),
+            self.max_seqlen_q,
+            self.max_seqlen_k,
+            self.trace,
+        )
 
     def causal_mask(
         self, queries: int, keys: int, window: int | None, device: torch.device

@@ -2,7 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,16 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from ..config import TrainConfig
+from ..data.ahead import ahead
+from ..data.batch import Batch
 from ..data.groups import Group, count_comparisons
 from ..data.plan import Step, make_plan, plan_digest
-from ..errors import CheckpointError, FastDPOError
+from ..errors import CheckpointError
 from ..losses import loss_at_reference
 from . import checkpoint, metrics
 from .optimizer import make_optimizer, make_scheduler
+from .pending import Pending
+from .profile import profiler
 from .step import Objective
 
 
@@ -51,7 +57,7 @@ class Trainer:
         self.scheduler = make_scheduler(self.optimizer, config, self.total_steps)
         self.bar = tqdm(total=self.total_steps, unit="step", disable=config.disable_tqdm)
         self.step = self.num_tokens = 0
-        self.pending: dict[str, list[float]] = {}
+        self.pending = Pending(self.optimizer, self.device)
         self.digest = plan_digest(groups, self.plan(0))
 
     def plan(self, epoch: int) -> list[Step]:
@@ -73,22 +79,14 @@ class Trainer:
             config.report_to, self.output_dir, config.run_name, config.to_dict()
         )
         self.log = metrics.MetricsLog(self.output_dir / "metrics.jsonl", trackers, resumed)
-        last: dict[str, float] = {}
-        if config.eval_on_start and self.step == 0:
-            last |= self._evaluate()
+        last = self._evaluate() if config.eval_on_start and self.step == 0 else {}
         self.model.train()
-        epoch, plan = -1, []
-        while self.step < self.total_steps:
-            if self.step // self.steps_per_epoch != epoch:
-                epoch = self.step // self.steps_per_epoch
-                plan = self.plan(epoch)
-            self._take(plan[self.step % self.steps_per_epoch])
-            if self._due("steps", "logging") or (config.logging_first_step and self.step == 1):
-                last |= self._write_metrics()
-            if self.eval_groups and self._due(config.eval_strategy, "eval"):
-                last |= self._evaluate()
-            if self._due(config.save_strategy, "save"):
-                self._save()
+        trace = profiler(config.profile_steps, self.output_dir / "trace.json", self.device)
+        with closing(ahead(self._steps())) as steps, trace as watch:
+            for step in steps:
+                self._take(step)
+                watch.step()
+                last |= self._after_step()
         if config.do_eval and config.eval_strategy == "no":
             last |= self._evaluate()
         self.bar.close()
@@ -101,46 +99,57 @@ class Trainer:
             return end or self.step % self.steps_per_epoch == 0
         return strategy == "steps" and (end or self.step % self.every[name] == 0)
 
-    def _take(self, step: Step) -> None:
-        start = time.perf_counter()
+    def _steps(self) -> Iterator[tuple[int, list[Batch]]]:
+        """The steps that are left: their comparisons and their rows, on the host."""
+        first = self.step
+        for number in range(first, self.total_steps):
+            epoch, place = divmod(number, self.steps_per_epoch)
+            if place == 0 or number == first:
+                plan = self.plan(epoch)
+            rows = [self.objective.batch(self.groups, row) for row in plan[place].ranks[0]]
+            yield plan[place].comparisons, rows
+
+    def _take(self, step: tuple[int, list[Batch]]) -> None:
+        start, (comparisons, rows) = time.perf_counter(), step
         sums = metrics.StepSums(self.device)
-        for row in step.ranks[0]:
-            self.objective.score(self.groups, row, step.comparisons, sums).backward()
+        for batch in rows:
+            self.objective.score(batch, comparisons, sums).backward()
         norm = clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
-        values = sums.means() | {"grad_norm": norm.item()}
-        self._check(values)
+        rate = float(self.scheduler.get_last_lr()[0])
+        self.pending.check(self.step, sums, norm, rate)
         self.optimizer.step()
-        values["learning_rate"] = float(self.scheduler.get_last_lr()[0])
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=self.device.type == "cuda")
         self.step += 1
         self.num_tokens += sums.pair_tokens
-        values |= sums.rates(time.perf_counter() - start, self.model)
-        for name, value in values.items():
-            self.pending.setdefault(name, []).append(value)
-        self.bar.set_postfix_str(metrics.show(values), refresh=False)
+        self.pending.took(time.perf_counter() - start)
         self.bar.update()
 
-    def _check(self, values: dict[str, float]) -> None:
-        """Stop before a step that would spoil the weights; show whether the first loss is what it
-        has to be.
-        """
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(values[name]):
-                raise FastDPOError(
-                    f"step {self.step + 1}: {name} is {values[name]}; stopped with the weights "
-                    f"of step {self.step} (try a lower learning_rate, or fp32: --bf16 false)"
-                )
-        if self.step == 0 and self.config.ref_model_name_or_path is None:
+    def _after_step(self) -> dict[str, float]:
+        """Read, log, evaluate and save where that is due; what was found."""
+        config, first = self.config, self.step == 1
+        log = self._due("steps", "logging") or (config.logging_first_step and first)
+        evaluate = bool(self.eval_groups) and self._due(config.eval_strategy, "eval")
+        save = self._due(config.save_strategy, "save")
+        if self.pending.waits or first or log or evaluate or save:
+            self._read()
+        found = self._write_metrics() if log else {}
+        if evaluate:
+            found |= self._evaluate()
+        if save:
+            self._save()
+        return found
+
+    def _read(self) -> None:
+        """Bring metrics to the host; show whether the first loss is what it has to be."""
+        values = self.pending.read(partial(metrics.rates, self.model))
+        self.bar.set_postfix_str(metrics.show(values), refresh=False)
+        if self.step == 1 and self.config.ref_model_name_or_path is None:
             expected = loss_at_reference(self.objective.loss_function)
             self.say(f"first loss {values['loss']:.7f}, with policy = reference {expected:.7f}")
 
     def _write_metrics(self) -> dict[str, float]:
-        """Means since the last line; of the gradient norm and the learning rate, the last."""
-        result = {name: sum(values) / len(values) for name, values in self.pending.items()}
-        result |= {name: self.pending[name][-1] for name in ("grad_norm", "learning_rate")}
-        self.pending = {}
-        result |= self._position()
+        result = self.pending.line() | self._position()
         result["peak_memory_mib"] = metrics.peak_memory_mib(self.device)
         self.log.write(result, self.step)
         if self.bar.disable:
@@ -158,18 +167,14 @@ class Trainer:
 
     def _save(self) -> None:
         whole = not self.config.save_only_model
+        state = {"step": self.step, "num_tokens": self.num_tokens}
         checkpoint.save_checkpoint(
             self.output_dir / f"checkpoint-{self.step}",
             model=self.model,
             tokenizer=self.tokenizer,
             optimizer=self.optimizer if whole else None,
             scheduler=self.scheduler if whole else None,
-            state={
-                "step": self.step,
-                "num_tokens": self.num_tokens,
-                "pending": self.pending,
-                "plan": self.digest,
-            },
+            state=state | {"pending": self.pending.values, "plan": self.digest},
         )
         checkpoint.rotate(self.output_dir, self.config.save_total_limit)
 
@@ -189,9 +194,8 @@ class Trainer:
         )
         if state["plan"] != self.digest:
             raise CheckpointError(f"{path}: made with other data, another seed or step size")
-        self.step, self.num_tokens, self.pending = (
-            state[name] for name in ("step", "num_tokens", "pending")
-        )
+        self.step, self.num_tokens = state["step"], state["num_tokens"]
+        self.pending.values = state["pending"]
         self.bar.update(self.step)
         self.say(f"resumed at step {self.step} from {path}")
         return self.step

@@ -86,9 +86,11 @@ class StepSums:
         self.pair_tokens += batch.pair_tokens
         self.computed_tokens += batch.computed_tokens
 
-    def means(self) -> dict[str, float]:
-        """The metrics, each a mean over comparisons or over tokens; reads the device once."""
-        total = dict(zip(_SUMS, self.sums.tolist(), strict=True))
+    def means(self, sums: list[float] | None = None) -> dict[str, float]:
+        """The metrics, each a mean over comparisons or over tokens; reads the device, unless its
+        `sums` are given.
+        """
+        total = dict(zip(_SUMS, self.sums.tolist() if sums is None else sums, strict=True))
         pairs = max(total.pop("comparisons"), 1.0)
         chosen = max(total.pop("chosen_tokens"), 1.0)
         rejected = max(total.pop("rejected_tokens"), 1.0)
@@ -101,20 +103,23 @@ class StepSums:
         }
         return {name: value / divisor.get(name, pairs) for name, value in total.items()}
 
-    def rates(self, seconds: float, model: torch.nn.Module) -> dict[str, float]:
-        """Throughput of the step that took `seconds`.
 
-        `tokens_per_second` counts the tokens that two unpadded sequences per comparison hold, so
-        sharing shows in it.
-        """
-        rates = {
-            "tokens_per_second": self.pair_tokens / seconds,
-            "pairs_per_second": self.comparisons / seconds,
-            "tokens_saved_by_sharing": 1 - self.computed_tokens / self.pair_tokens,
-        }
-        parameters = sum(p.numel() for p in model.parameters())
-        mfu = model_flops_utilisation(parameters, self.computed_tokens, seconds)
-        return rates if mfu is None else rates | {"mfu": mfu}
+def rates(
+    model: torch.nn.Module, comparisons: int, pair_tokens: int, computed_tokens: int, seconds: float
+) -> dict[str, float]:
+    """Throughput of steps that took `seconds`.
+
+    `tokens_per_second` counts the tokens that two unpadded sequences per comparison hold, so
+    sharing shows in it.
+    """
+    found = {
+        "tokens_per_second": pair_tokens / seconds,
+        "pairs_per_second": comparisons / seconds,
+        "tokens_saved_by_sharing": 1 - computed_tokens / pair_tokens,
+    }
+    parameters = sum(p.numel() for p in model.parameters())
+    mfu = model_flops_utilisation(parameters, computed_tokens, seconds)
+    return found if mfu is None else found | {"mfu": mfu}
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -9,7 +9,8 @@ import torch
 from fastdpo_kernels import Comparisons
 from torch import Tensor
 
-from ..data.batch import make_batch
+from ..data.ahead import ahead
+from ..data.batch import Batch, make_batch
 from ..data.groups import Group, count_comparisons
 from ..data.plan import Row, make_plan
 from ..model.scorer import Scorer
@@ -28,11 +29,16 @@ class Objective:
     beta: float
     reference: OnlineReference | None = None  # None: precomputed, in the groups
 
-    def score(self, groups: Sequence[Group], row: Row, comparisons: int, sums: StepSums) -> Tensor:
+    def batch(self, groups: Sequence[Group], row: Row) -> Batch:
+        """A row on the host, ready to be copied to the device."""
+        batch = make_batch(groups, row, self.policy.layout.name)
+        return batch.pin_memory() if self.policy.device.type == "cuda" else batch
+
+    def score(self, batch: Batch, comparisons: int, sums: StepSums) -> Tensor:
         """One row's share of a mean loss over `comparisons`, differentiable; adds its metrics to
         `sums`.
         """
-        batch = make_batch(groups, row, self.policy.layout.name).to(self.policy.device)
+        batch = batch.to(self.policy.device)
         if self.reference is not None:
             ref = self.reference.response_logps(batch)
         elif batch.ref_logps is not None:
@@ -54,14 +60,15 @@ class Objective:
         training = model.training
         model.eval()
         sums, total = StepSums(self.policy.device), count_comparisons(groups)
-        for step in make_plan(
+        plan = make_plan(
             groups,
             comparisons_per_step=_EVAL_WINDOW,
             max_tokens=max_tokens,
             layout=self.policy.layout.name,
             seed=None,
-        ):
-            for row in step.ranks[0]:
-                self.score(groups, row, total, sums)
+        )
+        rows = (self.batch(groups, row) for step in plan for row in step.ranks[0])
+        for batch in ahead(rows):
+            self.score(batch, total, sums)
         model.train(training)
         return {f"eval_{name}": value for name, value in sums.means().items()}

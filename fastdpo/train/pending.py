@@ -1,0 +1,100 @@
+"""Metrics of the steps since the last line of the log.
+
+On a GPU they stay there until they are asked for: reading a number makes the host wait for every
+kernel before it, and the device then waits for the host. A step whose loss or gradient is not
+finite must not touch the weights all the same, and none after it. So the fused optimizers are
+handed a flag on the device that makes them leave everything as it is, and that never goes down.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..errors import FastDPOError
+from . import metrics
+
+
+class Pending:
+    """Collects steps; `read` brings them to the host, `line` averages what was read."""
+
+    def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
+        self.values: dict[str, list[float]] = {}
+        self.optimizer = optimizer
+        self.waits = device.type != "cuda" or not optimizer.defaults.get("fused")
+        """Whether every step is read before its optimizer's."""
+        self._unread: list[tuple[int, metrics.StepSums, Tensor, float]] = []
+        self._bad = torch.zeros((), device=device)
+        self._seconds = 0.0
+
+    def check(self, step: int, sums: metrics.StepSums, norm: Tensor, rate: float) -> None:
+        """Take the figures of a step before its optimizer's; FastDPOError where they are read at
+        once and not finite.
+        """
+        self._unread.append((step, sums, norm, rate))
+        if self.waits:
+            self._values()
+            return
+        finite = torch.isfinite(norm) & torch.isfinite(sums.sums[0])
+        self._bad = torch.maximum(self._bad, (~finite).float())
+        self.optimizer.found_inf = self._bad  # type: ignore[attr-defined]
+
+    def took(self, seconds: float) -> None:
+        """What the host spent on the step."""
+        self._seconds += seconds
+
+    def read(self, rates: Callable[..., dict[str, float]]) -> dict[str, float]:
+        """The figures of the last step; every step before it is read with it.
+
+        `rates` makes the throughput of all of them together from their comparisons, tokens of
+        pairs, computed tokens and seconds.
+
+        Raises:
+            FastDPOError: the loss or the gradient of a step was not finite; the weights are those
+                before it.
+        """
+        start = time.perf_counter()
+        steps = self._values()
+        self._seconds += time.perf_counter() - start
+        sums = [part for _, part, _, _ in self._unread]
+        counts = ("comparisons", "pair_tokens", "computed_tokens")
+        total = [sum(getattr(part, name) for part in sums) for name in counts]
+        speed = rates(*total, self._seconds)
+        for values in steps:
+            for name, value in (values | speed).items():
+                self.values.setdefault(name, []).append(value)
+        self._unread, self._seconds = [], 0.0
+        return steps[-1] | speed
+
+    def _values(self) -> list[dict[str, float]]:
+        """One transfer for all steps that are not yet read."""
+        table = torch.stack(
+            [
+                torch.cat([sums.sums, norm.detach().double().view(1)])
+                for _, sums, norm, _ in self._unread
+            ]
+        )
+        found = []
+        for (step, sums, _, rate), row in zip(self._unread, table.tolist(), strict=True):
+            values: dict[str, Any] = sums.means(row[:-1]) | {"grad_norm": row[-1]}
+            for name in ("loss", "grad_norm"):
+                if not math.isfinite(values[name]):
+                    raise FastDPOError(
+                        f"step {step + 1}: {name} is {values[name]}; stopped with the weights of "
+                        f"step {step} (try a lower learning_rate, or fp32: --bf16 false)"
+                    )
+            found.append(values | {"learning_rate": rate})
+        return found
+
+    def line(self) -> dict[str, float]:
+        """Means of what was read since the last line; of the gradient norm and the learning rate,
+        the last.
+        """
+        result = {name: sum(values) / len(values) for name, values in self.values.items()}
+        result |= {name: self.values[name][-1] for name in ("grad_norm", "learning_rate")}
+        self.values = {}
+        return result
