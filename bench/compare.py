@@ -107,7 +107,9 @@ def _line(key: Key, a: list[Row], b: list[Row]) -> list[str]:
 
 def _losses(a: list[Row], b: list[Row]) -> str:
     """Why speeds are not compared: A and B did not train the same."""
-    losses = [next((row["loss"] for row in rows if "pairs_per_s" in row), []) for rows in (a, b)]
+    losses: list[list[float]] = [
+        next((row["loss"] for row in rows if "pairs_per_s" in row), []) for rows in (a, b)
+    ]
     tolerance = LOSS_TOLERANCE.get(a[0]["case"].get("dtype"), 0.0)
     if len(losses[0]) != len(losses[1]):
         return f"refused: losses of {len(losses[0])} and of {len(losses[1])} steps"

@@ -158,7 +158,8 @@ def convergence_block(folder: Path) -> str:
     found = chosen(folder, "convergence-*.jsonl")
     if not found:
         return _NOTHING
-    parts = ["\n".join(source(found)) + "."]
+    parts = [tables.largest_differences(flat([run])) for run in found]
+    parts.append("\n".join(source(found)) + ".")
     return _page("convergence.svg", "Held-out reward accuracy and margin, both trainers", parts)
 
 

@@ -270,14 +270,20 @@ def convergence_table(rows: Iterable[Row]) -> str:
             [f"{step:g}", *(number(found[step]) if step in found else "" for found in points)]
             for step in steps
         ]
-        apart = ", ".join(f"{name} {_apart(line):.2g}" for name, line in lines.items())
         case = first(run)["case"]
         title = f"**{case['model']}, {case['data']}, {case['eval_pairs']} held-out pairs, "
         title += f"{first(run)['device']}**"
         failed = [f"{p}: {part[-1]['error']}" for p, part in run.items() if failure(part)]
-        notes = [f"Largest difference between providers: {apart}.", *failed]
+        notes = [largest_differences(whole), *failed]
         parts.append("\n\n".join([title, markdown(columns, cells), *notes]))
     return "\n\n".join(parts)
+
+
+def largest_differences(rows: Sequence[Row]) -> str:
+    """In a sentence how far apart the providers of one case are at most."""
+    names = ("accuracy", "margin", "loss")
+    apart = ", ".join(f"{name} {_apart(curves(rows, name)):.2g}" for name in names)
+    return f"Largest difference between providers: {apart}."
 
 
 def _apart(line: dict[str, list[tuple[float, float]]]) -> float:

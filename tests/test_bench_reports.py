@@ -368,6 +368,7 @@ def test_readme_is_made_from_the_rows(tree: Path, capsys: pytest.CaptureFixture[
     shown = texts((tree / readme.RESULTS / "trainers.svg").read_text())
     assert {"5.50 5.00×", "1.10", "not installed", "out of memory"} <= set(shown)
     assert any(text.startswith("refused: the loss of step 3") for text in shown)
+    assert "Largest difference between providers: accuracy 0.05" in text
     assert "accuracy, texts" in texts((tree / readme.RESULTS / "convergence.svg").read_text())
     assert (tree / "kernels/README.md").read_text() == "no markers\n"
     assert "refused" in (tree / readme.FULL).read_text()
