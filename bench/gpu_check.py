@@ -26,6 +26,10 @@ from . import record, tables
 from .rows import Row, is_ours, read
 
 ROOT = Path(__file__).parent.parent
+TRAINERS = (
+    "--model_config qwen2.5-0.5b --providers fastdpo,trl,trl-patched --pairs_per_step 32 --steps 7"
+    " --warm_up 3 --repetitions 2 --batches 8,16"
+)
 HEADS = "qwen2.5-0.5b,gemma-3-1b,llama-3.1-8b"
 KERNEL_TESTS = [
     f"test_{subject}*.py" for subject in ("kernel", "triton", "library", "tiles", "integration")
@@ -64,6 +68,10 @@ FIGURES = (
         " --providers fastdpo,cce,naive,liger,liger-8 --repeats 5",
         150,
     ),
+    *(
+        Stage(f"trainers, {data}", f"bench.trainers {TRAINERS} --data {data}", 100)
+        for data in ("hh-rlhf", "ultrafeedback")
+    ),
     Stage(
         "long",
         "bench.heads --heads qwen2.5-0.5b --tokens 16384 --regimes dpo_long"
@@ -89,11 +97,32 @@ FIGURES = (
         60,
     ),
     Stage(
+        "trainers, 8b",
+        "bench.trainers --model_config llama-3.1-8b --lora --data ultrafeedback --pairs_per_step 16"
+        " --steps 6 --repetitions 1 --batches 4 --providers fastdpo,trl",
+        200,
+    ),
+    Stage(
+        "trainers, 1.5b",
+        f"bench.trainers {TRAINERS} --model_config qwen2.5-1.5b --data ultrafeedback",
+        150,
+    ),
+    Stage("trainers, n-best", f"bench.trainers {TRAINERS} --data n-best", 100),
+    Stage(
+        "trainers, long-prompt",
+        f"bench.trainers {TRAINERS} --data long-prompt --pairs_per_step 4 --batches 1,2",
+        120,
+    ),
+    Stage(
         "configurations",
         f"bench.heads --heads {HEADS} --tokens 16384 --regimes dpo,no_grad"
         " --providers fastdpo,products --configs --repeats 5",
         100,
     ),
+)
+TINY_TRAINER = (
+    "--model_config nano --data n-best --pairs_per_step 2 --steps 3 --batches 1 --repetitions 1"
+    " --dtype fp32"
 )
 TINY = "--device cpu --dtype fp32 --heads tiny --repeats 1"
 
@@ -101,7 +130,9 @@ TINY = "--device cpu --dtype fp32 --heads tiny --repeats 1"
 def dry(stage: Stage) -> Stage:
     """The same stage on a CPU in seconds, the fused kernels through Triton's interpreter."""
     arguments = stage.arguments.replace("KERNELS", "--collect-only KERNELS")
-    if stage in FIGURES:
+    if "bench.trainers" in arguments:
+        arguments = f"{arguments} {TINY_TRAINER}"
+    elif stage in FIGURES:
         tokens = 2048 if "dpo_long" in stage.arguments else 16
         arguments = f"{stage.arguments} {TINY} --tokens {tokens}"
         if stage.name == "regimes":
@@ -226,10 +257,12 @@ def _run_all(options: argparse.Namespace, scratch: Path, end: float) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(log, folder)
     rows = read(rows_folder)
+    trained = tables.trainer_tables(read(rows_folder, "trainers-*.jsonl"))
     for folder in options.results:
         (folder / "heads.md").write_text(tables.head_tables(rows) + "\n", encoding="utf-8")
+        (folder / "trainers.md").write_text(trained + "\n", encoding="utf-8")
     bad += failures(rows)
-    print("\n" + tables.head_summary(rows))
+    print(f"\n{tables.head_summary(rows)}\n\n{trained}")
     print("\n".join(["", *bad]) if bad else "\nall of our own passed")
     return int(bool(bad))
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from . import models, record
-from .trainers import rows_of
+from .workloads import rows_of
 
 STEPS = 12
 QUIET: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

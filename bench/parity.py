@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from . import models, record
-from .trainers import StepClock, rows_of, run_fastdpo, run_trl
+from .trainer_providers import Clock, run_fastdpo, run_trl
+from .workloads import rows_of
 
 COMPARED = (
     "loss",
@@ -50,7 +51,7 @@ def differences(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, f
 
 def run_variant(
     rows: list[dict[str, Any]], model: Path, steps: int, per_step: int, name: str, rate: float
-) -> StepClock:
+) -> Clock:
     """Our run in one of the `VARIANTS`."""
     options = dict(VARIANTS[name])
     batch, accumulate = options.pop("batch", 0), options.pop("accumulate", 1)

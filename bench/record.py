@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,17 @@ def environment(device: "torch.device | None" = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES},
     }
+
+
+def short_name(device: "torch.device") -> str:
+    """cpu, h100, h200, ...: for names of files."""
+    if device.type == "cpu":
+        return "cpu"
+    import torch
+
+    words = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).split("-")
+    short = [word for word in words if re.fullmatch(r"[a-z]+[0-9]+[a-z]?", word)]
+    return short[0] if short else "-".join(words)
 
 
 def _git(*arguments: str) -> str:

@@ -1,192 +1,197 @@
-"""One training run by one provider in this process, measured step by step.
+"""Trainers side by side: ours, TRL as it is and with our head, and every other one that is
+installed.
 
-    python -m bench.trainers --provider trl --model tiny-llama --data gsm8k --batch 4
+    fastdpo bench --model_config smollm2-135m --data ultrafeedback
 
-prints one JSON object: seconds and metrics of every optimizer step, and the peak resident memory of
-the process. Both providers get the same rows in the same order, the same number of comparisons a
-step, fp32, no dropout, a precomputed reference, and the same optimizer. The first steps warm up and
-are not counted.
+Every run is a process of its own; providers take turns, A B A B. They get the same model, the same
+rows in the same order and the same number of comparisons a step; the first steps warm up. TRL first
+tries batches of 1, 2, 4, ... pairs as far as memory goes, and the fastest is taken for all trainers
+that need one. Rows go to bench/results/trainers-<device>.jsonl, one a run, runs that failed
+included.
+
+`useful_tokens_per_s` counts, for each comparison, its prompt twice and both responses, which is
+what a trainer without sharing and padding computes; `computed_tokens_per_s` what went through the
+policy, padding included. The definition of `mfu` is printed under the tables.
 """
 
 import argparse
-import itertools
 import json
-import resource
+import os
+import re
+import subprocess
+import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from . import data, models
+import torch
+
+from fastdpo.train.metrics import peak_tflops
+
+from . import peers, record, tables
+from .trainer_cases import SWITCH, Workload, workloads
+from .trainer_providers import PROVIDERS
+from .workloads import LENGTHS, MODEL_CONFIGS, TEXTS, Row
+
+ROOT = Path(__file__).parent.parent
+QUICK = (
+    "--model_config nano --data hh-rlhf --steps 4 --warm_up 2 --pairs_per_step 4 --repetitions 2 "
+    "--batches 2,4 --learning_rate 3e-2"
+)
 
 
-def rows_of(name: str, count: int, skip: int = 0) -> list[dict[str, Any]]:
-    """`count` preference pairs of a named data set, in its own order, without prompts that are cut
-    off.
-
-    Prompts of 3000 characters or more are left out, since both providers drop those that fill
-    `max_length`.
-    """
-    rows = data.dpo_en_demo() if name == "dpo_en_demo" else data.gsm8k_pairs()
-    if rows is None:
-        raise SystemExit(f"{name}: the data is not here")
-    short = (row for row in rows if len(json.dumps(row["prompt"])) < 3000)
-    return list(itertools.islice(short, skip, skip + count))
-
-
-class StepClock:
-    """Collects the duration and the metrics of every optimizer step."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.metrics: list[dict[str, float]] = []
-        self._last = time.perf_counter()
-
-    def start(self) -> None:
-        """A step begins now."""
-        self._last = time.perf_counter()
-
-    def stop(self) -> None:
-        """A step ends now."""
-        self.seconds.append(time.perf_counter() - self._last)
-
-
-def run_trl(
-    rows: list[dict[str, Any]], model: Path, steps: int, per_step: int, batch: int, **options: Any
-) -> StepClock:
-    """TRL's own DPOTrainer: `per_step / batch` accumulated batches a step, rows in their order."""
-    from datasets import Dataset
-    from torch.utils.data import SequentialSampler
-    from transformers import TrainerCallback
-    from trl import DPOConfig, DPOTrainer
-
-    clock = StepClock()
-
-    class Timer(TrainerCallback):
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            clock.start()
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            clock.stop()
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kw: Any) -> None:
-            if logs and "loss" in logs:
-                clock.metrics.append({k: float(v) for k, v in logs.items()})
-
-    class InOrder(DPOTrainer):
-        def _get_train_sampler(self, dataset: Any = None) -> Any:
-            return SequentialSampler(self.train_dataset)
-
-    with tempfile.TemporaryDirectory() as output:
-        settings = {
-            "precompute_ref_log_probs": True,
-            "gradient_checkpointing": False,
-            "learning_rate": 1e-5,
-            **options,
-        }
-        args = DPOConfig(
-            output_dir=output,
-            use_cpu=True,
-            bf16=False,
-            max_steps=steps,
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=per_step // batch,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            **settings,
-        )
-        trainer = InOrder(
-            model=str(model),
-            args=args,
-            train_dataset=Dataset.from_list(rows),
-            callbacks=[Timer()],
-        )
-        trainer.train()
-    return clock
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="fastdpo bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model_config", default="tiny-llama", help=f"of {', '.join(MODEL_CONFIGS)}")
+    add("--model_name_or_path", help="a directory, in place of random weights")
+    add("--data", default="hh-rlhf", help=f"of {', '.join([*LENGTHS, *TEXTS])}, or a JSONL file")
+    add("--providers", default=",".join([*PROVIDERS, *peers.PEERS]), metavar="A,B")
+    add("--steps", type=int, default=6, help="optimizer steps, warm-up included")
+    add("--warm_up", type=int, default=2, help="steps that are not counted")
+    add("--pairs_per_step", type=int, default=8)
+    add("--repetitions", type=int, default=3)
+    add("--batches", default="1,2,4,8", metavar="A,B", help="pairs a forward that TRL tries")
+    add("--dtype", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
+    add("--lora", action="store_true", help="rank 16 on all linear layers")
+    add("--gradient_checkpointing", default="off", metavar="off,on")
+    add("--reference", default="precomputed", metavar="precomputed,online")
+    add("--learning_rate", type=float, default=1e-5)
+    add("--max_length", type=int, default=0, help="default: 1024 for texts, none for words")
+    add("--timeout", type=float, default=3600, help="seconds of one run")
+    add("--quick", action="store_true", help="a tiny model, every provider, in about two minutes")
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(given)
+    if options.quick:
+        options = parser.parse_args([*QUICK.split(), *given])
+    known = {"providers": [*PROVIDERS, *peers.PEERS], "gradient_checkpointing": list(SWITCH)}
+    known["reference"] = ["precomputed", "online"]
+    for name, names in known.items():
+        chosen = getattr(options, name).split(",")
+        setattr(options, name, chosen)
+        if set(chosen) - set(names):
+            parser.error(f"--{name}: unknown {', '.join(sorted(set(chosen) - set(names)))}")
+    options.batches = [int(batch) for batch in options.batches.split(",")]
+    if any(options.pairs_per_step % batch for batch in options.batches):
+        parser.error("--batches: each has to divide --pairs_per_step")
+    if options.steps <= options.warm_up:
+        parser.error("--steps: expected more than --warm_up")
+    options.dtype = options.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
+    return options
 
 
-def run_fastdpo(
-    rows: list[dict[str, Any]], model: Path, steps: int, per_step: int, batch: int, **options: Any
-) -> StepClock:
-    """`fastdpo.train.run.train`; `batch` is the token budget of a row, 0 the default one."""
-    from fastdpo.config import TrainConfig
-    from fastdpo.train import loop
-    from fastdpo.train.run import train
-
-    clock = StepClock()
-    take = loop.Trainer._take
-
-    def timed(self: Any, step: Any) -> None:
-        clock.start()
-        take(self, step)
-        clock.stop()
-
-    with tempfile.TemporaryDirectory() as output:
-        file = Path(output) / "rows.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        settings = {"gradient_checkpointing": False, "learning_rate": 1e-5, **options}
-        config = TrainConfig.from_dict(
-            {
-                "model_name_or_path": str(model),
-                "dataset_name": str(file),
-                "output_dir": f"{output}/run",
-                "reference_cache_dir": f"{output}/reference",
-                "use_cpu": True,
-                "bf16": False,
-                "shuffle": False,
-                "max_steps": steps,
-                "per_device_train_batch_size": per_step,
-                "max_tokens_per_batch": batch or None,
-                "logging_steps": 1,
-                "save_strategy": "no",
-                "disable_tqdm": True,
-                **settings,
-            }
-        )
-        loop.Trainer._take = timed  # type: ignore[method-assign]
+def run(
+    workload: Workload, provider: str, batch: int, timeout: float, steps: int | None = None
+) -> dict[str, Any]:
+    """One process; the figures of its row, or its `error`."""
+    case = {**workload.case, "steps": steps or workload.case["steps"]}
+    job = {"case": case, "provider": provider, "batch": batch}
+    job |= {"model": str(workload.model), "rows": str(workload.rows)}
+    settings: dict[str, Any] = {"batch": batch or None}
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "job.json"
+        file.write_text(json.dumps({**job, "output": scratch}), encoding="utf-8")
+        path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
         try:
-            train(config, say=lambda text: None)
-        finally:
-            loop.Trainer._take = take  # type: ignore[method-assign]
-        lines = (Path(output) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        clock.metrics = [json.loads(line) for line in lines]
-    return clock
+            done = subprocess.run(
+                [sys.executable, "-m", "bench.trainer_run", str(file)],
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": path},
+            )
+        except subprocess.TimeoutExpired:
+            return {"settings": settings, "error": f"Timeout: over {timeout:.0f} s"}
+    if done.returncode:
+        return {"settings": settings, "error": reason(done.returncode, done.stderr)}
+    measured = json.loads(done.stdout.strip().splitlines()[-1])
+    settings["attention"] = measured.pop("attention", "")
+    return {"settings": settings, **figures(workload, measured)}
 
 
-PROVIDERS = {"trl": run_trl, "fastdpo": run_fastdpo}
+def figures(workload: Workload, measured: dict[str, Any]) -> dict[str, Any]:
+    """Rates over the counted steps, and what was measured besides."""
+    first, last = workload.case["warm_up"], len(measured["step_s"])
+    counted = slice(first, last)
+    seconds = sum(measured["step_s"][counted])
+    computed, response = sum(measured["tokens"][counted]), sum(workload.response_tokens[counted])
+    per_weight = 4 if workload.case["lora"] else 6
+    flops = per_weight * (workload.layer_weights * computed + workload.head_weights * response)
+    peak = peak_tflops() or measured["product_tflops"]
+    return {
+        "step_s": measured["step_s"][counted],
+        "pairs_per_s": (last - first) * workload.case["pairs_per_step"] / seconds,
+        "useful_tokens_per_s": sum(workload.useful_tokens[counted]) / seconds,
+        "computed_tokens_per_s": computed / seconds,
+        "mfu": flops / seconds / (peak * 1e12),
+        "peak_tflops": peak,
+        "peak_mib": measured["peak_mib"],
+        "loss": measured["loss"],
+        "grad_norm": measured["grad_norm"],
+    }
 
 
-def main() -> None:
-    """Parse the command line, run, print one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--provider", choices=PROVIDERS, required=True)
-    parser.add_argument("--model", choices=models.NAMES, required=True)
-    parser.add_argument("--data", choices=("dpo_en_demo", "gsm8k"), required=True)
-    parser.add_argument("--steps", type=int, default=5, help="optimizer steps")
-    parser.add_argument("--warm-up", type=int, default=2, help="steps that are not counted")
-    parser.add_argument("--per-step", type=int, default=8, help="comparisons a step")
-    parser.add_argument("--batch", type=int, default=0, help="trl: pairs a batch; fastdpo: tokens")
-    parser.add_argument("--skip", type=int, default=0, help="rows to leave out at the start")
-    options = parser.parse_args()
-    rows = rows_of(options.data, options.steps * options.per_step, options.skip)
-    run = PROVIDERS[options.provider]
-    clock = run(
-        rows, models.model_path(options.model), options.steps, options.per_step, options.batch
-    )
-    counted = clock.seconds[options.warm_up :]
-    print(
-        json.dumps(
-            {
-                **vars(options),
-                "step_seconds": clock.seconds,
-                "pairs_per_second": len(counted) * options.per_step / sum(counted),
-                "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-                "loss": [m["loss"] for m in clock.metrics],
-            }
-        )
-    )
+def reason(status: int, text: str) -> str:
+    """Why a process failed, in one line that begins with the kind of failure."""
+    lines = [
+        line for line in text.splitlines() if re.match(r"[\w.]+(Error|Installed|Exit)\b", line)
+    ]
+    last = lines[-1] if lines else (text.strip().splitlines() or [f"status {status}"])[-1]
+    kind, _, rest = last.partition(": ")
+    if status in (-9, 137):
+        return "OutOfMemory: killed by the operating system"
+    if kind.endswith(("OutOfMemoryError", "MemoryError")):
+        return f"OutOfMemory: {rest[:160]}"
+    return f"{kind.rpartition('.')[2]}: {rest[:160]}".replace("|", "/")
+
+
+def fastest_batch(workload: Workload, options: argparse.Namespace, results: record.Results) -> int:
+    """TRL's fastest number of pairs a forward, among those that fit; each try is a row."""
+    speed = {}
+    for batch in options.batches if len(options.batches) > 1 else ():
+        found = run(workload, "trl", batch, options.timeout, options.warm_up + 2)
+        results.add(kind="batch search", case=workload.case, provider="trl", **found)
+        if "error" in found:
+            break
+        speed[batch] = found["pairs_per_s"]
+    return max(speed, key=lambda batch: speed[batch]) if speed else options.batches[0]
+
+
+def measure(options: argparse.Namespace, results: record.Results) -> list[Row]:
+    """Run all cases; their rows."""
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for workload in workloads(options, Path(scratch)):
+            wants = any(name != "fastdpo" for name in options.providers)
+            batch = fastest_batch(workload, options, results) if wants else 0
+            missing: set[str] = set()
+            for repetition in range(options.repetitions):
+                for name in (name for name in options.providers if name not in missing):
+                    size = 0 if name == "fastdpo" else batch
+                    found = run(workload, name, size, options.timeout)
+                    keys = {"kind": "measurement", "case": workload.case, "provider": name}
+                    rows.append(results.add(**keys, repetition=repetition, **found))
+                    if "error" in found:
+                        missing.add(name)
+                    speed = found.get("error") or f"{found['pairs_per_s']:.4g} pairs/s"
+                    print(f"{name}, {workload.case['data']}: {speed}", flush=True)
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> list[Row]:
+    """Run the cases, write rows, print the tables."""
+    options = parse(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results = record.Results(f"trainers-{record.short_name(device)}", options, device)
+    rows = measure(options, results)
+    print("\n" + tables.trainer_tables(rows))
+    return rows
 
 
 if __name__ == "__main__":

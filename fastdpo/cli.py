@@ -1,14 +1,16 @@
-"""The command line: `fastdpo train | precompute | doctor`.
+"""The command line: `fastdpo train | precompute | bench | doctor`.
 
 What a user got wrong is one line on stderr and exit code 2, never a traceback; an interrupted run
 is 130, as in a shell. Nothing heavy is imported before it is needed, so that `--help` and mistakes
 answer at once.
 """
 
+import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from . import __version__
@@ -25,6 +27,7 @@ fastdpo trains language models on preferences (DPO), without padding, repeated p
 Commands:
   train         train a model, and evaluate and save it
   precompute    compute and cache the reference's log-probabilities, without training
+  bench         compare with other trainers and heads, on this machine
   doctor        what is installed here, and which kernels would run and why
 
 Options:
@@ -86,7 +89,7 @@ def _dispatch(arguments: list[str]) -> int:
         nearest = get_close_matches(command, COMMANDS, n=1, cutoff=0.0)[0]
         raise ConfigError(f"unknown command {command}; the nearest is {nearest} (fastdpo --help)")
     run, help_text = COMMANDS[command]
-    if "--help" in rest or "-h" in rest:
+    if help_text and ("--help" in rest or "-h" in rest):
         print(help_text(), end="")
         return 0
     run(rest)
@@ -113,6 +116,17 @@ def _doctor(arguments: Sequence[str]) -> None:
     print(report(TrainConfig.parse(arguments)))
 
 
+def _bench(arguments: Sequence[str]) -> None:
+    root = Path(__file__).parent.parent
+    if not (root / "bench" / "cli.py").is_file():
+        raise ConfigError(
+            "fastdpo bench runs from the repository: clone it, pip install -e '.[test]' there, and "
+            "call it again"
+        )
+    sys.path.insert(0, str(root))
+    importlib.import_module("bench.cli").main(arguments)
+
+
 def _runnable(arguments: Sequence[str]) -> TrainConfig:
     config = TrainConfig.parse(arguments)
     config.require("model_name_or_path", "dataset_name")
@@ -137,12 +151,14 @@ def _key_usage(command: str, summary: str) -> Callable[[], str]:
     return lambda: f"{usage}\n{key_help(TrainConfig.key_fields())}\n"
 
 
-COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], Callable[[], str]]] = {
+# A command without a text has its own --help.
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], Callable[[], str] | None]] = {
     "train": (_train, _key_usage("train", "train a model, and evaluate and save it")),
     "precompute": (
         _precompute,
         _key_usage("precompute", "compute and cache the reference's log-probabilities"),
     ),
+    "bench": (_bench, None),
     "doctor": (_doctor, lambda: DOCTOR_USAGE),
 }
 

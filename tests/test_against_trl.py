@@ -9,7 +9,7 @@ import pytest
 from fastdpo_kernels import LOSSES
 
 from bench.parity import differences, run_variant
-from bench.trainers import run_trl
+from bench.trainer_providers import run_trl
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_every_step_agrees_with_trl(rows, model, trl, variant):
 
 @pytest.mark.parametrize("loss_type", sorted(set(LOSSES) - {"sigmoid"}))
 def test_every_loss_agrees_with_trl(rows, model, loss_type):
-    from bench.trainers import run_fastdpo
+    from bench.trainer_providers import run_fastdpo
 
     options = {"loss_type": [loss_type], "label_smoothing": 0.1, "learning_rate": 1e-4}
     theirs = run_trl(rows, model, 3, 6, 6, **options).metrics

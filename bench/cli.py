@@ -1,0 +1,58 @@
+"""fastdpo bench: ours beside the peers, on the same rows, in one run
+
+  fastdpo bench --quick                         everything on small shapes, in five minutes
+  fastdpo bench --model_config smollm2-135m --data ultrafeedback
+  fastdpo bench heads --tokens 4096,16384       the output head alone
+  fastdpo bench convergence                     both trainers' curves on held-out pairs
+  fastdpo bench compare OLD.jsonl NEW.jsonl     do two sets of rows differ beyond their spread?
+  fastdpo bench readme --check                  tables and charts of the README from the rows
+
+Without a command it compares trainers. Each command has its own --help. Rows, one JSON object a
+repetition, go to bench/results, or to the folder that FASTDPO_RESULTS names; those of --quick are
+not kept unless it is set.
+"""
+
+import importlib
+import os
+import tempfile
+from collections.abc import Sequence
+
+COMMANDS = {
+    "heads": "bench.heads",
+    "trainers": "bench.trainers",
+    "convergence": "bench.convergence",
+    "compare": "bench.compare",
+    "readme": "bench.readme",
+}
+_QUICK = ("heads", "trainers", "convergence")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run one command; SystemExit where it fails."""
+    first, rest = (arguments[0], list(arguments[1:])) if arguments else ("", [])
+    if first in COMMANDS:
+        raise SystemExit(_run(first, rest))
+    if first in ("", "--help", "-h"):
+        print(__doc__, end="")
+    elif list(arguments) == ["--quick"]:
+        quick()
+    else:
+        raise SystemExit(_run("trainers", list(arguments)))
+
+
+def quick() -> None:
+    """Every kind of case on small shapes."""
+    with tempfile.TemporaryDirectory() as scratch:
+        kept = os.environ.setdefault("FASTDPO_RESULTS", scratch)
+        try:
+            for name in _QUICK:
+                print(f"\n# {name}\n", flush=True)
+                _run(name, ["--quick"])
+        finally:
+            if kept == scratch:
+                del os.environ["FASTDPO_RESULTS"]
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    status = importlib.import_module(COMMANDS[name]).main(arguments)
+    return status if isinstance(status, int) else 0

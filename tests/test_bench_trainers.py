@@ -1,0 +1,198 @@
+"""The trainer benchmark: its rows and models, what it counts, and what it makes of a failure."""
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from bench import cli, record, trainer_cases, trainers, workloads
+from bench.rows import agreed, read
+from bench.trainer_run import options as trainer_options
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test writes where the measurements are."""
+    monkeypatch.setenv("FASTDPO_RESULTS", str(tmp_path / "results"))
+    return tmp_path / "results"
+
+
+def lengths(rows: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
+    """Words of every prompt and of every response."""
+    prompts = [len(prompt.split()) for prompt in dict.fromkeys(row["prompt"] for row in rows)]
+    texts = dict.fromkeys(text for row in rows for text in (row["chosen"], row["rejected"]))
+    return prompts, [len(text.split()) for text in texts]
+
+
+@pytest.mark.parametrize(
+    "name, together, ratio", [("hh-rlhf", 186, 2.15), ("ultrafeedback", 409, 0.42)]
+)
+def test_lengths_have_the_published_medians(name: str, together: float, ratio: float) -> None:
+    rows = workloads.rows_of(name, 4000)
+    sums = [len((row["prompt"] + row["chosen"]).split()) for row in rows]
+    ratios = [len(row["prompt"].split()) / len(row["chosen"].split()) for row in rows]
+    assert statistics.median(sums) == pytest.approx(together, rel=0.05)
+    assert statistics.median(ratios) == pytest.approx(ratio, rel=0.1)
+
+
+def test_prompts_with_several_responses() -> None:
+    rows = workloads.rows_of("n-best", 500)
+    prompts, responses = lengths(rows)
+    assert statistics.median(prompts) == pytest.approx(60, rel=0.1)
+    assert statistics.median(responses) == pytest.approx(122, rel=0.1)
+    assert len(responses) == pytest.approx(5 * len(prompts), abs=5)
+    assert len(rows) / len(prompts) == pytest.approx(5, abs=0.1)
+    assert workloads.rows_of("n-best", 10, skip=490) == rows[490:]
+    assert lengths(workloads.rows_of("long-prompt", 2)) == ([8192, 8192], [512] * 4)
+
+
+def test_a_word_is_a_token(tmp_path: Path) -> None:
+    path = workloads.model_path("nano", "hh-rlhf", torch.float32, torch.device("cpu"))
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    row = workloads.rows_of("hh-rlhf", 1)[0]
+    words = (row["prompt"] + row["chosen"]).split()
+    ids = tokenizer(row["prompt"] + row["chosen"]).input_ids
+    assert len(ids) == len(words) and tokenizer.unk_token_id not in ids
+    model = AutoModelForCausalLM.from_pretrained(path)
+    assert (
+        model.config.vocab_size == 1000 and model.lm_head.weight is model.model.embed_tokens.weight
+    )
+    with pytest.raises(KeyError, match="expected a directory or one of nano"):
+        workloads.model_path("nothing", "hh-rlhf", torch.float32, torch.device("cpu"))
+    with pytest.raises(KeyError, match="smaller than the tokenizer"):
+        workloads.model_path("nano", "gsm8k", torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "name, millions",
+    [
+        ("smollm2-135m", 134.5),
+        ("qwen2.5-0.5b", 494.0),
+        ("qwen2.5-1.5b", 1543.7),
+        ("llama-3.1-8b", 8030.3),
+        ("gemma-3-1b", 999.9),
+    ],
+)
+def test_named_models_have_their_published_sizes(name: str, millions: float) -> None:
+    config = AutoConfig.for_model(**workloads.MODEL_CONFIGS[name])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def test_what_a_case_counts(tmp_path: Path) -> None:
+    words = "--model_config nano --steps 3 --warm_up 1 --pairs_per_step 2 --batches 1"
+    options = trainers.parse(
+        [*words.split(), "--reference", "precomputed,online", "--dtype", "fp32"]
+    )
+    first, second = trainer_cases.workloads(options, tmp_path)
+    assert (first.case["reference"], second.case["reference"]) == ("precomputed", "online")
+    rows = workloads.rows_of("hh-rlhf", 6)
+    sizes = [[len(row[key].split()) for key in ("prompt", "chosen", "rejected")] for row in rows]
+    # Each response ends in an EOS.
+    pairs = [2 * p + a + b + 2 for p, a, b in sizes]
+    assert first.useful_tokens == [sum(pairs[i : i + 2]) for i in (0, 2, 4)]
+    assert sum(first.response_tokens) == sum(a + b + 2 for _, a, b in sizes)
+    model = AutoModelForCausalLM.from_pretrained(first.model)
+    assert first.head_weights == 32 * 1000
+    assert first.layer_weights + first.head_weights == sum(p.numel() for p in model.parameters())
+    measured = {"step_s": [9.0, 1.0, 3.0], "tokens": [7, 100, 300], "peak_mib": 1.0}
+    measured |= {"loss": [0.7, 0.6, 0.5], "grad_norm": [1.0] * 3, "product_tflops": 1e-6}
+    found = trainers.figures(first, measured)
+    assert found["step_s"] == [1.0, 3.0] and found["loss"] == [0.7, 0.6, 0.5]
+    assert found["pairs_per_s"] == 1.0 and found["computed_tokens_per_s"] == 100.0
+    assert found["useful_tokens_per_s"] == sum(first.useful_tokens[1:]) / 4
+    if found["peak_tflops"] == 1e-6:
+        flops = first.layer_weights * 400 + first.head_weights * sum(first.response_tokens[1:])
+        assert found["mfu"] == pytest.approx(6 * flops / 4 / 1e6)
+
+
+@pytest.mark.parametrize(
+    "status, text, expected",
+    [
+        (
+            1,
+            "Traceback\ntorch.OutOfMemoryError: CUDA out of memory. Tried",
+            "OutOfMemory: CUDA out",
+        ),
+        (1, "x\nbench.trainer_providers.NotInstalled: no | flash", "NotInstalled: no / flash"),
+        (1, "ValueError: a\nException ignored in: <x>", "ValueError: a"),
+        (-9, "", "OutOfMemory: killed"),
+        (3, "something", "something: "),
+    ],
+)
+def test_why_a_run_failed(status: int, text: str, expected: str) -> None:
+    assert trainers.reason(status, text).startswith(expected)
+
+
+def test_the_batch_search_stops_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    speed = {1: 1.0, 2: 3.0, 4: 2.0}
+
+    def run(workload: Any, name: str, batch: int, *rest: Any) -> dict[str, Any]:
+        assert name == "trl"
+        return {"pairs_per_s": speed[batch]} if batch in speed else {"error": "OutOfMemory: no"}
+
+    monkeypatch.setattr(trainers, "run", run)
+    options = trainers.parse(["--pairs_per_step", "16", "--batches", "1,2,4,8,16"])
+    kept: list[dict[str, Any]] = []
+
+    class Results(record.Results):
+        def add(self, **row: Any) -> dict[str, Any]:
+            kept.append(row)
+            return row
+
+    case = trainer_cases.Workload({}, Path(), Path(), [], [], 0, 0)
+    assert trainers.fastest_batch(case, options, Results("x", options)) == 2
+    assert [row["kind"] for row in kept] == ["batch search"] * 4 and "error" in kept[-1]
+
+
+@pytest.mark.parametrize(
+    "words", ["--providers x", "--reference no", "--pairs_per_step 8 --batches 3", "--steps 2"]
+)
+def test_mistakes_on_the_command_line(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        trainers.parse(words.split())
+    assert "error" in capsys.readouterr().err
+
+
+def test_options_reach_both_trainers() -> None:
+    options = trainers.parse(["--lora", "--dtype", "bf16", "--gradient_checkpointing", "on"])
+    case = {**vars(options), "gradient_checkpointing": True, "reference": "online", "max_length": 9}
+    found = trainer_options(case)
+    assert found["use_peft"] and found["bf16"] and found["dtype"] == "bfloat16"
+    assert not found["precompute_ref_log_probs"] and found["gradient_checkpointing"]
+    assert found["max_length"] == 9
+
+
+@pytest.mark.slow
+def test_trainers_side_by_side(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = "fastdpo,trl,trl-patched,trl-flash"
+    try:
+        cli.main(["trainers", "--quick", "--providers", wanted, "--repetitions", "1"])
+    except SystemExit as done:
+        assert done.code == 0
+    rows = [row for row in read(results, "trainers-*.jsonl") if row["kind"] == "measurement"]
+    verdicts = agreed(rows)
+    assert {name for name, reason in verdicts.items() if reason is None} >= {
+        "fastdpo",
+        "trl",
+        "trl-patched",
+    }
+    by_name = {row["provider"]: row for row in rows}
+    ours, theirs = by_name["fastdpo"], by_name["trl"]
+    assert len(ours["step_s"]) == 2 and len(ours["loss"]) == 4
+    assert abs(ours["loss"][-1] - math.log(2)) > 1e-3
+    assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    useful = ours["useful_tokens_per_s"] * sum(ours["step_s"])
+    assert useful == pytest.approx(theirs["useful_tokens_per_s"] * sum(theirs["step_s"]))
+    computed = [row["computed_tokens_per_s"] * sum(row["step_s"]) for row in (ours, theirs)]
+    assert computed[0] < useful < computed[1]
+    assert "NotInstalled" in by_name["trl-flash"]["error"] or torch.cuda.is_available()
+    printed = capsys.readouterr().out
+    assert "| trl-patched |" in printed and "model FLOPs utilisation" in printed
+    assert json.loads((results / "trainers-cpu.jsonl").read_text().splitlines()[0])["commit"]
