@@ -30,6 +30,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import AutoTokenizer
 
 from fastdpo.demo.model import demo_model_path
+from fastdpo.memory import keep_freed_memory
 
 from . import record
 from .first_model import FirstModel
@@ -231,6 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     disable_progress_bars()
     device = torch.device(options.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # time is not compared here, so TRL may have it as well
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or demo_model_path())
     split = split_pairs(read_pairs(options.data), tokenizer, options)
     first = FirstModel(options.layers, options.width, options.first_steps, seed=options.seed)
