@@ -57,7 +57,10 @@ def environment(device: "torch.device | None" = None) -> dict[str, Any]:
     commit they are.
     """
     commit = _git("rev-parse", "--short", "HEAD")
-    changed = _git("status", "--porcelain", "--untracked-files=no")
+    # Rows that this very run is writing do not make it another program.
+    changed = _git(
+        "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)bench/results"
+    )
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit or os.environ.get("FASTDPO_COMMIT", ""),

@@ -21,6 +21,11 @@ LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
 of each other, and one that truncates, orders or masks differently is off by 1e-2 or more at the
 first update. bf16 rounds 2¹⁶ times as coarsely, and a margin of several nats by about 1e-2."""
 
+NORM_TOLERANCE = {"fp32": 1e-2, "bf16": 0.1}
+"""Of the gradient's norm at a step, relative. It tells trainers apart where the losses still lie at
+ln 2: right ones are within 1e-4 of each other in fp32, and a wrong order or mask moves it by a
+tenth and more."""
+
 _FAILURES = {
     "out of memory": ("OutOfMemory", "MemoryError"),
     "not installed": ("NotInstalled", "ImportError", "ModuleNotFoundError", "PackageNotFound"),
@@ -120,9 +125,10 @@ def agreed(rows: Iterable[Row]) -> dict[str, str | None]:
         return {}
     reference = reference_of(done)
     case = first(done)["case"]
-    right = done[reference][0].get("loss") or []
+    right = done[reference][0]
     return {
-        name: _refusal(part, right, reference, LOSS_TOLERANCE[case["dtype"]])
+        name: _refusal(part, right.get("loss") or [], reference, LOSS_TOLERANCE[case["dtype"]])
+        or _norm_refusal(part, right, reference, NORM_TOLERANCE[case["dtype"]])
         for name, part in done.items()
     }
 
@@ -145,6 +151,19 @@ def _refusal(rows: list[Row], right: list[float], reference: str, tolerance: flo
             if not abs(ours - theirs) <= tolerance:
                 return (
                     f"refused: the loss of step {step} is {ours:.5g}, of {reference} {theirs:.5g}"
+                )
+    return None
+
+
+def _norm_refusal(rows: list[Row], right: Row, reference: str, tolerance: float) -> str | None:
+    theirs = right.get("grad_norm") or []
+    for row in rows:
+        pairs = zip(row.get("grad_norm") or [], theirs, strict=False)
+        for step, (our, their) in enumerate(pairs, start=1):
+            if not abs(our - their) <= tolerance * abs(their):
+                return (
+                    f"refused: the gradient norm of step {step} is {our:.4g}, of {reference} "
+                    f"{their:.4g}"
                 )
     return None
 

@@ -104,6 +104,15 @@ def test_agreement() -> None:
     assert agreed([row("fastdpo")]) == {"fastdpo": None} and agreed([]) == {}
 
 
+def test_gradients_are_told_apart_where_losses_are_not() -> None:
+    rows = [row("trl", grad_norm=[2.0, 3.0]), row("a", grad_norm=[2.01, 3.0])]
+    assert set(agreed(rows).values()) == {None}
+    for wrong in (2.5, math.nan):
+        found = agreed([*rows, row("b", grad_norm=[2.0, wrong])])
+        assert found["a"] is None
+        assert (found["b"] or "").startswith("refused: the gradient norm of step 2 is")
+
+
 def test_losses_that_tell_nothing() -> None:
     still = [math.log(2) + 1e-5] * 4
     assert vacuous(row("trl")) is None
