@@ -18,7 +18,6 @@ FASTDPO_RESULTS says in which folder.
 import argparse
 import json
 import os
-import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -239,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first = FirstModel(options.layers, options.width, options.first_steps, seed=options.seed)
     path = first.path(split.texts, tokenizer, device)
     print(f"{len(split.train)} pairs to train on, {len(split.held_out)} held out", flush=True)
-    results = record.Results(f"convergence-{_device_name(device)}", options, device)
+    results = record.Results(f"convergence-{record.short_name(device)}", options, device)
     names = ("steps", "pairs_per_step", "learning_rate", "beta", "seed", "eval_pairs")
     case = {"model": first.name, "data": options.data}
     case |= {name: getattr(options, name) for name in names}
@@ -252,14 +251,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
     print(report(curves, options.eval_pairs))
     return 0
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cpu":
-        return "cpu"
-    words = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).split("-")
-    short = [word for word in words if re.fullmatch(r"[a-z]+[0-9]+[a-z]?", word)]
-    return short[0] if short else "-".join(words)
 
 
 if __name__ == "__main__":
