@@ -29,9 +29,13 @@ HEADS = {
 }
 """(V, H) by name; `large` has more than 2³¹ weights."""
 
+LARGEST_GRADIENT_ERROR = 0.25
+"""Relative. bf16 logits cost a gradient some hundredths; a wrong one is off by about its size."""
+
 _LOGIT_SPREAD = 4.0
 _GAP_MEDIAN, _GAP_SPREAD = 0.8, 1.03
 _SLICE = 1024
+_SLOPE_TOKENS = 16384
 _EXACT_TILE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 
 
@@ -89,37 +93,47 @@ class Inputs:
     def exact(self) -> "Exact":
         """Log-probabilities and their derivatives in fp64, computed once for all regimes."""
         tokens, vocab = self.targets.shape[0], self.weight.shape[0]
-        weight, x = self.weight.detach().double(), self.hidden.detach().double()
+        weight, x = self.weight.detach().double(), self.hidden.detach()
         vocabulary = torch.arange(0, vocab, -(-vocab // _SLICE), device=x.device)
-        logps, slope = x.new_empty(tokens), torch.empty_like(x)
-        residual = x.new_empty(tokens, vocabulary.numel())
+        logps = weight.new_empty(tokens)
+        slope = weight.new_empty(min(tokens, _SLOPE_TOKENS), x.shape[1])
+        residual = weight.new_empty(tokens, vocabulary.numel())
         rows = max(1, _EXACT_TILE_BYTES[x.device.type] // (8 * vocab))
         for start in range(0, tokens, rows):
             tile = slice(start, start + rows)
-            z = x[tile] @ weight.T
+            z = x[tile].double() @ weight.T
             target = self.targets[tile].unsqueeze(1)
             z -= z.logsumexp(-1, keepdim=True)
             logps[tile] = z.gather(1, target).squeeze(1)
             z.exp_().neg_().scatter_add_(1, target, torch.ones_like(z[:, :1]))
             residual[tile] = z[:, vocabulary]
-            torch.mm(z, weight, out=slope[tile])
+            if start < len(slope):
+                torch.mm(z[: len(slope) - start], weight, out=slope[tile])
         return Exact(x, logps, slope, vocabulary, residual)
 
 
 @dataclass(frozen=True)
 class Exact:
-    """fp64. A gradient is a coefficient a token away from these."""
+    """fp64. A gradient is a coefficient a token away from these.
 
-    hidden: Tensor  # (T, H)
+    Every log-probability and every token's share of dW is known, for which one product in fp64 is
+    enough; dX, which needs a second one and (T, H) numbers of 8 bytes, for the first tokens only.
+    """
+
+    hidden: Tensor  # (T, H), as it was given
     logps: Tensor  # (T,)
-    slope: Tensor  # (T, H), ∂logp_t / ∂x_t
+    slope: Tensor  # (min(T, 16384), H), ∂logp_t / ∂x_t
     vocabulary: Tensor  # (S,), the entries at which the weight's gradient is compared
     residual: Tensor  # (T, S), onehot − softmax there
 
     def gradients(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-        """dX (T, H) and dW (S, H) of Σ c_t·logp_t."""
+        """dX of the first tokens and dW (S, H) of Σ c_t·logp_t."""
         c = coefficients.double().unsqueeze(1)
-        return c * self.slope, self.residual.T @ (c * self.hidden)
+        dw = self.slope.new_zeros(self.vocabulary.numel(), self.hidden.shape[1])
+        for start in range(0, len(c), _SLOPE_TOKENS):
+            tile = slice(start, start + _SLOPE_TOKENS)
+            dw += self.residual[tile].T @ (c[tile] * self.hidden[tile].double())
+        return c[: len(self.slope)] * self.slope, dw
 
 
 def response_tokens(regime: Regime, tokens: int) -> int:
@@ -186,8 +200,13 @@ class Problem:
 
     @cached_property
     def exact_gradients(self) -> tuple[Tensor, Tensor]:
-        """dX and the compared rows of dW, fp64."""
+        """dX of the first tokens and the compared rows of dW, fp64."""
         return self.inputs.exact.gradients(self._coefficients())
+
+    @cached_property
+    def exact_loss(self) -> float:
+        """DPO's loss, fp64."""
+        return self.loss(self.sums(self.inputs.exact.logps)).item()
 
     def _coefficients(self) -> Tensor:
         if not self.regime.dpo:
@@ -205,13 +224,48 @@ class Problem:
             return logps.double()
         return logps.double().view(self.responses, -1).sum(1)
 
-    def errors(self, logps: Tensor, gradients: tuple[Tensor, ...]) -> dict[str, float]:
-        """Against fp64: the largest absolute error of a response's log-probability in nats, and the
-        relative Frobenius errors of dX and of the compared rows of dW.
+    def errors(
+        self, logps: Tensor, gradients: tuple[Tensor, ...], loss: Tensor | None = None
+    ) -> dict[str, float]:
+        """Against fp64: the largest absolute error of a response's log-probability in nats, that of
+        the loss, and the relative Frobenius errors of dX (of the first 16384 tokens) and of the
+        compared rows of dW (all tokens).
         """
         exact = self.inputs.exact
         found = {"logp_error": (self.sums(logps) - self.sums(exact.logps)).abs().max().item()}
+        if loss is not None:
+            found["loss_error"] = abs(loss.item() - self.exact_loss)
         for name, ours, right in zip(("dx", "dw"), gradients, self.exact_gradients, strict=False):
-            compared = ours if name == "dx" else ours[exact.vocabulary]
+            compared = ours[: len(right)] if name == "dx" else ours[exact.vocabulary]
             found[f"{name}_error"] = ((compared.double() - right).norm() / right.norm()).item()
         return found
+
+    @property
+    def logp_bound(self) -> float:
+        """Nats by which a right provider's log-probability of a response may be off at most.
+
+        Rounding the largest logit z to the dtype moves a token's by up to ε·z/2, the product's sum
+        of H terms in fp32 by some √H·ε₃₂·z, and L tokens add up as √L. Four times that leaves room
+        for the worst response of many, and in bf16 is a hundredth of the log-probability itself.
+        """
+        vocab, width = self.inputs.weight.shape
+        largest = _LOGIT_SPREAD * torch.special.ndtri(torch.tensor(1 - 0.5 / vocab)).item()
+        rounding = torch.finfo(self.inputs.weight.dtype).eps / 2
+        rounding += math.sqrt(width) * torch.finfo(torch.float32).eps
+        return 4 * math.sqrt(self.response_tokens) * largest * rounding
+
+    def refusal(self, errors: dict[str, float]) -> str | None:
+        """Why these errors are no rounding, so that their provider's time counts for nothing; None
+        where they are. Written so that NaN is refused.
+        """
+        bounds = {
+            "logp": self.logp_bound,
+            "loss": 2 * self.beta * self.logp_bound / math.sqrt(self.responses / 2),
+            "dx": LARGEST_GRADIENT_ERROR,
+            "dw": LARGEST_GRADIENT_ERROR,
+        }
+        for name, bound in bounds.items():
+            error = errors.get(f"{name}_error", 0.0)
+            if not error <= bound:
+                return f"its {name} is off by {error:.2g}, more than {bound:.2g}"
+        return None

@@ -1,8 +1,8 @@
-"""Who computes a head: ours, its peers, and the bare matrix products as the floor.
+"""Who computes a head: ours, and the bare matrix products as the floor (peers: `head_peers`).
 
 A provider is one function from a `Problem` to a `Step`, registered by name. It may raise whatever
-it has to (a missing package, `Unsupported`): the benchmark writes that down as its row. Peers run
-with their own defaults, on leaves of the same values.
+it has to (a missing package, `Unsupported`): the benchmark writes that down as its row. All get
+leaves of the same values.
 """
 
 import gc
@@ -36,11 +36,19 @@ class Step(NamedTuple):
 
 
 class Unsupported(Exception):
-    """This provider has no such regime."""
+    """This provider has no such regime, or does not run on this device or with this version."""
 
 
+def needs_triton(problem: Problem) -> None:
+    """Raise where Triton's kernels cannot run: on a CPU, but for Triton's interpreter."""
+    if not problem.inputs.weight.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise Unsupported("Triton needs a GPU")
+
+
+Function = Callable[[Tensor, Tensor], Output]
 Provider = Callable[[Problem], Step]
 PROVIDERS: dict[str, Provider] = {}
+_PRODUCT_TOKENS = 16384
 
 
 def provider(name: str) -> Callable[[Provider], Provider]:
@@ -53,9 +61,7 @@ def provider(name: str) -> Callable[[Provider], Provider]:
     return add
 
 
-def differentiable(
-    problem: Problem, function: Callable[[Tensor, Tensor], Output], hidden: Tensor | None = None
-) -> Step:
+def differentiable(problem: Problem, function: Function, hidden: Tensor | None = None) -> Step:
     """The step of a function of (hidden, weight) that autograd can go through."""
     inputs, regime = problem.inputs, problem.regime
     hidden = inputs.hidden if hidden is None else hidden
@@ -74,9 +80,13 @@ def differentiable(
     return Step(forward, backward)
 
 
-def from_logprob(problem: Problem, logprob: Callable[[Tensor, Tensor], Tensor]) -> Step:
+def from_logprob(
+    problem: Problem,
+    logprob: Callable[[Tensor, Tensor], Tensor],
+    wrap: Callable[[Function], Function] = lambda function: function,
+) -> Step:
     """The step of a function that gives the log-probability of each token; sums and loss are
-    PyTorch's, in fp32.
+    PyTorch's, in fp32. `wrap` gets all of that together.
     """
 
     def function(hidden: Tensor, weight: Tensor) -> Output:
@@ -86,7 +96,7 @@ def from_logprob(problem: Problem, logprob: Callable[[Tensor, Tensor], Tensor]) 
         sums = logps.view(problem.responses, -1).sum(1)
         return Output(problem.loss(sums), sums)
 
-    return differentiable(problem, function)
+    return differentiable(problem, wrap(function))
 
 
 def _fastdpo(problem: Problem, backend: str) -> Step:
@@ -132,110 +142,37 @@ def fastdpo_torch(problem: Problem) -> Step:
 @provider("fastdpo-triton")
 def fastdpo_triton(problem: Problem) -> Step:
     """The fused kernels."""
+    needs_triton(problem)
     return _fastdpo(problem, "triton")
 
 
 @provider("products")
 def products(problem: Problem) -> Step:
-    """The regime's 1, 2 or 3 bare matrix products into buffers made before: the floor."""
+    """The regime's 1, 2 or 3 bare matrix products into buffers made before: the floor.
+
+    All tokens at once up to 16384; of more, so many at a time, which share the buffer of logits.
+    """
     x, weight = problem.inputs.hidden, problem.inputs.weight
-    logits = x.new_empty(x.shape[0], weight.shape[0])
+    tiles = x.split(_PRODUCT_TOKENS)
+    logits = x.new_empty(tiles[0].shape[0], weight.shape[0])
     dx = torch.empty_like(x) if problem.regime.hidden else None
     dw = torch.empty_like(weight) if problem.regime.weight else None
 
     def forward() -> Output:
-        return Output(torch.mm(x, weight.T, out=logits), None)
+        for tile in tiles:
+            torch.mm(tile, weight.T, out=logits[: len(tile)])
+        return Output(logits, None)
 
     def backward(output: Output) -> tuple[Tensor, ...]:
-        if dx is not None:
-            torch.mm(logits, weight, out=dx)
-        if dw is not None:
-            torch.mm(logits.T, x, out=dw)
+        for number, tile in enumerate(tiles):
+            part = logits[: len(tile)]
+            if dx is not None:
+                torch.mm(part, weight, out=dx.split(_PRODUCT_TOKENS)[number])
+            if dw is not None:
+                torch.addmm(dw, part.T, tile, beta=int(number > 0), out=dw)
         return ()
 
     return Step(forward, backward)
-
-
-@provider("trl")
-def trl(problem: Problem) -> Step:
-    """TRL's chunked head, as its `DPOTrainer` calls it but for the optional outputs: none is asked
-    for.
-    """
-    from trl.kernels import ChunkedLogProbFunction
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
-
-    targets, width = problem.inputs.targets, _CHUNKED_LOGPROB_CHUNK_SIZE
-
-    def logprob(hidden: Tensor, weight: Tensor) -> Tensor:
-        return ChunkedLogProbFunction.apply(
-            hidden, weight, None, targets, 1.0, width, None, 1.0, ()
-        )[0]
-
-    return from_logprob(problem, logprob)
-
-
-@provider("naive")
-def naive(problem: Problem) -> Step:
-    """The full logits, `log_softmax` in fp32, and autograd."""
-    targets = problem.inputs.targets.unsqueeze(1)
-    cells = targets.numel() * problem.inputs.weight.shape[0]
-    if not targets.is_cuda:
-        # Where the CPU's memory runs out, the kernel ends the process instead of raising.
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if free < 20 * cells:
-            raise MemoryError(f"needs some {20 * cells >> 20} MiB, {free >> 20} are free")
-
-    def logprob(hidden: Tensor, weight: Tensor) -> Tensor:
-        logits = hidden @ weight.T
-        return logits.float().log_softmax(-1).gather(1, targets).squeeze(1)
-
-    return from_logprob(problem, logprob)
-
-
-def _liger(problem: Problem, pairs: int) -> Step:
-    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
-
-    if not problem.regime.dpo:
-        raise Unsupported("Liger's fused DPO gives no log-probabilities of tokens")
-    head = LigerFusedLinearDPOLoss(
-        beta=problem.beta, use_ref_model=False, average_log_prob=False, chunk_size=pairs
-    )
-    count, length = problem.responses, problem.response_tokens
-    order = torch.arange(count).view(-1, 2).T.flatten()
-    targets = problem.inputs.targets.view(count, length)[order]
-    hidden = problem.inputs.hidden.view(count, length, -1)[order]
-
-    def function(hidden: Tensor, weight: Tensor) -> Output:
-        loss, (chosen, rejected, *_) = head(weight, hidden, targets)
-        return Output(loss, torch.stack([chosen, rejected], 1).flatten())
-
-    step = differentiable(problem, function, hidden)
-    return step._replace(in_order=lambda gradient: gradient[order.argsort()].flatten(0, 1))
-
-
-@provider("liger")
-def liger(problem: Problem) -> Step:
-    """Liger's fused DPO, chosen responses first as it wants them, no second head for the reference;
-    one pair at a time, its default.
-    """
-    return _liger(problem, 1)
-
-
-@provider("liger-8")
-def liger_8(problem: Problem) -> Step:
-    """The same, eight pairs at a time."""
-    return _liger(problem, 8)
-
-
-@provider("cce")
-def cce(problem: Problem) -> Step:
-    """Apple's Cut Cross-Entropy without a reduction, its gradient filter on as by default."""
-    from cut_cross_entropy import linear_cross_entropy
-
-    targets = problem.inputs.targets
-    return from_logprob(
-        problem, lambda x, w: -linear_cross_entropy(x, w, targets, reduction="none")
-    )
 
 
 def configured(inputs: Inputs) -> dict[str, Provider]:

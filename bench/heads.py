@@ -4,113 +4,53 @@
 
 All providers of a case get the same inputs (`head_cases`) and take turns, A B A B, in one process.
 Every one has been called three times before the first repetition counts. CUDA is timed by events, a
-CPU by the clock. Gradients are fresh tensors in each call, as in training, and so, on a CPU, are
-their page faults; only the bare products write to buffers made before.
+CPU by the clock. Whatever compiles has graphs of exactly the case's shapes. Gradients are fresh
+tensors in each call, as in training, and so, on a CPU, are their page faults; only the bare
+products write to buffers made before.
 
 Memory is what one call adds to what was there: on CUDA the allocator's peak, on a CPU the peak of
 the allocations that PyTorch's profiler sees, temporaries inside an operation included (the
 process's own peak would be that of the largest provider before). `workspace_mib` is that peak
-without the returned gradients. Errors are against fp64, see `Problem.errors`.
+without the returned gradients.
+
+Errors are against fp64, see `Problem.errors`, over all tokens but for dX, of which the first 16384
+tokens are compared. Where they are larger than rounding explains (`Problem.refusal`), the rows have
+a field `refused` with the reason: such a time counts for nothing.
 
 Rows go to bench/results/heads-<device>.jsonl, one a repetition; a provider that cannot be
-imported, lacks the regime or runs out of memory is a row that says so.
+imported, lacks the regime or runs out of memory is a row that says so (`head_measure.failure`).
 """
 
 import argparse
 import itertools
 import re
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import record, tables
 from .head_cases import HEADS, REGIMES, Inputs, Problem
-from .head_providers import PROVIDERS, Output, Provider, Step, configured, release
+from .head_measure import call, clock, examine, failure, memory_as_errors, own_graphs
+from .head_peers import PROVIDERS
+from .head_providers import Provider, Step, configured, release
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULTS = {
     "heads": "cpu",
     "regimes": "no_grad,frozen,trainable,dpo",
-    "providers": "fastdpo,products,trl,liger,cce,naive",
+    "providers": "fastdpo,products,trl,liger,liger-8,liger-flce,cce,torch-lce,naive,naive-compiled",
 }
+QUICK = {
+    "heads": "smollm2",
+    "regimes": "dpo",
+    "providers": ",".join(name for name in PROVIDERS if name != "fastdpo-torch"),
+    "tokens": "512",
+    "repeats": 2,
+}
+"""On a CPU, `fastdpo` is `fastdpo-torch`."""
 Case = dict[str, Any]
-
-
-def call(step: Step) -> tuple[Output, tuple[Tensor, ...]]:
-    """One forward and backward."""
-    output = step.forward()
-    return output, step.backward(output)
-
-
-def clock(step: Step, device: torch.device) -> tuple[float, float]:
-    """Seconds of a forward, and of a forward and a backward together."""
-    if device.type == "cuda":
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-        events[0].record()
-        output = step.forward()
-        events[1].record()
-        gradients = step.backward(output)
-        events[2].record()
-        torch.cuda.synchronize(device)
-        del gradients
-        return events[0].elapsed_time(events[1]) / 1e3, events[0].elapsed_time(events[2]) / 1e3
-    start = time.perf_counter()
-    output = step.forward()
-    middle = time.perf_counter()
-    gradients = step.backward(output)
-    end = time.perf_counter()
-    del gradients
-    return middle - start, end - start
-
-
-def peak_bytes(function: Callable[[], Any], device: torch.device) -> tuple[int, Any]:
-    """The most that `function` has allocated at one time, and its result."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        result = function()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before, result
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        result = function()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak, result
-
-
-def _tensors(output: Output, gradients: tuple[Tensor, ...]) -> list[Tensor]:
-    return [tensor for tensor in (*output, *gradients) if tensor is not None]
-
-
-def examine(problem: Problem, build: Provider) -> Case:
-    """Memory, errors, and whether two calls give the same bits."""
-    step = build(problem)
-    first = call(step)
-    release()
-    peak, (output, gradients) = peak_bytes(lambda: call(step), problem.inputs.weight.device)
-    held = sum(g.numel() * g.element_size() for g in gradients)
-    found: Case = {
-        "peak_mib": peak / 2**20,
-        "gradient_mib": held / 2**20,
-        "workspace_mib": (peak - held) / 2**20,
-        "deterministic": all(map(torch.equal, _tensors(*first), _tensors(output, gradients))),
-    }
-    if problem.regime.dpo and output.value.ndim == 0:
-        found["loss"] = output.value.item()
-    if output.logps is not None:
-        if gradients and problem.regime.hidden:
-            gradients = (step.in_order(gradients[0]), *gradients[1:])
-        found |= problem.errors(output.logps.detach(), gradients)
-    return found
 
 
 def run_case(
@@ -123,8 +63,7 @@ def run_case(
         try:
             return function()
         except Exception as error:
-            reason = (str(error).strip() or "-").splitlines()[0][:200].replace("|", "/")
-            write(provider=name, error=f"{type(error).__name__}: {reason}")
+            write(provider=name, error=failure(error))
         # Not before the error is gone: its frames hold the tensors.
         release()
         return None
@@ -146,7 +85,6 @@ def run_case(
             if times is None:
                 steps[name] = None
             else:
-                times = {"forward_s": times[0], "total_s": times[1]}
                 write(provider=name, repetition=repetition, **times, **facts[name])
 
 
@@ -159,7 +97,7 @@ def file_name(device: torch.device) -> str:
     return "heads-" + (short[0] if short else "-".join(words))
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -176,6 +114,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--configs", action="store_true", help="every configuration of the fused kernels besides"
     )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="other defaults: every provider at one small head, in a minute on a CPU",
+    )
+    if parser.parse_known_args(arguments)[0].quick:
+        parser.set_defaults(**QUICK)
     options = parser.parse_args(arguments)
     for name, names in known.items():
         chosen = getattr(options, name).split(",")
@@ -187,7 +132,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the cases, write rows, print the table."""
     options = parse(arguments)
     device, dtype, rows = torch.device(options.device), DTYPES[options.dtype], []
@@ -213,7 +158,8 @@ def main(arguments: list[str] | None = None) -> None:
             def write(case: Case = case, **row: Any) -> None:
                 rows.append(results.add(case=case, **row))
 
-            run_case(problem, providers, options.repeats, write)
+            with memory_as_errors(device), own_graphs():
+                run_case(problem, providers, options.repeats, write)
             print(f"done: {regime}, {head}, T={tokens}", flush=True)
         del inputs, problem
         release()

@@ -1,82 +1,25 @@
-"""The head benchmark measures what it says: references, memory, failures as rows, a dry run."""
+"""The head benchmark measures what it says: memory, failures as rows, presets, a dry run."""
 
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import gpu_check, head_providers, heads, record, tables
-from bench.head_cases import REGIMES, Inputs, Problem, response_tokens
+from bench import gpu_check, head_measure, head_providers, heads, record, tables
+from bench.head_cases import REGIMES, Inputs, Problem
+from bench.head_peers import PROVIDERS, naive
 from bench.rows import Row, read
-
-EPS = torch.finfo(torch.float32).eps
 
 
 @pytest.fixture(scope="module")
 def inputs() -> Inputs:
     return Inputs.make("tiny", 64, torch.float32, torch.device("cpu"))
-
-
-@pytest.mark.parametrize("regime", [name for name in REGIMES if name != "dpo_long"])
-def test_exact_gradients_are_autograds(inputs: Inputs, regime: str) -> None:
-    problem = Problem.make(inputs, REGIMES[regime], 512)
-    x, w = inputs.hidden.double().requires_grad_(), inputs.weight.double().requires_grad_()
-    logps = (x @ w.T).log_softmax(-1).gather(1, inputs.targets[:, None]).squeeze(1)
-    torch.testing.assert_close(inputs.exact.logps, logps.detach(), rtol=1e-12, atol=1e-12)
-    if problem.regime.dpo:
-        value = problem.loss(problem.sums(logps))
-    else:
-        value = (logps * inputs.token_grads).sum()
-    dx, dw = torch.autograd.grad(value, (x, w))
-    exact_dx, exact_dw = problem.exact_gradients
-    torch.testing.assert_close(exact_dx, dx, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(exact_dw, dw[inputs.exact.vocabulary], rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", ["fastdpo", "fastdpo-torch", "trl", "naive"])
-@pytest.mark.parametrize("regime", [name for name in REGIMES if name != "dpo_long"])
-def test_providers_compute_the_same(inputs: Inputs, name: str, regime: str) -> None:
-    problem = Problem.make(inputs, REGIMES[regime], 512)
-    found = heads.examine(problem, head_providers.PROVIDERS[name])
-    assert found["deterministic"]
-    # A response is 8 tokens of some 3 nats, each the difference of logits of some 12.
-    assert found["logp_error"] < 8 * 12 * 4 * EPS
-    wanted = {"dx_error": problem.regime.hidden, "dw_error": problem.regime.weight}
-    for error, present in wanted.items():
-        assert (error in found) == present and found.get(error, 0.0) < 32 * EPS
-    if problem.regime.dpo:
-        exact = problem.loss(problem.sums(inputs.exact.logps)).item()
-        assert found["loss"] == pytest.approx(exact, abs=1e-4)
-
-
-@pytest.mark.parametrize("regime", ["dpo", "dpo_frozen"])
-def test_liger_computes_the_same(
-    inputs: Inputs, regime: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its hidden states are in another order, and their gradient comes back in ours."""
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    problem = Problem.make(inputs, REGIMES[regime], 512)
-    for name in ("liger", "liger-8"):
-        found = heads.examine(problem, head_providers.PROVIDERS[name])
-        assert found["logp_error"] < 8 * 12 * 4 * EPS
-        assert found["dx_error"] < 32 * EPS and found.get("dw_error", 0.0) < 32 * EPS
-
-
-def test_a_comparison_longer_than_the_workspace() -> None:
-    inputs = Inputs.make("tiny", 2048, torch.float32, torch.device("cpu"))
-    problem = Problem.make(inputs, REGIMES["dpo_long"], 512)
-    assert problem.responses == 2
-    assert problem.workspace_mib << 20 < 331 * 2048 * 4 // 2
-    found = heads.examine(problem, head_providers.PROVIDERS["fastdpo"])
-    assert found["dx_error"] < 64 * EPS and found["dw_error"] < 64 * EPS
-
-
-def test_responses_fill_the_tokens_and_share_a_tile() -> None:
-    for tokens, name in ((16384, "dpo"), (2048, "dpo"), (16384, "no_grad"), (512, "dpo_long")):
-        assert tokens % (2 * response_tokens(REGIMES[name], tokens)) == 0
-    assert response_tokens(REGIMES["dpo"], 16384) == 256
-    with pytest.raises(ValueError, match="multiple of 8"):
-        response_tokens(REGIMES["dpo"], 3000)
 
 
 def test_peak_counts_what_is_held_together() -> None:
@@ -86,7 +29,7 @@ def test_peak_counts_what_is_held_together() -> None:
         del first
         return second[: 1 << 19].clone()
 
-    peak, result = heads.peak_bytes(function, torch.device("cpu"))
+    peak, result = head_measure.peak_bytes(function, torch.device("cpu"))
     assert result.numel() == 1 << 19
     assert peak == pytest.approx((4 + 8) << 20, rel=0.01)
 
@@ -96,7 +39,7 @@ def test_failures_are_rows_and_providers_take_turns(inputs: Inputs) -> None:
 
     def counted(name: str, fails_at: int | None = None) -> head_providers.Provider:
         def build(problem: Problem) -> head_providers.Step:
-            step = head_providers.naive(problem)
+            step = naive(problem)
 
             def forward() -> head_providers.Output:
                 order.append(name)
@@ -112,7 +55,7 @@ def test_failures_are_rows_and_providers_take_turns(inputs: Inputs) -> None:
         "a": counted("a"),
         "b": counted("b"),
         "late": counted("late", fails_at=4),
-        "liger": head_providers.PROVIDERS["liger"],
+        "liger": PROVIDERS["liger"],
     }
     problem = Problem.make(inputs, REGIMES["frozen"], 512)
     heads.run_case(problem, providers, 3, lambda **row: rows.append(row))
@@ -120,9 +63,105 @@ def test_failures_are_rows_and_providers_take_turns(inputs: Inputs) -> None:
     assert timed == ["a", "b", "late", "a", "b", "a", "b"]
     assert order[-8:] == ["a", "b", "late", "a", "b", "late", "a", "b"]
     failed = {row["provider"]: row["error"] for row in rows if "error" in row}
-    assert failed["late"] == "OutOfMemoryError: CUDA out of memory."
+    assert failed["late"] == "OutOfMemory: CUDA out of memory."
     assert set(failed) == {"late", "liger"}
-    assert all(0 < row["forward_s"] < row["total_s"] for row in rows if "total_s" in row)
+    for row in (row for row in rows if "total_s" in row):
+        assert min(row["forward_s"], row["backward_s"]) > 0
+        assert row["total_s"] == pytest.approx(row["forward_s"] + row["backward_s"])
+
+
+def test_kinds_of_failure(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem.make(inputs, REGIMES["frozen"], 512)
+
+    def reason(function: Callable[[], object]) -> str:
+        with pytest.raises(Exception) as caught:
+            function()
+        return head_measure.failure(caught.value)
+
+    def run(name: str) -> str:
+        return reason(lambda: PROVIDERS[name](problem))
+
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", None)
+    assert run("cce").startswith("NotInstalled: ")
+    monkeypatch.setitem(sys.modules, "fastdpo_kernels", None)
+    assert run("fastdpo").startswith("ModuleNotFoundError: ")
+    assert run("liger").startswith("Unsupported: Liger's fused DPO")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert run("fastdpo-triton") == "Unsupported: Triton needs a GPU"
+    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy")
+    assert run("torch-lce").startswith("Unsupported: no chunked linear_cross_entropy in torch 2")
+    assert reason(lambda: torch.empty(1 << 60)).startswith("OutOfMemory: ")
+    assert reason(lambda: [][0]) == "IndexError: list index out of range"
+
+
+def test_memory_that_is_not_free_is_an_error() -> None:
+    size = int(1.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    limit = resource.getrlimit(resource.RLIMIT_DATA)
+    with head_measure.memory_as_errors(torch.device("cpu")):
+        assert resource.getrlimit(resource.RLIMIT_DATA) != limit
+        torch.zeros(1 << 20)
+        with pytest.raises(RuntimeError) as caught:
+            torch.empty(size, dtype=torch.uint8)
+    assert head_measure.failure(caught.value).startswith("OutOfMemory: ")
+    assert resource.getrlimit(resource.RLIMIT_DATA) == limit
+
+
+def test_quick_is_every_provider_at_one_small_head() -> None:
+    options = heads.parse(["--quick", "--device", "cpu"])
+    assert (options.heads, options.tokens, options.repeats) == (["smollm2"], [512], 2)
+    assert set(PROVIDERS) - set(options.providers) == {"fastdpo-torch"}
+    assert heads.parse(["--quick", "--tokens", "16", "--heads", "tiny"]).tokens == [16]
+    assert heads.parse([]).repeats == 5
+    assert heads.parse(["--tokens", "512,4096,16384,65536"]).tokens[-1] == 65536
+
+
+def test_quick_runs_where_there_is_no_gpu(tmp_path: Path) -> None:
+    """Small here; the table has a row for everybody."""
+    arguments = ["--quick", "--device", "cpu", "--heads", "tiny", "--tokens", "64"]
+    env = {**os.environ, "FASTDPO_RESULTS": str(tmp_path)}
+    env.pop("TRITON_INTERPRET", None)
+    done = run_python(["-m", "bench.heads", *arguments], env)
+    rows = read(tmp_path)
+    timed = {row["provider"] for row in rows if "total_s" in row}
+    errors = {row["provider"]: row["error"].partition(":")[0] for row in rows if "error" in row}
+    assert timed >= {"fastdpo", "products", "trl", "naive", "naive-compiled", "torch-lce", "liger"}
+    assert errors["fastdpo-triton"] == errors["liger-flce"] == "Unsupported"
+    assert set(errors.values()) <= {"Unsupported", "NotInstalled"}
+    assert timed | set(errors) == set(PROVIDERS) - {"fastdpo-torch"}
+    assert all(f"| {name} | " in done for name in timed | set(errors))
+
+
+def test_micro_benchmarks(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    """They time what they are asked for, and only when they are asked for."""
+    out, file = tmp_path / "benchmark.json", "bench/test_heads.py"
+    env = {**os.environ, "FASTDPO_BENCH": MICRO, "TRITON_INTERPRET": "0"}
+    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    run_python([*arguments, file, "--benchmark-only", "--benchmark-json", str(out)], env)
+    done = {
+        (case["group"], case["extra_info"]["provider"])
+        for case in json.loads(out.read_text())["benchmarks"]
+    }
+    parts = {"no_grad": ["forward"], "dpo": ["forward", "backward", "both"]}
+    assert done == {
+        (f"tiny-16-{regime}-{part}", name)
+        for regime, directions in parts.items()
+        for part in directions
+        for name in ("naive", "fastdpo")
+    }
+    assert pytestconfig.getini("testpaths") == ["tests"]
+
+
+MICRO = "--device cpu --heads tiny --tokens 16 --regimes no_grad,dpo --repeats 2"
+MICRO += " --providers naive,liger-flce,fastdpo"
+
+
+def run_python(arguments: list[str], env: dict[str, str]) -> str:
+    path = [str(gpu_check.ROOT), str(gpu_check.ROOT / "kernels"), env.get("PYTHONPATH", "")]
+    env = {**env, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=gpu_check.ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def example_rows() -> list[Row]:
