@@ -101,6 +101,7 @@ def test_job_reaches_the_peer_and_its_report_comes_back(
             "sys.exit('Traceback\\nbench.Unsupported: it cannot\\n a hint')",
             "^bench.Unsupported: it c",
         ),
+        ("sys.exit('[rank0]: ValueError: of one process\\n[W] the end')", "^ValueError: of one"),
         ("sys.exit('UserWarning: old\\nlast words')", "^last words"),
         ("sys.exit('torch.OutOfMemoryError: CUDA out of memory.')", "^OutOfMemory: torch"),
         ("os.kill(os.getpid(), signal.SIGKILL)", "^OutOfMemory: killed"),

@@ -59,6 +59,14 @@ _ALL = (
     ),
     _peer("ms-swift", "ms_swift", "ms-swift", "ms-swift==4.6.0 torch==2.13.0", ms_swift="4.6."),
     _peer(
+        "torchtune",
+        "torchtune",
+        "torchtune",
+        "torchtune==0.6.1 torchao==0.15.0 transformers torch==2.13.0",
+        torchtune="0.6.1",
+        torchao="0.15.",
+    ),
+    _peer(
         "trl-1.9-liger",
         "trl_liger",
         "trl",
@@ -137,10 +145,11 @@ def _report(output: str, steps: int) -> dict[str, Any]:
 
 def _reason(errors: str, code: int) -> str:
     """The last line that names an error, else the last line."""
-    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    whole = [re.sub(r"^\[rank\d+\]: ?", "", line) for line in errors.splitlines()]
+    lines = [line.strip() for line in whole if line.strip()]
     named = [
         line
-        for line in errors.splitlines()
+        for line in lines
         if _ERROR.match(line) and not any(word in line for word in _NOT_ERRORS)
     ]
     reason = (named or lines or [f"exit code {code}"])[-1]

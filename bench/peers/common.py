@@ -188,7 +188,7 @@ class StepClock:
 
 def report(clock: StepClock, packages: Sequence[str]) -> None:
     """Print what was measured as the last line of the output."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in ("torch", *packages):
         try:
             versions[name] = importlib.metadata.version(name)

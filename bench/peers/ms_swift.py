@@ -72,7 +72,7 @@ def train(job: common.Job) -> common.StepClock:
 
     clock = common.StepClock()
 
-    class Tokenized(SwiftRLHF):  # type: ignore[misc]
+    class Tokenized(SwiftRLHF):
         def _prepare_dataset(self) -> list[Any]:
             return [common.token_rows(job, self.tokenizer), None]
 

@@ -22,7 +22,7 @@ def train(job: common.Job) -> common.StepClock:
     from torch.utils.data import SequentialSampler
     from trl import DPOConfig, DPOTrainer
 
-    class InOrder(DPOTrainer):  # type: ignore[misc]
+    class InOrder(DPOTrainer):
         def _get_train_sampler(self, dataset: Any = None) -> Any:
             return SequentialSampler(self.train_dataset)
 
