@@ -26,6 +26,7 @@ from . import record, tables
 from .rows import Row, is_ours, read
 
 ROOT = Path(__file__).parent.parent
+PEERS = "fastdpo,products,trl,liger-flce,torch-lce,cce,naive,naive-compiled,liger,liger-8"
 TRAINERS = (
     "--model_config qwen2.5-0.5b --providers fastdpo,trl,trl-patched --pairs_per_step 32 --steps 7"
     " --warm_up 3 --repetitions 2 --batches 8,16"
@@ -64,9 +65,8 @@ FIGURES = (
     ),
     Stage(
         "peers",
-        f"bench.heads --heads {HEADS} --tokens 16384 --regimes dpo"
-        " --providers fastdpo,cce,naive,liger,liger-8 --repeats 5",
-        150,
+        f"bench.heads --heads {HEADS} --tokens 16384 --regimes dpo --providers {PEERS} --repeats 5",
+        170,
     ),
     *(
         Stage(f"trainers, {data}", f"bench.trainers {TRAINERS} --data {data}", 100)
@@ -83,6 +83,15 @@ FIGURES = (
         "bench.heads --heads gemma-3-1b --tokens 16384 --regimes dpo,trainable"
         " --providers fastdpo,products --repeats 3 --workspace-mib 32",
         40,
+    ),
+    *(
+        Stage(
+            f"from few tokens to many, {head}",
+            f"bench.heads --heads {head} --tokens 512,4096,65536 --regimes dpo"
+            " --providers fastdpo,products,trl,liger-flce,torch-lce,cce,naive --repeats 5",
+            100,
+        )
+        for head in HEADS.split(",")
     ),
     Stage(
         "more than 2**31 logits in a tile",

@@ -23,7 +23,6 @@ imported, lacks the regime or runs out of memory is a row that says so (`head_me
 
 import argparse
 import itertools
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -88,15 +87,6 @@ def run_case(
                 write(provider=name, repetition=repetition, **times, **facts[name])
 
 
-def file_name(device: torch.device) -> str:
-    """heads-cpu, heads-h100, ..."""
-    if device.type == "cpu":
-        return "heads-cpu"
-    words = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).split("-")
-    short = [word for word in words if re.fullmatch(r"[a-z]+[0-9]+[a-z]?", word)]
-    return "heads-" + (short[0] if short else "-".join(words))
-
-
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -136,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the cases, write rows, print the table."""
     options = parse(arguments)
     device, dtype, rows = torch.device(options.device), DTYPES[options.dtype], []
-    results = record.Results(file_name(device), options, device)
+    results = record.Results(f"heads-{record.short_name(device)}", options, device)
     for head, tokens in itertools.product(options.heads, options.tokens):
         providers = {name: PROVIDERS[name] for name in options.providers}
         inputs = Inputs.make(head, tokens, dtype, device)

@@ -99,6 +99,11 @@ def is_ours(provider: str) -> bool:
     return provider.startswith(("fastdpo", "Config("))
 
 
+def accepted(rows: Iterable[Row]) -> list[Row]:
+    """Rows of a head that count: neither failed nor refused for their errors."""
+    return [row for row in rows if "error" not in row and "refused" not in row]
+
+
 def failure(rows: Iterable[Row]) -> str | None:
     """In short why a provider failed, None if it did not."""
     for row in rows:
@@ -108,6 +113,8 @@ def failure(rows: Iterable[Row]) -> str | None:
                 if any(name in error for name in names):
                     return short
             return "failed: " + error[:60]
+        if "refused" in row:
+            return "refused"
     return None
 
 

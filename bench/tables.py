@@ -10,6 +10,7 @@ from pathlib import Path
 from .rows import (
     Row,
     Run,
+    accepted,
     agreed,
     failure,
     first,
@@ -107,12 +108,13 @@ def head_tables(rows: Iterable[Row]) -> str:
 def _head_table(run: Run) -> str:
     row = first(run)
     title = "**{regime}, {head} (V={vocab}, H={hidden}), T={tokens}, {dtype}, {device}**"
-    floor, ours = (median(run.get(name, []), "total_s") for name in ("products", "fastdpo"))
+    right = {name: accepted(part) for name, part in run.items()}
+    floor, ours = (median(right.get(name, []), "total_s") for name in ("products", "fastdpo"))
     lines = []
-    for name in sorted(run, key=lambda name: median(run[name], "total_s") or math.inf):
-        part = run[name]
-        done = [row for row in part if "error" not in row]
+    for name in sorted(run, key=lambda name: median(right[name], "total_s") or math.inf):
+        part, done = run[name], right[name]
         errors = [row["error"] for row in part if "error" in row]
+        errors += [f"refused: {row['refused']}" for row in part if "refused" in row]
         shown = f"{name} ({errors[-1]} once)" if done and errors else name
         cells = _head_cells(done, floor, ours) if done else [errors[-1]]
         lines.append([shown, *cells, *[""] * (len(_HEAD_COLUMNS) - 1 - len(cells))])
@@ -153,7 +155,7 @@ def head_summary(rows: Iterable[Row]) -> str:
     columns += [*(f"{name} ÷" for name in peers), "workspace MiB", "logp, nats", "trl's"]
     lines = []
     for run in found:
-        totals = {name: median(part, "total_s") for name, part in run.items()}
+        totals = {name: median(accepted(part), "total_s") for name, part in run.items()}
         ours, floor = totals.get("fastdpo"), totals.get("products")
         case, facts = first(run)["case"], run.get("fastdpo", [{}])[-1]
         cells = [case["regime"], case["head"], str(case["tokens"]), case["dtype"]]

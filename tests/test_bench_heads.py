@@ -191,6 +191,20 @@ def test_tables() -> None:
     assert len(tables.head_summary([*example_rows(), *moved]).splitlines()) == 4
 
 
+def test_times_of_a_wrong_result_are_not_shown() -> None:
+    rows = example_rows()
+    wrong = [
+        {**row, "provider": "torch-lce", "refused": "logps are off", "total_s": 0.1}
+        for row in rows
+        if row["provider"] == "trl"
+    ]
+    assert "| torch-lce | refused: logps are off |" in tables.head_tables([*rows, *wrong])
+    assert "| refused |" in tables.head_summary([*rows, *wrong])
+    assert tables.head_tables(rows).splitlines()[2:] == [
+        line for line in tables.head_tables([*rows, *wrong]).splitlines()[2:] if "lce" not in line
+    ]
+
+
 def test_our_own_failures_count() -> None:
     rows = example_rows()
     assert gpu_check.failures(rows) == []

@@ -242,3 +242,12 @@ class OwnKeys:
             path=True,
         ),
     )
+    profile_steps: int = field(
+        default=0,
+        metadata=key(
+            "own",
+            "Steps to trace with PyTorch's profiler, after two that warm up, into trace.json in "
+            "output_dir; ui.perfetto.dev opens it.",
+            rule=NOT_NEGATIVE,
+        ),
+    )

@@ -227,15 +227,6 @@ class LoggingKeys:
     run_name: str | None = field(
         default=None, metadata=key("logging", "Name of the run for the trackers.")
     )
-    profile_steps: int = field(
-        default=0,
-        metadata=key(
-            "logging",
-            "Steps to trace with PyTorch's profiler, after two that warm up, into trace.json in "
-            "output_dir; ui.perfetto.dev opens it.",
-            rule=NOT_NEGATIVE,
-        ),
-    )
     disable_tqdm: bool | None = field(
         default=None,
         metadata=key("logging", "No progress bar; unset shows one on a terminal only."),
