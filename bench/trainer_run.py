@@ -9,12 +9,13 @@ the peak memory that of this run alone, and lets the operating system take every
 
 import argparse
 import json
-import resource
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastdpo.train.metrics import peak_memory_mib
 
 from . import peers
 from .trainer_providers import PROVIDERS, Clock
@@ -43,7 +44,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         "loss": [metrics["loss"] for metrics in clock.metrics],
         "grad_norm": [metrics["grad_norm"] for metrics in clock.metrics],
         "attention": clock.attention,
-        "peak_mib": _peak_mib(),
+        "peak_mib": peak_memory_mib(device()),
         "product_tflops": product_tflops(case["dtype"]),
     }
 
@@ -64,25 +65,23 @@ def options(case: dict[str, Any]) -> dict[str, Any]:
     return chosen
 
 
+def device() -> torch.device:
+    """What is trained on here."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def product_tflops(dtype: str) -> float:
     """What a large matrix product of this dtype reaches here, in TFLOP/s: the best of five."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    size = 8192 if device.type == "cuda" else 2048
-    a = torch.ones(size, size, device=device, dtype={"bf16": torch.bfloat16}.get(dtype))
+    size = 8192 if device().type == "cuda" else 2048
+    a = torch.ones(size, size, device=device(), dtype={"bf16": torch.bfloat16}.get(dtype))
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()
         torch.mm(a, a)
-        if device.type == "cuda":
+        if a.is_cuda:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best / 1e12
-
-
-def _peak_mib() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:

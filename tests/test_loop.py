@@ -4,9 +4,12 @@ trace that shows whether that worked.
 
 import json
 import math
+import subprocess
+import sys
 import threading
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from fastdpo_kernels import LOSSES
@@ -17,6 +20,7 @@ from fastdpo.data.batch import make_batch
 from fastdpo.data.groups import Group
 from fastdpo.data.plan import Part
 from fastdpo.errors import FastDPOError
+from fastdpo.train.metrics import peak_memory_mib
 from fastdpo.train.pending import Pending
 
 
@@ -136,11 +140,18 @@ def test_a_trace_for_the_browser(go, tmp_path):
 
 
 def test_indices_of_the_head_stay_on_the_host():
-    import numpy as np
-
     tokens = [np.arange(1, n, dtype=np.int64) for n in (4, 3, 5)]
     group = Group(tokens[0], [tokens[1], tokens[2]], [(0, 1, 1.0)])
     batch = make_batch([group], (Part(0, (0, 1), (0,)),), "shared")
     moved = batch.to("meta")
     assert moved.targets.is_meta and moved.host is batch
     assert moved.to("meta").host is batch
+
+
+def test_peak_memory_is_that_of_this_process_alone():
+    """Not of whoever started it."""
+    held = np.ones(1 << 30, np.int8)
+    code = "import torch; from fastdpo.train.metrics import peak_memory_mib as peak"
+    code += "; print(peak(torch.device('cpu')))"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert peak_memory_mib(torch.device("cpu")) > held.nbytes / 2**20 > float(child.stdout) > 50

@@ -41,7 +41,7 @@ class Job:
     """Steps that whoever reads the report leaves out; the trainer runs them all the same."""
     beta: float = 0.1
     dtype: str = "fp32"
-    """fp32, or bf16 for mixed precision over fp32 weights."""
+    """Of the weights and of the computation: fp32 or bf16."""
     gradient_checkpointing: bool = False
     reference: str = "precomputed"
     """precomputed, or online for the reference's forward in every step."""
@@ -210,6 +210,10 @@ def _peak_mib() -> float:
     """Allocated on a GPU; otherwise what was resident in this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage's figure begins with that of the process that started this one
+        (line,) = [x for x in status.read_text().splitlines() if x.startswith("VmHWM:")]
+        return int(line.split()[1]) / 1024
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kib / 1024 if sys.platform != "darwin" else kib / 2**20
 

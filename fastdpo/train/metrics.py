@@ -126,6 +126,12 @@ def peak_memory_mib(device: torch.device) -> float:
     """Most memory held so far: allocated on the GPU, or resident in this process on a CPU. MiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage's figure begins with that of the process that started this one
+        lines = status.read_text().splitlines()
+        found = next((line for line in lines if line.startswith("VmHWM:")), None)
+        if found is not None:
+            return int(found.split()[1]) / 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
