@@ -185,6 +185,16 @@ def test_too_few_rows_and_uneven_batches_are_refused(tmp_path: Path) -> None:
         _job(tmp_path, [row], reference="precomputed").only_online("It")
 
 
+def test_job_is_read_without_what_it_does_not_know(tmp_path: Path) -> None:
+    path = tmp_path / "job.json"
+    job = {**JOB, "output": "o", "repetition": 3}
+    path.write_text(json.dumps(job), encoding="utf-8")
+    assert common.read_job([str(path)]) == common.Job(**{**JOB, "output": "o"})
+    path.write_text(json.dumps({**job, "lora": True}), encoding="utf-8")
+    with pytest.raises(common.Unsupported, match="adapter"):
+        common.read_job([str(path)])
+
+
 def test_clock_counts_tokens_that_are_trained() -> None:
     clock, embedding = common.StepClock(), torch.nn.Embedding(10, 2)
     clock.start(embedding)

@@ -57,6 +57,14 @@ _ALL = (
         "llamafactory==0.9.5 torch==2.13.0",
         llamafactory="0.9.5",
     ),
+    _peer(
+        "axolotl",
+        "axolotl",
+        "axolotl",
+        "axolotl==0.19.0 gradio==6.10.0 torch==2.13.0",
+        axolotl="0.19.",
+        trl="1.9.",
+    ),
     _peer("ms-swift", "ms_swift", "ms-swift", "ms-swift==4.6.0 torch==2.13.0", ms_swift="4.6."),
     _peer(
         "torchtune",

@@ -46,6 +46,8 @@ class Job:
     reference: str = "precomputed"
     """precomputed, or online for the reference's forward in every step."""
     max_length: int = 1024
+    lora: bool = False
+    """An adapter instead of all weights: no peer has been tried with one."""
 
     @property
     def accumulation(self) -> int:
@@ -65,11 +67,14 @@ class Unsupported(Exception):
 
 
 def read_job(arguments: Sequence[str] | None = None) -> Job:
-    """The job in the file that the command line names."""
+    """The job in the file that the command line names. Unsupported with an adapter."""
     (path,) = sys.argv[1:] if arguments is None else arguments
     values = json.loads(Path(path).read_text(encoding="utf-8"))
     known = {field.name for field in fields(Job)}
-    return Job(**{name: value for name, value in values.items() if name in known})
+    job = Job(**{name: value for name, value in values.items() if name in known})
+    if job.lora:
+        raise Unsupported("an adapter has not been tried with this trainer")
+    return job
 
 
 def read_rows(job: Job) -> list[dict[str, Any]]:

@@ -76,7 +76,7 @@ def train(job: common.Job) -> common.StepClock:
         "output_dir": f"{job.output}/run",
         "overwrite_output_dir": True,
         "use_cpu": not torch.cuda.is_available(),
-        "bf16": job.dtype == "bf16",
+        "pure_bf16": job.dtype == "bf16",
         "disable_gradient_checkpointing": not job.gradient_checkpointing,
         "max_steps": job.steps,
         "per_device_train_batch_size": job.batch,

@@ -30,7 +30,7 @@ def _arguments(job: common.Job) -> list[str]:
         "template": "dummy",
         "dataset": job.rows,
         "tuner_type": "full",
-        "torch_dtype": "float32",
+        "torch_dtype": "bfloat16" if job.dtype == "bf16" else "float32",
         "bf16": job.dtype == "bf16",
         "fp16": False,
         "beta": job.beta,

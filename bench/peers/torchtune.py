@@ -3,9 +3,8 @@
 The one recipe that trains all weights is the distributed one; it runs here as a single process,
 with its own step, loss, collation and sharding. Put in place of its own are the rows, a linear
 schedule (it has a cosine alone), no checkpoint at the end, and no gradient for the padding token.
-It computes the reference with a second copy of the model in every step. Its bf16 is of the weights
-too, which is another computation than mixed precision; it builds its own models, of which Llama is
-tried here.
+It computes the reference with a second copy of the model in every step. It builds its own models,
+of which plain Llama is tried here.
 """
 
 import importlib.util
@@ -62,7 +61,7 @@ def _settings(job: common.Job, pad: int) -> dict[str, Any]:
     return {
         "output_dir": f"{job.output}/run",
         "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "dtype": "fp32",
+        "dtype": job.dtype,
         "seed": 0,
         "model": _model(job),
         "tokenizer": {"_component_": "types.SimpleNamespace", "pad_id": pad},
@@ -153,10 +152,8 @@ class _Logger:
 
 
 def train(job: common.Job) -> common.StepClock:
-    """Run the job. Unsupported with a precomputed reference, bf16 or another architecture."""
+    """Run the job. Unsupported with a precomputed reference or another architecture."""
     job.only_online("torchtune")
-    if job.dtype != "fp32":
-        raise common.Unsupported("torchtune has no mixed precision")
     from omegaconf import OmegaConf
     from transformers import AutoTokenizer
 

@@ -32,6 +32,7 @@ def train(job: common.Job) -> common.StepClock:
         output_dir=job.output,
         use_cpu=not gpu,
         bf16=job.dtype == "bf16",
+        model_init_kwargs={"dtype": "bfloat16" if job.dtype == "bf16" else "float32"},
         gradient_checkpointing=job.gradient_checkpointing,
         use_liger_kernel=True,
         liger_kernel_config=None if gpu else dict.fromkeys(_LAYERS, False),
