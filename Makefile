@@ -16,7 +16,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python -m fastdpo.demo $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

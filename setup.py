@@ -13,6 +13,7 @@ TEST = [
     'liger-kernel>=0.8.5,<0.9; platform_system == "Linux"',
     "pytest>=8",
     "pytest-benchmark",
+    "pytest-xdist",
     "trl==1.16.0",
 ]
 

@@ -16,6 +16,7 @@ from fastdpo.errors import ConfigError
 OWN_DEFAULTS = TrainConfig().to_dict()
 
 NOT_IN_TRL = {
+    "profile_steps",
     "ref_model_name_or_path",
     "eval_dataset_name",
     "skip_bad_rows",
