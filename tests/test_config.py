@@ -17,6 +17,7 @@ OWN_DEFAULTS: dict[str, Any] = {
     "dtype": "float32",
     "trust_remote_code": False,
     "attn_implementation": None,
+    "use_liger_kernel": False,
     "gradient_checkpointing": True,
     "dataset_name": None,
     "dataset_config": None,

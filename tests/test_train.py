@@ -8,10 +8,12 @@ from functools import partial
 import pytest
 import torch
 from training import metrics, run, weights
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from fastdpo.config import TrainConfig
 from fastdpo.errors import ConfigError, DataError, FastDPOError, ModelError
+from fastdpo.model import load
+from fastdpo.model.load import load_model
 from fastdpo.train.run import precompute, train
 
 TRL_METRICS = {
@@ -229,3 +231,23 @@ def test_precompute_fills_the_cache_that_training_reads(go, tmp_path, tiny_model
     said: list[str] = []
     train(config, say=said.append)
     assert any("48 found, 0 computed" in line for line in said)
+
+
+def test_liger_layers_need_a_gpu_and_leave_the_head(tiny_model, monkeypatch):
+    config = TrainConfig.from_dict(
+        {"model_name_or_path": str(tiny_model), "use_liger_kernel": True}
+    )
+    with pytest.raises(ConfigError, match="use_liger_kernel: Liger's kernels need a GPU"):
+        load_model(config, torch.device("cpu"))
+    asked = []
+    monkeypatch.setattr(load, "apply_liger_kernel", lambda model, keys: asked.append(keys))
+    monkeypatch.setattr(PreTrainedModel, "to", lambda self, device: self)
+    load_model(config, torch.device("cuda"))
+    assert asked == [{"fused_linear_cross_entropy": False, "cross_entropy": False}]
+
+    def missing(model, keys):
+        raise ImportError("liger-kernel is not available")
+
+    monkeypatch.setattr(load, "apply_liger_kernel", missing)
+    with pytest.raises(ConfigError, match="use_liger_kernel: liger-kernel is not available"):
+        load_model(config, torch.device("cuda"))

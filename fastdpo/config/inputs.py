@@ -54,6 +54,14 @@ class ModelKeys:
             choices=("eager", "sdpa"),
         ),
     )
+    use_liger_kernel: bool = field(
+        default=False,
+        metadata=key(
+            "model",
+            "Liger's kernels for norms, rotary embeddings and MLPs of policy and reference, on a "
+            "GPU; the head stays ours.",
+        ),
+    )
     gradient_checkpointing: bool = field(
         default=True,
         metadata=key(

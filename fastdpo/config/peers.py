@@ -37,7 +37,7 @@ _DIVERGENCE = "Only the reverse KL divergence is available."
 _REPORT = "Set it in the tracker's own environment variables."
 _NODES = "The one process logs and saves."
 _DATASETS = "Name one data set with dataset_name; join several into one file first."
-_LAYER_KERNELS = "fastdpo brings its own fused head and chooses the layers' kernels itself."
+_LAYER_KERNELS = "use_liger_kernel takes all of Liger's kernels for layers; the head is ours."
 
 PEER_KEYS: dict[str, PeerKey] = {
     # Model
@@ -57,7 +57,6 @@ PEER_KEYS: dict[str, PeerKey] = {
         None, "Every layer is checkpointed, without re-entrance.", also=({"use_reentrant": False},)
     ),
     "neftune_noise_alpha": PeerKey(None, "Noise on the embeddings is not supported."),
-    "use_liger_kernel": PeerKey(False, _LAYER_KERNELS),
     "liger_kernel_config": PeerKey(None, _LAYER_KERNELS),
     "load_in_8bit": PeerKey(False, _QUANTISED),
     "load_in_4bit": PeerKey(False, _QUANTISED),

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.integrations.liger import apply_liger_kernel
 
 from ..config import TrainConfig
-from ..errors import ModelError
+from ..errors import ConfigError, ModelError
 
 
 def load_tokenizer(config: TrainConfig) -> Any:
@@ -80,7 +81,23 @@ def load_model(
             f"({_first_line(error)})"
         ) from error
     model.fastdpo_dropouts = dropouts
+    if config.use_liger_kernel:
+        _use_liger_layers(model, device)
     return model.to(device)
+
+
+def _use_liger_layers(model: PreTrainedModel, device: torch.device) -> None:
+    """Liger's kernels in place of the layers' norms, rotary embeddings and MLPs.
+
+    Raises:
+        ConfigError: no GPU, or Liger is not installed.
+    """
+    if device.type != "cuda":
+        raise ConfigError("use_liger_kernel: Liger's kernels need a GPU")
+    try:
+        apply_liger_kernel(model, {"fused_linear_cross_entropy": False, "cross_entropy": False})
+    except ImportError as error:
+        raise ConfigError(f"use_liger_kernel: {_first_line(error)}") from error
 
 
 @contextmanager

@@ -35,6 +35,8 @@ from .step import Objective
 _ORDER = ("shared", "packed", "padded")
 # On a CPU longer rows cost memory and save no time, shorter ones split groups.
 _TOKENS_PER_ROW = {"cuda": 16384, "cpu": 1024}
+# Without activations for a backward, a GPU has room for more.
+_REFERENCE_ROWS = {"cuda": 4, "cpu": 1}
 
 
 @dataclass
@@ -181,6 +183,8 @@ def load_scorer(
         stock = f"{model.config._attn_implementation}: the model's own"
         say(f"attention: {attention_path(config, model.config) if packed else stock}")
         say(f"head: {head_path(config)}")
+        if config.use_liger_kernel:
+            say("layers: liger: use_liger_kernel asks for it")
     return scorer
 
 
@@ -201,7 +205,11 @@ def precompute_reference(
 
     scorer.model.eval()
     report = fill_reference(
-        [*data.train, *data.evaluation], scorer, store, max_tokens=max_tokens, progress=progress
+        [*data.train, *data.evaluation],
+        scorer,
+        store,
+        max_tokens=max_tokens * _REFERENCE_ROWS[scorer.device.type],
+        progress=progress,
     )
     say(f"reference log-probabilities: {report}")
     return report
