@@ -12,10 +12,11 @@ repetition, go to bench/results, or to the folder that FASTDPO_RESULTS names; th
 not kept unless it is set.
 """
 
+import argparse
 import importlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 COMMANDS = {
     "heads": "bench.heads",
@@ -51,6 +52,17 @@ def quick() -> None:
         finally:
             if kept == scratch:
                 del os.environ["FASTDPO_RESULTS"]
+
+
+def split_lists(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, known: Mapping[str, Collection]
+) -> None:
+    """Make lists of the options that are written A,B; end with an error where one is not known."""
+    for name, names in known.items():
+        chosen = getattr(options, name).split(",")
+        setattr(options, name, chosen)
+        if set(chosen) - set(names):
+            parser.error(f"--{name}: unknown {', '.join(sorted(set(chosen) - set(names)))}")
 
 
 def _run(name: str, arguments: list[str]) -> int:

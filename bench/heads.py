@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from . import record, tables
+from .cli import split_lists
 from .head_cases import HEADS, REGIMES, Inputs, Problem
 from .head_measure import call, clock, examine, failure, memory_as_errors, own_graphs
 from .head_peers import PROVIDERS
@@ -112,11 +113,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if parser.parse_known_args(arguments)[0].quick:
         parser.set_defaults(**QUICK)
     options = parser.parse_args(arguments)
-    for name, names in known.items():
-        chosen = getattr(options, name).split(",")
-        setattr(options, name, chosen)
-        if set(chosen) - set(names):
-            parser.error(f"--{name}: unknown {', '.join(sorted(set(chosen) - set(names)))}")
+    split_lists(parser, options, known)
     options.tokens = [int(tokens) for tokens in options.tokens.split(",")]
     options.dtype = options.dtype or ("fp32" if options.device == "cpu" else "bf16")
     return options

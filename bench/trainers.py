@@ -29,6 +29,7 @@ import torch
 from fastdpo.train.metrics import peak_tflops
 
 from . import peers, record, tables
+from .cli import split_lists
 from .trainer_cases import SWITCH, Workload, workloads
 from .trainer_providers import PROVIDERS
 from .workloads import LENGTHS, MODEL_CONFIGS, TEXTS, Row
@@ -71,11 +72,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         options = parser.parse_args([*QUICK.split(), *given])
     known = {"providers": [*PROVIDERS, *peers.PEERS], "gradient_checkpointing": list(SWITCH)}
     known["reference"] = ["precomputed", "online"]
-    for name, names in known.items():
-        chosen = getattr(options, name).split(",")
-        setattr(options, name, chosen)
-        if set(chosen) - set(names):
-            parser.error(f"--{name}: unknown {', '.join(sorted(set(chosen) - set(names)))}")
+    split_lists(parser, options, known)
     options.batches = [int(batch) for batch in options.batches.split(",")]
     if any(options.pairs_per_step % batch for batch in options.batches):
         parser.error("--batches: each has to divide --pairs_per_step")

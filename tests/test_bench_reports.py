@@ -187,8 +187,10 @@ def test_p_is_the_share_of_all_deals() -> None:
         both = [*a, *b]
         ranks = [sum((y < x) + (y == x) / 2 for y in both) for x in both]
 
-        def apart(ranks: tuple[float, ...], size: int = len(a), total: float = sum(ranks)) -> float:
-            return abs(sum(ranks) - total * size / len(both))  # noqa: B023
+        def apart(
+            ranks: tuple[float, ...], share: float = sum(ranks) * len(a) / len(both)
+        ) -> float:
+            return abs(sum(ranks) - share)
 
         deals = list(itertools.combinations(ranks, len(a)))
         extreme = sum(apart(deal) >= apart(tuple(ranks[: len(a)])) - 1e-9 for deal in deals)

@@ -225,3 +225,15 @@ def test_which_backend_auto_is():
     assert choose_backend("torch", cuda) == "torch"
     assert choose_backend("auto", cuda, torch.float64) == "torch"
     assert choose_backend("auto", cuda, torch.bfloat16, width=8) == "torch"
+
+
+def test_the_target_logit_is_exact_but_for_its_last_rounding():
+    """Its error is the log-probability's own; those of the other entries average out."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(128, 8192, generator=generator)
+    w = torch.randn(512, 8192, generator=generator)
+    y = torch.randint(512, (128, 1), generator=generator)
+    tiles = make_tiles("torch", Head(w), 512)
+    found = tiles._products(x, y).gather(1, y)
+    exact = (x.double() @ w.double().T).gather(1, y).float()
+    assert torch.equal(found, exact) and not torch.equal((x @ w.T).gather(1, y), exact)
