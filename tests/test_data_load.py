@@ -199,7 +199,7 @@ def test_a_file_of_broken_lines_only(tmp_path: Path) -> None:
         ("a.json", b'[{"prompt": 1},\n {"prompt": ]', ", line 2: invalid JSON at column 13"),
         ("a.json", b'[{"prompt":\n "\xff"}]', ", line 2: invalid UTF-8: byte 0xff"),
         ("a.json", GOOD.encode("utf-16"), ", line 1: the text is UTF-16; expected UTF-8"),
-        ("a.json.gz", gzip.compress(b"[]")[:-1], ": damaged gzip file: "),
+        ("a.json.gz", gzip.compress(b"[]", mtime=0)[:-1], ": damaged gzip file: "),
         ("a.csv.gz", b"prompt,chosen,rejected\n", ": damaged gzip file: "),
         ("a.parquet", b"not parquet at all", ": cannot be read: "),
         ("a.csv", b"", ": is empty"),
