@@ -17,6 +17,8 @@ OWN_DEFAULTS = TrainConfig().to_dict()
 
 NOT_IN_TRL = {
     "profile_steps",
+    "gradient_checkpointing_every",
+    "layer_tile_tokens",
     "ref_model_name_or_path",
     "eval_dataset_name",
     "skip_bad_rows",

@@ -17,6 +17,7 @@ from .adapters import AdapterKeys
 from .checks import ONE_FILE, check_together
 from .declare import GROUPS, default_of
 from .inputs import DataKeys, LossKeys, ModelKeys, OwnKeys, ReferenceKeys
+from .memory import MemoryKeys
 from .peers import PEER_KEYS
 from .schedule import EvaluationKeys, LoggingKeys, SavingKeys, TrainingKeys
 from .source import Given, check_foreign_key, read_flags, read_yaml
@@ -33,6 +34,7 @@ class TrainConfig(
     LoggingKeys,
     EvaluationKeys,
     TrainingKeys,
+    MemoryKeys,
     AdapterKeys,
     OwnKeys,
     LossKeys,

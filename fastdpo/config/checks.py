@@ -28,6 +28,11 @@ def check_together(config: "TrainConfig") -> None:
             "loss_type", "exo_pair needs a label_smoothing above 0; its paper recommends 1e-3"
         )
     _check_schedule(config)
+    if config.activation_offloading and not config.gradient_checkpointing:
+        raise config.error(
+            "activation_offloading",
+            "needs gradient_checkpointing: the inputs of recomputed layers are what is offloaded",
+        )
     if config.resume_from_checkpoint and config.overwrite_output_dir:
         raise config.error(
             "overwrite_output_dir",
@@ -69,6 +74,10 @@ def idle_settings(config: "TrainConfig") -> list[str]:
                 "use_rslora",
                 "use_dora",
             ],
+        ),
+        "gradient_checkpointing is false": (
+            not config.gradient_checkpointing,
+            ["gradient_checkpointing_every"],
         ),
         "nothing is evaluated (eval_strategy is no)": (
             not config.evaluates,

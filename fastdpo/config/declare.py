@@ -15,6 +15,7 @@ GROUPS = {
     "loss": "Loss",
     "own": "fastdpo's own (no such key in TRL)",
     "adapters": "Adapters",
+    "memory": "Memory",
     "training": "Training",
     "evaluation": "Evaluation",
     "logging": "Logging",

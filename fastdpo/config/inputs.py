@@ -62,14 +62,6 @@ class ModelKeys:
             "GPU; the head stays ours.",
         ),
     )
-    gradient_checkpointing: bool = field(
-        default=True,
-        metadata=key(
-            "model",
-            "Recompute each layer in the backward pass instead of keeping its activations: "
-            "less memory, slower steps.",
-        ),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,9 +50,8 @@ PEER_KEYS: dict[str, PeerKey] = {
         None, "Nothing is padded; set the token in the tokenizer if you need one."
     ),
     "use_cache": PeerKey(False, "Training keeps no key-value cache."),
-    "activation_offloading": PeerKey(False, "Use gradient_checkpointing to save memory."),
     "activation_checkpointing": PeerKey(None, "Use gradient_checkpointing."),
-    "activation_checkpointing_kwargs": PeerKey(None, "Every layer is checkpointed."),
+    "activation_checkpointing_kwargs": PeerKey(None, "Use gradient_checkpointing_every."),
     "gradient_checkpointing_kwargs": PeerKey(
         None, "Every layer is checkpointed, without re-entrance.", also=({"use_reentrant": False},)
     ),
