@@ -29,7 +29,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import AutoTokenizer
 
 from fastdpo.demo.model import demo_model_path
-from fastdpo.memory import keep_freed_memory
+from fastdpo.memory.allocator import keep_freed_memory
 
 from . import record
 from .first_model import FirstModel

@@ -19,7 +19,7 @@ from ..data.tokenize import tokenize_dataset
 from ..errors import CheckpointError, ConfigError, ModelError
 from ..files import cache_root
 from ..losses import make_loss
-from ..memory import keep_freed_memory
+from ..memory.allocator import keep_freed_memory
 from ..model.head import check_head, find_head
 from ..model.layout import Layout, choose_layout
 from ..model.load import add_adapter, load_model, load_model_config, load_tokenizer
