@@ -116,6 +116,11 @@ FIGURES = (
         f"bench.trainers {TRAINERS} --model_config qwen2.5-1.5b --data ultrafeedback",
         150,
     ),
+    Stage(
+        "gaps",
+        f"bench.gaps {TRAINERS} --model_config qwen2.5-1.5b --data ultrafeedback",
+        60,
+    ),
     Stage("trainers, n-best", f"bench.trainers {TRAINERS} --data n-best", 100),
     Stage(
         "trainers, long-prompt",
@@ -139,7 +144,7 @@ TINY = "--device cpu --dtype fp32 --heads tiny --repeats 1"
 def dry(stage: Stage) -> Stage:
     """The same stage on a CPU in seconds, the fused kernels through Triton's interpreter."""
     arguments = stage.arguments.replace("KERNELS", "--collect-only KERNELS")
-    if "bench.trainers" in arguments:
+    if "bench.trainers" in arguments or "bench.gaps" in arguments:
         arguments = f"{arguments} {TINY_TRAINER}"
     elif stage in FIGURES:
         tokens = 2048 if "dpo_long" in stage.arguments else 16

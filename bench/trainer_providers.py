@@ -23,13 +23,16 @@ class NotInstalled(Exception):
 
 
 class Clock:
-    """The duration, the metrics and the computed tokens of every optimizer step."""
+    """The duration, the metrics and the computed tokens of every optimizer step, and a trace where
+    one was asked for.
+    """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self.metrics: list[dict[str, float]] = []
         self.tokens: list[int] = []
         self.attention = ""
+        self.trace: dict[str, Any] = {}
         self._last = time.perf_counter()
         self._computed = 0
         self._model: Any = None
@@ -121,6 +124,9 @@ def run_fastdpo(
             loop.Trainer._take = take  # type: ignore[method-assign]
         lines = (Path(output) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         clock.metrics = [json.loads(line) for line in lines]
+        if options.get("profile_steps"):
+            trace = Path(output) / "run" / "trace.json"
+            clock.trace = json.loads(trace.read_text(encoding="utf-8"))
     return clock
 
 

@@ -12,6 +12,7 @@ from families import GROUPS, pack, random_groups
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastdpo.errors import ModelError
 from fastdpo.model import backends
@@ -346,8 +347,12 @@ BACKENDS = [
     (CUDA, torch.bfloat16, {}, "varlen", "varlen"),
     (CUDA, torch.float16, {"head_dim": 256}, "varlen", "varlen"),
     (CUDA, torch.bfloat16, {"head_dim": 512}, "sdpa", "512"),
-    (CUDA, torch.bfloat16, {"sinks": True}, "sdpa", "sinks"),
-    (CUDA, torch.bfloat16, {"softcap": True}, "sdpa", "without flash-attn"),
+    (CUDA, torch.bfloat16, {"sinks": True}, "flex", "sinks"),
+    (CUDA, torch.bfloat16, {"softcap": True}, "flex", "flash-attn is not installed"),
+    (CUDA, torch.bfloat16, {"softcap": True, "head_dim": 512}, "sdpa", "512"),
+    (CUDA, torch.bfloat16, {"wanted": "sdpa"}, "sdpa", "asks"),
+    (CUDA, torch.bfloat16, {"wanted": "flex"}, "flex", "asks"),
+    (CPU, torch.float32, {"wanted": "sdpa", "softcap": True}, "sdpa", "asks"),
     (CUDA, torch.bfloat16, {"capability": (7, 5)}, "sdpa", "capability"),
 ]
 
@@ -374,6 +379,49 @@ def test_choose_backend_with_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None
     backend = choose_backend(CUDA, torch.bfloat16, softcap=True, capability=(8, 0))
     choose_backend.cache_clear()
     assert backend.name == "flash_attn"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "features", "why"),
+    [
+        ("varlen", {"softcap": True}, "no soft cap"),
+        ("flash_attn_3", {"sinks": True}, "no attention sinks"),
+        ("flash_attn", {}, "not installed"),
+        ("flex", {"head_dim": 512}, "512"),
+    ],
+)
+def test_a_backend_that_cannot_be_had_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, wanted: str, features: dict[str, Any], why: str
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ModelError, match=f"attention_backend: {wanted} cannot be used: .*{why}"):
+        choose_backend(CUDA, torch.float16, capability=(9, 0), wanted=wanted, **features)
+    with pytest.raises(ModelError, match="cpu has no varlen kernel"):
+        choose_backend(CPU, torch.float32, wanted=wanted)
+
+
+def test_the_wanted_backend_reaches_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    activated = []
+    monkeypatch.setattr("torch.nn.attention.activate_flash_attention_impl", activated.append)
+    row = pack(GROUPS, share=True)
+    inputs = (*qkv(len(row.ids)), None)
+    try:
+        register("flash_attn_3")
+        backends.activate.cache_clear()
+        assert activated == ["FA3"]
+        with pytest.raises(ModelError, match="flash_attn_3 cannot be used: cpu"):
+            ALL_ATTENTION_FUNCTIONS[NAME](
+                MODULE, *inputs, fastdpo_segments=Segments.build(row.bounds)
+            )
+    finally:
+        register()
+    ALL_ATTENTION_FUNCTIONS[NAME](MODULE, *inputs, fastdpo_segments=Segments.build(row.bounds))
+
+
+def test_flash_attention_3_that_is_not_installed() -> None:
+    backends.activate.cache_clear()
+    with pytest.raises(ModelError, match="attention_backend: flash_attn_3 is not installed"):
+        register("flash_attn_3")
 
 
 def bidirectional() -> torch.nn.Module:

@@ -11,13 +11,23 @@ values hold P once per response; queries, and everything else in the layer, are 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import AttentionInterface
 
 from fastdpo.errors import ModelError
-from fastdpo.model.backends import Backend, by_segments, choose_backend, flash_attn, varlen
+from fastdpo.model.backends import (
+    ONLY_IF_ASKED,
+    Backend,
+    activate,
+    by_segments,
+    choose_backend,
+    flash_attn,
+    varlen,
+)
+from fastdpo.model.flex import flex
 from fastdpo.model.segments import Bound, Segments
 
 __all__ = ["NAME", "Backend", "Bound", "Segments", "attention", "choose_backend", "register"]
@@ -26,9 +36,15 @@ NAME = "fastdpo"
 """The name under which transformers knows this attention."""
 
 
-def register() -> None:
-    """Make `attn_implementation="fastdpo"` known to transformers (any number of times)."""
-    AttentionInterface.register(NAME, attention)
+def register(backend: str | None = None) -> None:
+    """Make `attn_implementation="fastdpo"` known to transformers (any number of times).
+
+    `backend` is one of `backends` to use for every model from now on, None for the fastest that a
+    layer allows. Raises ModelError where it is not installed.
+    """
+    if backend in ONLY_IF_ASKED:
+        activate(backend)
+    AttentionInterface.register(NAME, partial(attention, backend=backend) if backend else attention)
 
 
 def attention(
@@ -43,6 +59,7 @@ def attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     fastdpo_segments: Segments | None = None,
+    backend: str | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one packed row, called by the model's layers.
@@ -62,17 +79,20 @@ def attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    backend = choose_backend(
+    chosen = choose_backend(
         query.device,
         query.dtype,
         head_dim=max(query.shape[-1], value.shape[-1]),
         softcap=bool(softcap),
         sinks=s_aux is not None,
+        wanted=backend,
     )
-    if backend.name != "sdpa":
-        run = flash_attn if backend.name == "flash_attn" else varlen
-        return run(query, key, value, segments, scale, sliding_window, softcap)[None], None
-    return by_segments(query, key, value, segments, scale, sliding_window, softcap, s_aux), None
+    arguments = (query, key, value, segments, scale, sliding_window, softcap)
+    if chosen.name == "sdpa":
+        return by_segments(*arguments, s_aux), None
+    if chosen.name == "flex":
+        return flex(*arguments, s_aux), None
+    return (flash_attn if chosen.name == "flash_attn" else varlen)(*arguments)[None], None
 
 
 def _checked(

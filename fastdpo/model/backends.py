@@ -1,9 +1,12 @@
-"""The three ways to compute attention over a packed row, and which one to take.
+"""The ways to compute attention over a packed row, and which one to take.
 
-  varlen      torch.nn.attention.varlen on CUDA in fp16/bf16: one call for the whole row;
-  flash_attn  flash_attn_varlen_func where that package is installed: the same, with a soft cap;
-  sdpa        scaled_dot_product_attention segment by segment, any device and dtype; with a soft cap
-              or sinks an explicit softmax, which costs queries × keys × heads per segment.
+  varlen        torch.nn.attention.varlen on CUDA in fp16/bf16: one call for the whole row;
+  flash_attn    flash_attn_varlen_func where that package is installed: the same, with a soft cap;
+  flash_attn_3  varlen with the kernels of flash-attention 3 (Hopper) or 4 (Hopper, Blackwell),
+  flash_attn_4  where they are installed; only if asked for;
+  flex          FlexAttention, compiled: soft caps and sinks without flash-attn;
+  sdpa          scaled_dot_product_attention segment by segment, any device and dtype; with a soft
+                cap or sinks an explicit softmax, which costs queries × keys × heads per segment.
 
 All of them take query (1, Hq, S, D), key (1, Hkv, S, D) and value (1, Hkv, S, Dv), as layers do.
 """
@@ -18,17 +21,21 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from fastdpo.errors import ModelError
 from fastdpo.model.segments import Segments, gather_keys
 
 MAX_FLASH_HEAD_DIM = 256
-"""The largest head dimension of the flash kernels (flash-attention 2)."""
+"""The largest head dimension of the flash kernels (flash-attention 2), and of FlexAttention's."""
+
+ONLY_IF_ASKED = {"flash_attn_3": "FA3", "flash_attn_4": "FA4"}
+"""Kernels that torch can put in place of its flash-attention 2, by torch's name for them."""
 
 
 class Backend(NamedTuple):
     """Which kernel computes attention, and why it was chosen."""
 
     name: str
-    """"varlen", "flash_attn" or "sdpa"."""
+    """One of the names above."""
     reason: str
     """Half a line for the start-up log and `fastdpo doctor`."""
 
@@ -42,28 +49,71 @@ def choose_backend(
     softcap: bool = False,
     sinks: bool = False,
     capability: tuple[int, int] | None = None,
+    wanted: str | None = None,
 ) -> Backend:
-    """The fastest exact backend for a device, a dtype and what the layer asks for.
+    """The fastest exact backend for a device, a dtype and what the layer asks for, or the `wanted`
+    one.
 
-    `capability` is the CUDA compute capability, read from the device unless given.
+    `capability` is the CUDA compute capability, read from the device unless given. Raises
+    ModelError where the wanted one cannot be had.
     """
+    obstacle = _obstacle(device, dtype, head_dim, capability)
+    special = "attention sinks" if sinks else "soft cap" if softcap else None
+    if wanted is not None and wanted != "sdpa":
+        obstacle = obstacle or _lacks(wanted, special)
+        if obstacle is not None:
+            raise ModelError(f"attention_backend: {wanted} cannot be used: {obstacle}")
+    if wanted is not None:
+        return Backend(wanted, "attention_backend asks for it")
+    if obstacle is not None:
+        return Backend("sdpa", f"segment by segment: {obstacle}")
+    if special is None:
+        return Backend("varlen", "torch.nn.attention.varlen: one call a row")
+    without = _lacks("flash_attn", special)
+    if without is None:
+        return Backend("flash_attn", f"flash_attn_varlen_func: {special}")
+    return Backend("flex", f"FlexAttention, compiled: {special}, and {without}")
+
+
+def _obstacle(
+    device: torch.device, dtype: torch.dtype, head_dim: int, capability: tuple[int, int] | None
+) -> str | None:
+    """What keeps every kernel for whole rows out."""
     if device.type != "cuda":
-        return Backend("sdpa", f"segment by segment: {device.type} has no varlen kernel")
+        return f"{device.type} has no varlen kernel"
     if dtype not in (torch.float16, torch.bfloat16):
-        return Backend("sdpa", f"segment by segment: flash kernels are fp16/bf16, this is {dtype}")
+        return f"flash kernels are fp16/bf16, this is {dtype}"
     if (capability or torch.cuda.get_device_capability(device)) < (8, 0):
-        return Backend("sdpa", "segment by segment: flash kernels need compute capability 8.0")
+        return "flash kernels need compute capability 8.0"
     if head_dim > MAX_FLASH_HEAD_DIM:
-        return Backend(
-            "sdpa", f"segment by segment: flash kernels end at head size 256 < {head_dim}"
-        )
-    if sinks:
-        return Backend("sdpa", "segment by segment, explicit softmax: attention sinks")
-    if softcap and importlib.util.find_spec("flash_attn") is None:
-        return Backend("sdpa", "segment by segment, explicit softmax: soft cap without flash-attn")
-    if softcap:
-        return Backend("flash_attn", "flash_attn_varlen_func: soft cap")
-    return Backend("varlen", "torch.nn.attention.varlen: one call a row")
+        return f"flash kernels end at head size 256 < {head_dim}"
+    return None
+
+
+def _lacks(name: str, special: str | None) -> str | None:
+    """Why this backend cannot compute what the layer asks for."""
+    if name == "flex":
+        return None
+    if name == "flash_attn":
+        if special == "attention sinks":
+            return "flash-attn has no attention sinks"
+        missing = importlib.util.find_spec("flash_attn") is None
+        return "flash-attn is not installed" if missing else None
+    return f"torch's varlen attention has no {special}" if special else None
+
+
+@lru_cache(maxsize=4)
+def activate(name: str) -> None:
+    """Put flash-attention 3 or 4 in place of torch's own kernels, or its own back in place.
+
+    Raises ModelError where the package is not installed.
+    """
+    from torch.nn.attention import activate_flash_attention_impl
+
+    try:
+        activate_flash_attention_impl(ONLY_IF_ASKED[name])
+    except (ImportError, ValueError) as error:
+        raise ModelError(f"attention_backend: {name} is not installed ({error})") from error
 
 
 def by_segments(

@@ -1,0 +1,119 @@
+"""FlexAttention over packed rows: soft caps and attention sinks on a GPU without flash-attn.
+
+Nothing is gathered here. Query q of a row sees two intervals of the stream, its own segment up to
+itself and its prompt, both cut by the sliding window; blocks of 128 by 128 outside of them are
+never computed. A sink is one more key of logit s and value 0, which multiplies the output by
+`exp(lse) / (exp(lse) + exp(s)) = sigmoid(lse - s)`. The backward adds without atomics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from fastdpo.model.segments import Segments
+
+BLOCK = 128
+"""Queries and keys of a block of the mask."""
+
+
+@lru_cache(maxsize=1)
+def _kernel() -> Callable[..., Any]:
+    """FlexAttention as a fused kernel; row lengths become symbolic once they have changed."""
+    return torch.compile(flex_attention)
+
+
+@lru_cache(maxsize=8)
+def _capped(softcap: float) -> Callable[..., torch.Tensor]:
+    def score(s: torch.Tensor, b: Any, h: Any, q: Any, k: Any) -> torch.Tensor:
+        return softcap * torch.tanh(s / softcap)
+
+    return score
+
+
+def flex(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+) -> torch.Tensor:
+    """query (1, Hq, S, D), key (1, Hkv, S, D), value (1, Hkv, S, Dv) → (1, S, Hq, Dv)."""
+    out: Any = _kernel()(
+        query,
+        key,
+        value,
+        score_mod=_capped(softcap) if softcap else None,
+        block_mask=block_mask(segments, sliding_window, query.device),
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+        return_aux=None if s_aux is None else AuxRequest(lse=True),
+    )
+    if s_aux is not None:
+        out, aux = out
+        kept = torch.sigmoid(aux.lse - s_aux.to(aux.lse.dtype)[:, None])
+        out = (out * kept[..., None]).to(value.dtype)
+    return out.transpose(1, 2)
+
+
+def block_mask(segments: Segments, window: int | None, device: torch.device) -> BlockMask:
+    """What each query of a row sees, and which blocks are seen in part or in full; made once."""
+    name = ("blocks", window, device)
+    if name not in segments.cache:
+        segments.cache[name] = _block_mask(*_intervals(segments, window, device))
+    return segments.cache[name]
+
+
+def _intervals(
+    segments: Segments, window: int | None, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """int32 (S,) each: query q sees keys `own[q] … q` and `first[q] … stop[q] - 1`."""
+    bounds = torch.tensor(segments.bounds, dtype=torch.int32)
+    lengths = bounds[:, 1] - bounds[:, 0]
+    own, _, first, stop = bounds.repeat_interleave(lengths, dim=0).T
+    if window is not None:
+        position = torch.arange(segments.length, dtype=torch.int32)
+        # A key of the prompt is as far away as if the response followed the prompt at once.
+        first = torch.maximum(first, position - own + stop - window + 1)
+        own = torch.maximum(own, position - window + 1)
+    return own.to(device), first.to(device), stop.to(device)
+
+
+def _block_mask(own: torch.Tensor, first: torch.Tensor, stop: torch.Tensor) -> BlockMask:
+    length = len(own)
+
+    def sees(b: Any, h: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return ((k >= own[q]) & (k <= q)) | ((k >= first[q]) & (k < stop[q]))
+
+    begins = torch.arange(0, length, BLOCK, device=own.device)
+    ends = begins + BLOCK
+    queries = torch.arange(length, device=own.device)[:, None]
+    low, high, until = own[:, None], first[:, None], stop[:, None]
+    some = (low < ends) & (queries >= begins) | (torch.maximum(high, begins) < until.minimum(ends))
+    every = (low <= begins) & (queries >= ends - 1) | (high <= begins) & (until >= ends)
+    blocks = len(begins)
+    some = _by_block(some, blocks, False).any(1)
+    every = _by_block(every, blocks, True).all(1)
+    partial = _ordered(some & ~every)
+    return BlockMask.from_kv_blocks(
+        *partial, *_ordered(every), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(length, length)
+    )
+
+
+def _by_block(seen: torch.Tensor, blocks: int, filler: bool) -> torch.Tensor:
+    """bool (S, N) → (N, BLOCK, N), the last block of queries filled up."""
+    missing = blocks * BLOCK - len(seen)
+    return torch.nn.functional.pad(seen, (0, 0, 0, missing), value=filler).view(blocks, BLOCK, -1)
+
+
+def _ordered(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """bool (N, N) → how many key blocks each query block has, and their numbers, first of all."""
+    order = chosen.int().argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
