@@ -6,7 +6,10 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+MEMORY = ["bitsandbytes>=0.50", "torchao>=0.18"]
+
 TEST = [
+    *MEMORY,
     "gguf>=0.17",
     "hatchling",
     "hypothesis",
@@ -47,6 +50,7 @@ setup(
         "demo": ["gguf>=0.17"],
         "flash": ["flash-attn"],
         "gpu": ["liger-kernel"],
+        "memory": MEMORY,
         "test": TEST,
         "dev": [*TEST, "mypy", "ruff", "types-PyYAML"],
     },

@@ -20,6 +20,8 @@ PACKAGES = (
     "peft",
     "flash-attn",
     "liger-kernel",
+    "bitsandbytes",
+    "torchao",
     "trl",
 )
 GIB = 2**30
@@ -62,6 +64,7 @@ def _choices(config: TrainConfig) -> list[tuple[str, str]]:
         ("cpu_bf16", _told(_cpu_bf16_text)),
         ("attention", _told(lambda: _paths().attention_path(config))),
         ("head", _told(lambda: _paths().head_path(config))),
+        ("optimizer", _told(lambda: _optimizer_text(config))),
     ]
 
 
@@ -76,9 +79,10 @@ def _model(config: TrainConfig) -> list[tuple[str, str]]:
         return [*lines, ("layout", f"not known: {_one_line(error)}")]
     width = 2 if config.dtype in ("bfloat16", "float16") else 4
     needed = parameters * width
+    held = "of weights before load_in_4bit" if config.load_in_4bit else "of weights"
     return [
         *lines,
-        ("size", f"{parameters / 1e6:,.0f} M parameters, {needed / GIB:.1f} GiB of weights"),
+        ("size", f"{parameters / 1e6:,.0f} M parameters, {needed / GIB:.1f} GiB {held}"),
         ("attention", _told(lambda: _paths().attention_path(config, shape))),
         ("layout", _told(lambda: _layout_text(config, needed))),
     ]
@@ -125,6 +129,12 @@ def _precision_text(config: TrainConfig) -> str:
 
     dtype, reason = choose_precision(config.bf16, _paths().run_device(config))
     return f"{_dtype_name(dtype) if dtype else f'that of the weights, {config.dtype}'}: {reason}"
+
+
+def _optimizer_text(config: TrainConfig) -> str:
+    from .train.optimizer import optimizer_path
+
+    return optimizer_path(config, _paths().run_device(config))
 
 
 def _cpu_bf16_text() -> str:

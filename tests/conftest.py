@@ -90,6 +90,29 @@ def tiny_model(
 
 
 @pytest.fixture(scope="session")
+def tied_model(
+    tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A Llama on disk whose embedding is its head too, with matrices of 4096 elements and more."""
+    path = tmp_path_factory.mktemp("tied")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=-(-len(tokenizer) // 8) * 8,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 short preference pairs over 8 prompts, neighbours sharing one."""
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"

@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from fastdpo.config import TrainConfig
+from fastdpo.config.optimizer import OPTIMIZERS
 from fastdpo.config.peers import PEER_KEYS
 from fastdpo.config.replaced import OTHER_NAMES, REPLACED_KEYS
-from fastdpo.config.schedule import OPTIMIZERS, SCHEDULERS
+from fastdpo.config.schedule import SCHEDULERS
 from fastdpo.errors import ConfigError
 
 OWN_DEFAULTS = TrainConfig().to_dict()
@@ -19,6 +20,9 @@ NOT_IN_TRL = {
     "profile_steps",
     "gradient_checkpointing_every",
     "layer_tile_tokens",
+    "optimizer_offload",
+    "optimizer_in_backward",
+    "stochastic_rounding",
     "ref_model_name_or_path",
     "eval_dataset_name",
     "skip_bad_rows",

@@ -95,7 +95,10 @@ def test_a_mapping_is_json_on_the_command_line():
         ("dtype: fp32", "expected one of auto, bfloat16, float16, float32, got fp32"),
         ("attn_implementation: flash_attention_2", "expected one of eager, sdpa, got flash"),
         ("truncation_mode: keep_end", "expected keep_start, got keep_end"),
-        ("optim: adamw_8bit", "expected one of adamw_torch_fused, adamw_torch, sgd, got adamw"),
+        (
+            "optim: adamw_hf",
+            "expected one of adamw_torch_fused, adamw_torch, sgd, adamw_torch_8bit, ",
+        ),
         ("report_to: [wandb, all]", "expected one of tensorboard, wandb, trackio, got all"),
         ("save_strategy: best", "expected one of no, steps, epoch, got best"),
         ("lr_scheduler_type: greedy", "expected one of linear, cosine"),

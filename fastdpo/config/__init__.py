@@ -18,6 +18,7 @@ from .checks import ONE_FILE, check_together
 from .declare import GROUPS, default_of
 from .inputs import DataKeys, LossKeys, ModelKeys, OwnKeys, ReferenceKeys
 from .memory import MemoryKeys
+from .optimizer import OptimizerKeys
 from .peers import PEER_KEYS
 from .schedule import EvaluationKeys, LoggingKeys, SavingKeys, TrainingKeys
 from .source import Given, check_foreign_key, read_flags, read_yaml
@@ -33,6 +34,7 @@ class TrainConfig(
     SavingKeys,
     LoggingKeys,
     EvaluationKeys,
+    OptimizerKeys,
     TrainingKeys,
     MemoryKeys,
     AdapterKeys,

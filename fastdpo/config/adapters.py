@@ -56,6 +56,32 @@ class AdapterKeys:
     use_dora: bool = field(
         default=False, metadata=key("adapters", "Learn magnitude and direction apart (DoRA).")
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata=key(
+            "adapters",
+            "QLoRA: hold the linear layers of policy and reference in 4 bits (bitsandbytes), with "
+            "adapters on them. Embeddings, norms and the head stay in dtype, whose float32 is what "
+            "peft's prepare_model_for_kbit_training makes of them. Needs use_peft.",
+        ),
+    )
+    bnb_4bit_quant_type: str = field(
+        default="nf4",
+        metadata=key("adapters", "The 4-bit type of the weights.", choices=("fp4", "nf4")),
+    )
+    use_bnb_nested_quant: bool = field(
+        default=False,
+        metadata=key("adapters", "Quantise the 4-bit weights' scales too, to 8 bits."),
+    )
+    bnb_4bit_quant_storage: str | None = field(
+        default=None,
+        metadata=key(
+            "adapters",
+            "Type of the tensors that hold the packed 4-bit weights; unset is uint8. Changes no "
+            "number.",
+            choices=("float16", "float32", "int8", "uint8", "float64", "bfloat16"),
+        ),
+    )
 
     @property
     def lora_targets(self) -> str | list[str] | None:

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from .optimizer import check_optimizer
 from .schedule import SCHEDULERS
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ def check_together(config: "TrainConfig") -> None:
             "loss_type", "exo_pair needs a label_smoothing above 0; its paper recommends 1e-3"
         )
     _check_schedule(config)
+    check_optimizer(config)
+    if config.load_in_4bit and not config.use_peft:
+        raise config.error("load_in_4bit", "needs use_peft: 4-bit weights cannot be trained")
     if config.activation_offloading and not config.gradient_checkpointing:
         raise config.error(
             "activation_offloading",
@@ -74,6 +78,10 @@ def idle_settings(config: "TrainConfig") -> list[str]:
                 "use_rslora",
                 "use_dora",
             ],
+        ),
+        "load_in_4bit is false": (
+            not config.load_in_4bit,
+            ["bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"],
         ),
         "gradient_checkpointing is false": (
             not config.gradient_checkpointing,

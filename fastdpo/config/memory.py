@@ -43,3 +43,31 @@ class MemoryKeys:
             rule=AT_LEAST_ONE,
         ),
     )
+    optimizer_offload: bool = field(
+        default=False,
+        metadata=key(
+            "memory",
+            "Keep AdamW's moments and a copy of the weights in the host's memory and take its "
+            "steps there (torchao), on a GPU.",
+        ),
+    )
+    optimizer_in_backward: bool = field(
+        default=False,
+        metadata=key(
+            "memory",
+            "Step each weight as soon as its gradient is complete and free the gradient at once; "
+            "the same numbers. For training all weights, with steps that fit one row each and "
+            "max_grad_norm 0. With optimizer_offload gradients go to the host at once, the steps "
+            "follow there, and max_grad_norm may be set.",
+        ),
+    )
+    stochastic_rounding: bool = field(
+        default=False,
+        metadata=key(
+            "memory",
+            "With dtype bfloat16 and optim adamw_torch_8bit: round each updated weight up or down "
+            "by chance, so that it is right on average. Without it a bfloat16 weight stays where "
+            "it is whenever the update is below 1/512 of it, as most of DPO's are; with dtype "
+            "float32 the weights keep every update and bf16 computes with a rounded copy.",
+        ),
+    )

@@ -27,7 +27,6 @@ class PeerKey:
 
 _LOADER = "Rows are packed before the run, so there is no data loader to set up."
 _HUB = "Upload output_dir after the run with the hf command."
-_QUANTISED = "Quantised base models are not supported: train adapters on the base in bf16."
 _SYNC = "The reference stays the starting policy: there is no TR-DPO synchronisation."
 _COMPILE = "The model is not compiled."
 _METRICS = "Evaluation reports the metrics of the loss and no others."
@@ -57,11 +56,7 @@ PEER_KEYS: dict[str, PeerKey] = {
     ),
     "neftune_noise_alpha": PeerKey(None, "Noise on the embeddings is not supported."),
     "liger_kernel_config": PeerKey(None, _LAYER_KERNELS),
-    "load_in_8bit": PeerKey(False, _QUANTISED),
-    "load_in_4bit": PeerKey(False, _QUANTISED),
-    "bnb_4bit_quant_type": PeerKey("nf4", _QUANTISED),
-    "use_bnb_nested_quant": PeerKey(False, _QUANTISED),
-    "bnb_4bit_quant_storage": PeerKey(None, _QUANTISED),
+    "load_in_8bit": PeerKey(False, "Use load_in_4bit."),
     "lora_target_parameters": PeerKey(None, "Adapters go on modules: use lora_target_modules."),
     "lora_task_type": PeerKey("CAUSAL_LM", "Only causal language models are trained."),
     # Data

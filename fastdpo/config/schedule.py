@@ -10,15 +10,12 @@ from .declare import (
     NOT_NEGATIVE,
     POSITIVE,
     SEED,
-    SHARE,
     STEPS_OR_UNSET,
     WARMUP,
     key,
     trackers,
     yaml_no,
 )
-
-OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "sgd")
 
 SCHEDULERS: dict[str, tuple[str, ...]] = {
     "linear": (),
@@ -44,7 +41,7 @@ SCHEDULERS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingKeys:
-    """Steps, optimizer, schedule, precision and seeds."""
+    """Steps, schedule, precision and seeds."""
 
     num_train_epochs: float = field(
         default=3.0,
@@ -98,34 +95,6 @@ class TrainingKeys:
             "training",
             "Steps over which the learning rate rises from 0; below 1 it is a share of the run.",
             rule=WARMUP,
-        ),
-    )
-    optim: str = field(
-        default="adamw_torch_fused",
-        metadata=key("training", "Optimizer, of torch's own.", choices=OPTIMIZERS),
-    )
-    weight_decay: float = field(
-        default=0.0,
-        metadata=key(
-            "training", "Weight decay; biases and norms are left out of it.", rule=NOT_NEGATIVE
-        ),
-    )
-    adam_beta1: float = field(
-        default=0.9, metadata=key("training", "Decay of AdamW's first moment.", rule=SHARE)
-    )
-    adam_beta2: float = field(
-        default=0.999, metadata=key("training", "Decay of AdamW's second moment.", rule=SHARE)
-    )
-    adam_epsilon: float = field(
-        default=1e-8,
-        metadata=key("training", "Keeps AdamW's division away from zero.", rule=POSITIVE),
-    )
-    max_grad_norm: float = field(
-        default=1.0,
-        metadata=key(
-            "training",
-            "Gradients with a larger norm are scaled down to it; 0 is off.",
-            rule=NOT_NEGATIVE,
         ),
     )
     bf16: bool | None = field(

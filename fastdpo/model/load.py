@@ -11,6 +11,7 @@ from transformers.integrations.liger import apply_liger_kernel
 
 from ..config import TrainConfig
 from ..errors import ConfigError, ModelError
+from .quantised import compute_in, is_quantised, quantisation
 
 
 def load_tokenizer(config: TrainConfig) -> Any:
@@ -52,13 +53,18 @@ def load_model_config(config: TrainConfig, path: str | None = None) -> Any:
 
 
 def load_model(
-    config: TrainConfig, device: torch.device, path: str | None = None
+    config: TrainConfig,
+    device: torch.device,
+    path: str | None = None,
+    autocast: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """The causal language model at `path` (default: the policy's), without dropout, from
-    safetensors alone.
+    safetensors alone; its 4-bit weights, where it has any, multiply in the type of `autocast`.
 
     Raises:
-        ModelError: no such model, no safetensors, or no causal language model.
+        ModelError: no such model, no safetensors, no causal language model, or a quantised one
+            without adapters to train.
+        ConfigError: `load_in_4bit` or `use_liger_kernel` without what they need.
     """
     model_config = load_model_config(config, path)
     dropouts = _dropouts(model_config)
@@ -74,6 +80,7 @@ def load_model(
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
             attn_implementation=config.attn_implementation,
+            **quantisation(config, device),
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
@@ -83,7 +90,12 @@ def load_model(
     model.fastdpo_dropouts = dropouts
     if config.use_liger_kernel:
         _use_liger_layers(model, device)
-    return model.to(device)
+    if not is_quantised(model):
+        return model.to(device)
+    if not config.use_peft:
+        raise ModelError(f"{path}: its weights are quantised: set use_peft to train adapters on it")
+    compute_in(model, autocast)
+    return model
 
 
 def _use_liger_layers(model: PreTrainedModel, device: torch.device) -> None:

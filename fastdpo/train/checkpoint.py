@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..errors import CheckpointError
 from ..files import atomic_directory
 from ..model.load import original_dropout
+from . import optimizer_state
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +47,13 @@ def save_checkpoint(
     with atomic_directory(path) as temporary:
         save_model(temporary, model, tokenizer)
         if optimizer is not None and scheduler is not None:
-            tensors, rest = _flatten(optimizer.state_dict())
+            tensors, rest = optimizer_state.flatten(optimizer)
             save_file(tensors, temporary / "optimizer.safetensors")
             save_file(_rng_tensors(), temporary / "rng.safetensors")
             full = {
                 **state,
                 "optimizer": rest,
-                "scheduler": scheduler.state_dict(),
+                "scheduler": optimizer_state.plain(scheduler.state_dict()),
                 "python_rng": random.getstate(),
             }
             (temporary / "trainer_state.json").write_text(json.dumps(full), encoding="utf-8")
@@ -88,15 +89,18 @@ def load_checkpoint(
     state = json.loads(file.read_text(encoding="utf-8"))
     load_weights(path)
     saved = state.pop("optimizer")
-    if saved["param_groups"][0].keys() != optimizer.state_dict()["param_groups"][0].keys():
+    own = [part.state_dict()["param_groups"] for part in optimizer_state.parts(optimizer)]
+    if saved[0]["param_groups"][0].keys() != own[0][0].keys() or len(saved) != len(own):
         raise CheckpointError(
             f"{path}: made with another optimizer than {type(optimizer).__name__}"
         )
     try:
-        optimizer.load_state_dict(_unflatten(load_file(path / "optimizer.safetensors"), saved))
+        optimizer_state.restore(optimizer, load_file(path / "optimizer.safetensors"), saved)
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: made for another model ({error})") from error
-    scheduler.load_state_dict(state.pop("scheduler"))
+    schedule = state.pop("scheduler")
+    now = scheduler.state_dict()
+    scheduler.load_state_dict({k: optimizer_state.like(now.get(k), v) for k, v in schedule.items()})
     version, internal, gauss = state.pop("python_rng")
     random.setstate((version, tuple(internal), gauss))
     _restore_rng(load_file(path / "rng.safetensors"))
@@ -161,30 +165,6 @@ def _fingerprint(file: Path) -> dict[str, Any]:
         while block := stream.read(1 << 24):
             content.update(block)
     return {"bytes": file.stat().st_size, "xxh3_128": content.hexdigest()}
-
-
-def _flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    tensors: dict[str, torch.Tensor] = {}
-    numbers: dict[str, dict[str, Any]] = {}
-    for index, values in state["state"].items():
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{name}"] = value.contiguous()
-            else:
-                numbers.setdefault(str(index), {})[name] = value
-    groups = [
-        {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in group.items()}
-        for group in state["param_groups"]
-    ]
-    return tensors, {"param_groups": groups, "numbers": numbers}
-
-
-def _unflatten(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in rest["numbers"].items()}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    return {"state": state, "param_groups": rest["param_groups"]}
 
 
 def _rng_tensors() -> dict[str, torch.Tensor]:

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from ..config import TrainConfig
@@ -19,10 +18,10 @@ from ..data.plan import Step, make_plan, plan_digest
 from ..errors import CheckpointError
 from ..losses import loss_at_reference
 from . import checkpoint, metrics
-from .optimizer import make_optimizer, make_scheduler
-from .pending import Pending
+from .optimizer import make_scheduler
 from .profile import profiler
 from .step import Objective
+from .update import make_update, require_one_row
 
 
 class Trainer:
@@ -52,12 +51,15 @@ class Trainer:
             name: config.interval(f"{name}_steps", self.total_steps)
             for name in ("logging", "save", "eval")
         }
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.model, config)
+        self.update = make_update(self.model, config, self.device)
+        self.optimizer, self.pending = self.update.optimizer, self.update.pending
         self.scheduler = make_scheduler(self.optimizer, config, self.total_steps)
         self.bar = tqdm(total=self.total_steps, unit="step", disable=config.disable_tqdm)
         self.step = self.num_tokens = 0
-        self.pending = Pending(self.optimizer, self.device)
+        if config.optimizer_in_backward:
+            every_epoch = range(math.ceil(self.total_steps / self.steps_per_epoch))
+            layout = objective.policy.layout.name
+            require_one_row(map(self.plan, every_epoch), groups, layout, config)
         self.digest = plan_digest(groups, self.plan(0))
 
     def plan(self, epoch: int) -> list[Step]:
@@ -113,13 +115,12 @@ class Trainer:
         start, (comparisons, rows) = time.perf_counter(), step
         sums = metrics.StepSums(self.device)
         for batch in rows:
-            self.objective.score(batch, comparisons, sums).backward()
-        norm = clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
+            self.update.backward(self.objective.score(batch, comparisons, sums), self.step)
+        norm = self.update.norm()
         rate = float(self.scheduler.get_last_lr()[0])
         self.pending.check(self.step, sums, norm, rate)
-        self.optimizer.step()
+        self.update.step()
         self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=self.device.type == "cuda")
         self.step += 1
         self.num_tokens += sums.pair_tokens
         self.pending.took(time.perf_counter() - start)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..errors import ConfigError
+from ..model.quantised import count_weights
 
 TOKEN_STATS = ("entropy", "mean_logit", "is_top1")
 # Rewards closer than this differ by the rounding of fp32 sums alone.
@@ -117,7 +118,7 @@ def rates(
         "pairs_per_second": comparisons / seconds,
         "tokens_saved_by_sharing": 1 - computed_tokens / pair_tokens,
     }
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(count_weights(p) for p in model.parameters())
     mfu = model_flops_utilisation(parameters, computed_tokens, seconds)
     return found if mfu is None else found | {"mfu": mfu}
 

@@ -25,8 +25,10 @@ class Pending:
     def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
         self.values: dict[str, list[float]] = {}
         self.optimizer = optimizer
-        self.waits = device.type != "cuda" or not optimizer.defaults.get("fused")
+        self.waits = device.type != "cuda" or not getattr(optimizer, "defaults", {}).get("fused")
         """Whether every step is read before its optimizer's."""
+        self.in_backward = False
+        """Whether weights are stepped before the norm of all gradients is known."""
         self._unread: list[tuple[int, metrics.StepSums, Tensor, float]] = []
         self._bad = torch.zeros((), device=device)
         self._seconds = 0.0
@@ -39,9 +41,23 @@ class Pending:
         if self.waits:
             self._values()
             return
-        finite = torch.isfinite(norm) & torch.isfinite(sums.sums[0])
-        self._bad = torch.maximum(self._bad, (~finite).float())
+        self.flag(norm, sums.sums[0])
+
+    def flag(self, *values: Tensor) -> None:
+        """From the first value that is not finite on, the optimizer leaves everything as it is."""
+        for value in values:
+            bad = (~torch.isfinite(value)).to(self._bad)
+            self._bad = torch.maximum(self._bad, bad)
         self.optimizer.found_inf = self._bad  # type: ignore[attr-defined]
+
+    def guard(self, step: int, loss: Tensor) -> None:
+        """Take a loss before a backward that steps weights; FastDPOError where it is read at once
+        and not finite.
+        """
+        if not self.waits:
+            self.flag(loss.detach())
+        elif not math.isfinite(value := loss.item()):
+            raise self._not_finite(step, "loss", value)
 
     def took(self, seconds: float) -> None:
         """What the host spent on the step."""
@@ -83,12 +99,21 @@ class Pending:
             values: dict[str, Any] = sums.means(row[:-1]) | {"grad_norm": row[-1]}
             for name in ("loss", "grad_norm"):
                 if not math.isfinite(values[name]):
-                    raise FastDPOError(
-                        f"step {step + 1}: {name} is {values[name]}; stopped with the weights of "
-                        f"step {step} (try a lower learning_rate, or fp32: --bf16 false)"
-                    )
+                    raise self._not_finite(step, name, values[name])
             found.append(values | {"learning_rate": rate})
         return found
+
+    def _not_finite(self, step: int, name: str, value: float) -> FastDPOError:
+        left = f"stopped with the weights of step {step}"
+        if self.in_backward and name == "grad_norm":
+            left = (
+                "stopped, but optimizer_in_backward had stepped weights by then, so those of step "
+                f"{step} are gone: go on from the last checkpoint"
+            )
+        return FastDPOError(
+            f"step {step + 1}: {name} is {value}; {left} (try a lower learning_rate, or fp32: "
+            "--bf16 false)"
+        )
 
     def line(self) -> dict[str, float]:
         """Means of what was read since the last line; of the gradient norm and the learning rate,

@@ -25,11 +25,13 @@ from ..model.layout import Layout, choose_layout
 from ..model.load import add_adapter, load_model, load_model_config, load_tokenizer
 from ..model.paths import attention_path, head_path, run_device
 from ..model.precision import choose_precision
+from ..model.quantised import is_quantised, packing
 from ..model.scorer import Scorer
 from ..reference import LogpStore, OnlineReference, fill_reference, model_fingerprint
 from . import checkpoint
 from .card import write_card
 from .loop import Trainer
+from .optimizer import optimizer_path
 from .step import Objective
 
 _ORDER = ("shared", "packed", "padded")
@@ -61,6 +63,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> dict[
         label_smoothing=config.label_smoothing,
         loss_weights=config.loss_weights,
     )
+    optimizer = optimizer_path(config, run_device(config))
     output_dir = _claim(config)
     set_seed(config.seed)
     device, tokenizer = _device(config), load_tokenizer(config)
@@ -84,6 +87,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> dict[
             None if config.precompute_ref_log_probs else OnlineReference(policy, adapter_off=True)
         )
     say(f"reference: {_describe_reference(config, reference)}")
+    say(f"optimizer: {optimizer}")
     if config.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
     config.save(output_dir / "training_config.yaml")
@@ -165,7 +169,7 @@ def load_scorer(
     """A model with its head, checked against its own logits, and the row layout that is exact for
     it.
     """
-    model = load_model(config, device, path)
+    model = load_model(config, device, path, autocast)
     head, layout = find_head(model), Layout("padded", "", None)
     scorer = Scorer(model, head, layout, autocast, config.head_workspace_mib)
     with scorer.precision():
@@ -178,6 +182,8 @@ def load_scorer(
             reason = f"padded: attn_implementation is {config.attn_implementation}"
             scorer.layout = Layout("padded", reason, None)
     say(f"{'model' if path is None else 'reference model'}: {scorer.layout.reason}")
+    if is_quantised(model):
+        say(f"weights: {packing(model)}")
     if path is None:
         packed = scorer.layout.name != "padded"
         stock = f"{model.config._attn_implementation}: the model's own"

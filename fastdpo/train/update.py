@@ -1,0 +1,175 @@
+"""From a step's losses to new weights: backward, the gradients' norm, the optimizer's step.
+
+Ordinarily every gradient of a step is kept until all are there. `optimizer_in_backward` steps each
+weight in a hook that autograd calls once its gradient is complete (once also for a weight that is
+used twice, such as a tied embedding) and frees the gradient. A step is then one backward: one row.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from ..config import TrainConfig
+from ..data.groups import Group
+from ..data.plan import Step, part_tokens
+from ..errors import ConfigError
+from .optimizer import make_optimizer
+from .pending import Pending
+
+
+class Update:
+    """Gradients of a whole step, clipped, then one step of the optimizer."""
+
+    def __init__(self, model: torch.nn.Module, config: TrainConfig, device: torch.device) -> None:
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.max_norm = config.max_grad_norm or math.inf
+        self.free = device.type == "cuda"
+        self.optimizer = make_optimizer(model, config)
+        self.pending = Pending(self.optimizer, device)
+
+    def backward(self, loss: Tensor, step: int) -> None:
+        """Gradients of a row's loss, added to those of the step's other rows."""
+        loss.backward()
+
+    def norm(self) -> Tensor:
+        """The norm of the step's gradient, (); it is scaled to `max_grad_norm` where larger."""
+        norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if math.isfinite(self.max_norm):
+            self.clip(norm)
+        return norm
+
+    def clip(self, norm: Tensor) -> None:
+        """Scale the gradients as their norm asks for."""
+        clip_grads_with_norm_(self.parameters, self.max_norm, norm)
+
+    def step(self) -> None:
+        """New weights; the gradients are gone."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=self.free)
+
+
+class GradientNorms:
+    """The norm of each gradient, taken when it is complete and before it is used."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.norms: dict[int, Tensor] = {}
+        for number, parameter in enumerate(parameters):
+            parameter.register_post_accumulate_grad_hook(partial(self._take, number))
+
+    def _take(self, number: int, parameter: Tensor) -> None:
+        if number in self.norms:
+            raise ConfigError(
+                "optimizer_in_backward: a step took more than one backward pass; expected one row "
+                "a step (raise max_tokens_per_batch or take fewer pairs a step)"
+            )
+        assert parameter.grad is not None
+        self.norms[number] = torch.linalg.vector_norm(parameter.grad)
+
+    def total(self) -> Tensor:
+        """The norm of all gradients since the last call, (), in the order of the weights."""
+        norms, self.norms = [self.norms[number] for number in sorted(self.norms)], {}
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+
+class InBackward(Update):
+    """Each weight is stepped, and its gradient freed, as soon as that gradient is complete."""
+
+    def __init__(self, model: torch.nn.Module, config: TrainConfig, device: torch.device) -> None:
+        super().__init__(model, config, device)
+        self.norms = GradientNorms(self.parameters)
+        self.pending.in_backward = True
+        self.group = {
+            parameter: number
+            for number, group in enumerate(self.optimizer.param_groups)
+            for parameter in group["params"]
+        }
+        for number, parameter in enumerate(self.parameters):
+            parameter.register_post_accumulate_grad_hook(partial(self._step_one, number))
+
+    def backward(self, loss: Tensor, step: int) -> None:
+        """Gradients and new weights, unless the loss is not finite."""
+        self.pending.guard(step, loss)
+        loss.backward()
+
+    def _step_one(self, number: int, parameter: Tensor) -> None:
+        if not self.pending.waits:
+            self.pending.flag(self.norms.norms[number])
+        groups = self.optimizer.param_groups
+        own = {**groups[self.group[parameter]], "params": [parameter]}
+        self.optimizer.param_groups = [own]
+        try:
+            self.optimizer.step()
+        finally:
+            self.optimizer.param_groups = groups
+        parameter.grad = None
+
+    def norm(self) -> Tensor:
+        """The norm of the step's gradient, (), which is gone by now."""
+        return self.norms.total()
+
+    def step(self) -> None:
+        """Nothing is left to do."""
+
+
+class Offloaded(Update):
+    """torchao's CPUOffloadOptimizer, whose hooks copy each complete gradient to the host, where
+    every weight has a copy and an optimizer of its own.
+    """
+
+    def __init__(self, model: torch.nn.Module, config: TrainConfig, device: torch.device) -> None:
+        self.norms: GradientNorms | None = None
+        if config.optimizer_in_backward:  # before torchao's hooks, which free the gradients
+            self.norms = GradientNorms([p for p in model.parameters() if p.requires_grad])
+        super().__init__(model, config, device)
+        self.free = True  # the only way that torchao knows
+
+    def norm(self) -> Tensor:
+        """The norm of the step's gradient, (); scaled down like it."""
+        if self.norms is None:
+            return super().norm()
+        norm = self.norms.total()
+        self.clip(norm)
+        return norm
+
+    def clip(self, norm: Tensor) -> None:
+        """Scale the host's copies of the gradients, and those of small weights, which stay."""
+        optimizer: Any = self.optimizer
+        factor = float((self.max_norm / (norm + 1e-6)).clamp(max=1.0))
+        if factor == 1.0:
+            return
+        for copied in optimizer.queue.values():
+            copied.synchronize()
+        grads = [optimizer.param_d2h_map[p].grad for p in optimizer.queue]
+        grads += [p.grad for p in self.parameters if p not in optimizer.param_d2h_map]
+        torch._foreach_mul_([g for g in grads if g is not None], factor)
+
+
+def make_update(model: torch.nn.Module, config: TrainConfig, device: torch.device) -> Update:
+    """What the keys `optim` and `optimizer_*` ask for."""
+    if config.optimizer_offload:
+        return Offloaded(model, config, device)
+    return (InBackward if config.optimizer_in_backward else Update)(model, config, device)
+
+
+def require_one_row(
+    epochs: Iterable[list[Step]], groups: Sequence[Group], layout: str, config: TrainConfig
+) -> None:
+    """Raise ConfigError if a step of these epochs takes more than one row."""
+    for epoch, steps in enumerate(epochs, 1):
+        for number, step in enumerate(steps, 1):
+            rows = step.ranks[0]
+            if len(rows) > 1:
+                parts = [part for row in rows for part in row]
+                tokens = sum(part_tokens(groups[p.group], p.responses, layout) for p in parts)
+                raise ConfigError(
+                    f"optimizer_in_backward: step {number} of epoch {epoch} takes {len(rows)} rows "
+                    f"for its {step.comparisons} comparisons; expected one row a step (raise "
+                    f"max_tokens_per_batch to some {tokens}, or take fewer pairs a step: "
+                    f"per_device_train_batch_size {config.per_device_train_batch_size} x "
+                    f"gradient_accumulation_steps {config.gradient_accumulation_steps})"
+                )

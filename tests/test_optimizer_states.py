@@ -1,0 +1,149 @@
+"""Optimizers with small states: AdamW in 8 bits and bf16 weights that are rounded by chance."""
+
+import sys
+from functools import partial
+
+import pytest
+import torch
+from training import metrics, run, weights
+
+from fastdpo.config import TrainConfig
+from fastdpo.config.optimizer import BITSANDBYTES, TORCHAO
+from fastdpo.errors import CheckpointError, ConfigError
+from fastdpo.train import checkpoint
+from fastdpo.train.optimizer import make_optimizer
+from fastdpo.train.optimizer_state import flatten
+
+EIGHT_BIT = (*TORCHAO, *BITSANDBYTES)
+
+
+@pytest.fixture
+def go(tied_model, pairs_file):
+    return partial(run, tied_model, pairs_file)
+
+
+def moved(output, model):
+    before, after = weights(model), weights(output)
+    return torch.cat([(after[name].double() - before[name]).flatten() for name in before])
+
+
+@pytest.mark.parametrize("optim", EIGHT_BIT)
+def test_8_bit_adamw_goes_where_adamw_goes(go, tmp_path, tied_model, optim):
+    """The first step comes before any rounding of moments; later ones are close."""
+    for steps, near in ((1, 1e-4), (6, 0.2)):
+        keys = {"max_steps": steps, "weight_decay": 0.1, "save_strategy": "no"}
+        go(tmp_path / f"ours-{steps}", optim=optim, **keys)
+        go(tmp_path / f"theirs-{steps}", optim="adamw_torch", **keys)
+        ours = moved(tmp_path / f"ours-{steps}", tied_model)
+        theirs = moved(tmp_path / f"theirs-{steps}", tied_model)
+        assert (ours - theirs).norm() < near * theirs.norm()
+    assert (ours - theirs).norm() > 1e-4 * theirs.norm(), "nothing was rounded"
+
+
+@pytest.mark.parametrize("optim", EIGHT_BIT)
+def test_a_resumed_run_equals_an_uninterrupted_one(go, tmp_path, optim):
+    common = {"optim": optim, "max_steps": 5, "warmup_steps": 2, "weight_decay": 0.1}
+    go(tmp_path / "whole", **common)
+    go(tmp_path / "cut", **common, save_strategy="steps", save_steps=3)
+    for left in ("model.safetensors", "metrics.jsonl"):
+        (tmp_path / "cut" / left).unlink()
+    checkpoint.shutil.rmtree(tmp_path / "cut" / "checkpoint-5")
+    _, said = go(tmp_path / "cut", **common, resume_from_checkpoint=True)
+    assert any("resumed at step 3" in line for line in said)
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    same = ("loss", "grad_norm", "learning_rate")
+    for a, b in zip(metrics(tmp_path / "whole")[3:], metrics(tmp_path / "cut"), strict=True):
+        assert [a[name] for name in same] == [b[name] for name in same]
+    with pytest.raises(CheckpointError, match="another optimizer"):
+        path = str(tmp_path / "cut" / "checkpoint-3")
+        go(tmp_path / "other", **{**common, "optim": "adamw_torch"}, resume_from_checkpoint=path)
+
+
+def a_step(optim, dtype=torch.float32, **changes):
+    """The optimizer of a layer of 64 × 4096 weights after one step."""
+    layer = torch.nn.Linear(4096, 64, bias=False, dtype=dtype)
+    optimizer = make_optimizer(layer, TrainConfig(optim=optim, **changes))
+    layer.weight.grad = torch.randn_like(layer.weight)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("optim", EIGHT_BIT)
+def test_states_take_two_bytes_a_weight(optim):
+    tensors, _ = flatten(a_step(optim))
+    assert sum(t.nbytes for t in tensors.values()) == pytest.approx(2 * 64 * 4096, rel=0.03)
+
+
+def test_stochastic_rounding_is_right_on_average():
+    """An update of 1/10 of a bf16 step: nearest rounding never takes it."""
+
+    def mean(**changes):
+        layer = torch.nn.Linear(256, 256, bias=False, dtype=torch.bfloat16)
+        torch.nn.init.constant_(layer.weight, 0.75)
+        config = TrainConfig(optim="adamw_torch_8bit", learning_rate=2**-8 / 10, **changes)
+        optimizer = make_optimizer(layer, config)
+        for _ in range(5):
+            layer.weight.grad = torch.ones_like(layer.weight)
+            optimizer.step()
+        return 0.75 - layer.weight.double().mean().item()
+
+    torch.manual_seed(0)
+    assert mean(dtype="bfloat16") == 0
+    expected = 5 * 2**-8 / 10
+    assert mean(dtype="bfloat16", stochastic_rounding=True) == pytest.approx(expected, rel=0.05)
+
+
+def test_a_bf16_run_learns_by_stochastic_rounding_and_resumes(go, tmp_path):
+    common = {"optim": "adamw_torch_8bit", "dtype": "bfloat16", "stochastic_rounding": True}
+    common |= {"learning_rate": 3e-5, "max_steps": 4}
+    go(tmp_path / "whole", **common)
+    go(tmp_path / "cut", **common, save_strategy="steps", save_steps=2)
+    path = str(tmp_path / "cut" / "checkpoint-2")
+    torch.manual_seed(99)
+    go(tmp_path / "rest", **common, resume_from_checkpoint=path)
+    whole, rest = weights(tmp_path / "whole"), weights(tmp_path / "rest")
+    assert whole["model.norm.weight"].dtype == torch.bfloat16
+    assert all(torch.equal(whole[name], rest[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("optim", "library"), [("adamw_torch_8bit", "torchao"), ("paged_adamw_8bit", "bitsandbytes")]
+)
+def test_a_missing_library_is_named_before_anything_is_loaded(
+    go, tmp_path, monkeypatch, optim, library
+):
+    for name in [name for name in sys.modules if name.split(".")[0] == library] or [library]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, library, None)
+    expected = rf"optim: {optim} needs {library}: pip install 'fastdpo\[memory\]'"
+    with pytest.raises(ConfigError, match=expected):
+        go(tmp_path / "out", optim=optim, model_name_or_path="/nowhere")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"optimizer_in_backward": True}, "needs max_grad_norm 0, got 1.0"),
+        (
+            {"optimizer_in_backward": True, "max_grad_norm": 0, "use_peft": True},
+            "optimizer_in_backward: is for training all weights",
+        ),
+        (
+            {"optimizer_offload": True, "optim": "sgd"},
+            "optimizer_offload: expected optim adamw_torch_fused or adamw_torch, got sgd",
+        ),
+        (
+            {"stochastic_rounding": True, "dtype": "bfloat16"},
+            "stochastic_rounding: expected optim adamw_torch_8bit, got adamw_torch_fused",
+        ),
+        (
+            {"stochastic_rounding": True, "optim": "adamw_torch_8bit"},
+            "stochastic_rounding: expected dtype bfloat16, got float32",
+        ),
+    ],
+)
+def test_keys_that_do_not_fit_together(values, expected):
+    with pytest.raises(ConfigError, match=expected):
+        TrainConfig(**values)
