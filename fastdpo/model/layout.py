@@ -41,7 +41,11 @@ class Layout:
 
 
 def choose_layout(
-    model: nn.Module, *, share_prefix: bool = True, max_length: int | None = None
+    model: nn.Module,
+    *,
+    share_prefix: bool = True,
+    max_length: int | None = None,
+    attention_backend: str | None = None,
 ) -> Layout:
     """The fastest layout that is exact for `model`, which may be a PeftModel.
 
@@ -49,14 +53,14 @@ def choose_layout(
     padded batches. Weights, gradients, modes and random number generators stay as they were. Call
     it under the autocast that training uses. `max_length` is the longest sequence that will be
     seen, if it is known: below the length at which a rotary embedding starts to change, that
-    embedding is no obstacle.
+    embedding is no obstacle. `attention_backend` is one of `model.backends`, None for the fastest.
     """
-    register()
+    register(attention_backend)
     base = base_causal_lm(model)
     stock = _stock_attention(base)
     base.set_attn_implementation(stock)
     config = base.config.get_text_config()
-    if rope := _length_dependent_rope(config, max_length):
+    if rope := length_dependent_rope(config, max_length):
         return Layout(
             "padded", f"padded, one sequence a forward: rope_type {rope} depends on the length", 1
         )
@@ -100,7 +104,7 @@ def _stock_attention(base: Any) -> str:
     return "eager" if capped and current == "sdpa" else current
 
 
-def _length_dependent_rope(config: Any, max_length: int | None) -> str | None:
+def length_dependent_rope(config: Any, max_length: int | None) -> str | None:
     """The rope_type that makes a sequence's numbers depend on its neighbours' lengths, if any."""
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     for rope in _rope_dictionaries(parameters):
@@ -115,6 +119,29 @@ def _length_dependent_rope(config: Any, max_length: int | None) -> str | None:
         if max_length is None or max_length > constant_up_to:
             return kind
     return None
+
+
+def beyond_positions(model_config: Any, max_length: int | None) -> str | None:
+    """One line where sequences may be longer than the positions that the model was made for.
+
+    A rotary scaling that the configuration names (yarn, linear, llama3, …) stretches them by its
+    factor; positions themselves are left as the model says.
+    """
+    config = model_config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if max_length is None or positions is None:
+        return None
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    for rope in _rope_dictionaries(parameters):
+        before = rope.get("original_max_position_embeddings")
+        if before and rope.get("factor"):
+            positions = max(positions, int(before * rope["factor"]))
+    if max_length <= positions:
+        return None
+    return (
+        f"max_length {max_length} is above the model's max_position_embeddings {positions}: it "
+        "never saw the positions beyond"
+    )
 
 
 def _rope_dictionaries(parameters: Any) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,72 @@
+"""`memory: auto`: at start-up, the least that makes a run fit its device."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..config import TrainConfig
+from ..data.groups import Group
+from .devices import GIB, at_hand
+from .plan import Planner
+from .report import changes
+from .switches import each_alone, least, strongest
+
+REASON = "memory: auto"
+
+
+def fit(
+    config: TrainConfig,
+    groups: Sequence[Group],
+    model_config: Any,
+    device: torch.device,
+    autocast: torch.dtype | None,
+    say: Callable[[str], None],
+) -> TrainConfig:
+    """The configuration with what its device's free memory asks for; one line about each change.
+
+    It begins without recomputed layers, unless the configuration gives `gradient_checkpointing`,
+    and with what else the configuration gives; nothing that changes the numbers is turned on.
+    Where nothing fits, it takes all there is and says so.
+    """
+    start = config
+    if "gradient_checkpointing" not in config.origins and not config.activation_offloading:
+        start = config.choose(REASON, gradient_checkpointing=False)
+    planner = Planner(start, groups, at_hand(device), autocast, model_config)
+    found = least(planner, exact=True, without=_missing())
+    if found is None:
+        chosen = strongest(planner, without=_missing())
+        found = planner.predict(chosen)
+        say(
+            "memory: auto: the run is predicted not to fit, with everything on; trying all the same"
+        )
+    peak, budget = found.estimate.peak / GIB, planner.device.budget / GIB
+    say(f"memory: auto: peak {peak:.2f} GiB predicted, {budget:.2f} GiB are free")
+    changed = changes(config, found.config)
+    for name, value in changed.items():
+        say(f"memory: auto: {name} {str(value).lower() if isinstance(value, bool) else value}")
+    return config.choose(REASON, **changed) if changed else config
+
+
+def _missing() -> set[str]:
+    """Switches whose library is not installed."""
+    return set() if importlib.util.find_spec("torchao") else {"optimizer_offload"}
+
+
+def advice(planner: Planner) -> str:
+    """Which switches would help after an out-of-memory error, with the peaks that they lead to."""
+    now = planner.predict(planner.config)
+    helpful = []
+    for switch, other in each_alone(planner):
+        if other.estimate.peak < 0.98 * now.estimate.peak:
+            keys = changes(now.config, other.config).items()
+            flags = " ".join(f"--{k} {str(v).lower() if v is True else v}" for k, v in keys)
+            note = "" if switch.exact else ", other numbers"
+            helpful.append(f"{flags} ({other.estimate.peak / GIB:.2f} GiB{note})")
+    peak = f"a peak of {now.estimate.peak / GIB:.2f} GiB is predicted"
+    if not helpful:
+        return f"{peak}, and no key would lower it"
+    return f"{peak}; less would need: {'; '.join(helpful)}; or --memory auto"

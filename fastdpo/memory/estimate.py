@@ -1,0 +1,381 @@
+"""The peak memory of a run before it runs: what is held at each moment of a step, by component.
+
+A step forwards and backwards its rows one after the other and then updates the weights. The moments
+at which most is alive are few: the end of the layers' forward, the head, the backward of each
+layer, the embedding's gradient, the optimizer's step; and before training, the reference pass. Each
+function here is one component or one moment; the largest moment is the peak. All sizes are bytes, S
+is the tokens of a row, T those that are scored, H the hidden size, V the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from ..config import TrainConfig
+from .layer import Bytes, LayerBytes, Probe
+from .shapes import ModelShape, RowShape, scaled
+
+COMPONENTS = (
+    "weights",
+    "reference",
+    "gradients",
+    "optimizer",
+    "checkpoints",
+    "activations",
+    "layer",
+    "attention",
+    "head",
+    "rows",
+)
+"""Every component, in the order in which reports show them."""
+
+REFERENCE_ROWS = {"cuda": 4, "cpu": 1}
+"""How many times as long the rows of the reference pass are: a GPU has room for more without
+activations for a backward."""
+
+_OFFLOADED_BUFFERS = 2
+_SMALL_STATE, _STATE_BLOCK, _LOOKUP = 4096, 256, 2048
+_CPU_TILE_ROWS, _CPU_TILE_SHARE, _CPU_BLOCK = 2048, 0.98, 3 << 20
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The bytes of every component at the moment of the peak."""
+
+    moment: str
+    components: Bytes
+    row: RowShape | None
+
+    @property
+    def peak(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(self.components.values())
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is estimated: a configuration, its model and its rows, on a kind of device."""
+
+    config: TrainConfig
+    model: ModelShape
+    probe: Probe
+    steps: Sequence[Sequence[RowShape]]
+    kind: str
+    """"cuda" or "cpu"."""
+    autocast: torch.dtype | None
+    max_tokens: int
+
+    @cached_property
+    def accumulates(self) -> bool:
+        """Whether rows find gradients from before: of other rows or, on a CPU, zeros."""
+        return self.kind == "cpu" or any(len(rows) > 1 for rows in self.steps)
+
+    @cached_property
+    def offloads(self) -> bool:
+        """Whether checkpoints go to the host."""
+        return self.config.activation_offloading
+
+    def layer(self, row: RowShape) -> LayerBytes:
+        """The bytes of a row in one layer."""
+        return self.probe.of_row(row, self.accumulates or self.config.optimizer_in_backward)
+
+    def checkpointed(self, number: int) -> bool:
+        """Whether a layer is recomputed in the backward."""
+        config = self.config
+        return config.gradient_checkpointing and number % config.gradient_checkpointing_every == 0
+
+
+def estimate(run: Run) -> Estimate:
+    """The largest moment of a step over the rows that can be the largest."""
+    found = [optimizer_step(run)]
+    for row in largest_rows(run.steps):
+        found += [forward(run, row), head(run, row), *backward(run, row), embedding(run, row)]
+        if second_model(run.config):
+            found.append(reference_row(run, row))
+    if run.config.precompute_ref_log_probs:
+        found.append(precompute(run))
+    return max(found, key=lambda moment: moment.peak)
+
+
+def largest_rows(steps: Sequence[Sequence[RowShape]]) -> list[RowShape]:
+    """The rows with most tokens, most gathered keys, most scored tokens and the largest masks."""
+    rows = [row for step in steps for row in step]
+    names = ("tokens", "keys", "scored", "masked")
+    return list(dict.fromkeys(max(rows, key=lambda row: getattr(row, n)) for n in names))
+
+
+def second_model(config: TrainConfig) -> bool:
+    """Whether a reference model is in memory while training."""
+    other = bool(config.ref_model_name_or_path) or not config.use_peft
+    return not config.precompute_ref_log_probs and other
+
+
+# What is there all the time
+
+
+def constant(run: Run) -> Bytes:
+    """Weights, the online reference's weights (as many; precomputed: none) and optimizer states."""
+    return {
+        "weights": run.model.weights,
+        "reference": run.model.weights if second_model(run.config) else 0,
+        "optimizer": optimizer_states(run.model, run.config),
+    }
+
+
+def optimizer_states(model: ModelShape, config: TrainConfig) -> int:
+    """Two moments of the type of each weight (AdamW: 2·itemsize·n); sgd none; offloaded only those
+    of weights under 4096 elements. With 8 bits 1 byte each, 4 for every 256 of them, and lookup
+    tables of 2 KiB (torchao: for each weight) for weights of 4096 elements and more; but torchao
+    leaves those that are no multiple of 256 as they are, bitsandbytes embeddings, and smaller ones,
+    in fp32.
+    """
+    if config.optim == "sgd":
+        return 0
+    if config.optimizer_offload:
+        return sum(2 * size * count for count, size in model.trained if count < _SMALL_STATE)
+    if "8bit" not in config.optim:
+        return sum(2 * size * count for count, size in model.trained)
+    torchao, embeddings, total = "torch" in config.optim, list(model.embeddings), 0
+    for weight in model.trained:
+        count, size = weight
+        wide = count < _SMALL_STATE or (torchao and count % _STATE_BLOCK)
+        if not torchao and weight in embeddings:
+            embeddings.remove(weight)
+            wide = True
+        if wide:
+            total += 2 * (size if torchao else 4) * count
+        else:
+            total += 2 * (count + 4 * -(-count // _STATE_BLOCK)) + (_LOOKUP if torchao else 0)
+    return total if torchao else total + _LOOKUP
+
+
+def gradients(model: ModelShape) -> int:
+    """One number of the weight's own type for each trained weight: itemsize·n."""
+    return sum(size * count for count, size in model.trained)
+
+
+def held_gradients(run: Run, layers_done: int, *, head: bool = True) -> int:
+    """Gradients at a moment of the backward when that of the last `layers_done` layers is over: all
+    of them in a row after the first one, else those so far; none with `optimizer_in_backward`.
+    """
+    if run.config.optimizer_in_backward:
+        return 0
+    if run.accumulates:
+        return gradients(run.model)
+    own = head_weight(run.model) if head and run.model.head_trained else 0
+    return own + layers_done * run.model.layer_trained
+
+
+def head_weight(model: ModelShape) -> int:
+    """V·H·itemsize."""
+    return model.vocab * model.hidden * model.head_itemsize
+
+
+def row_tensors(run: Run, row: RowShape) -> int:
+    """Index tensors of a row: ids, positions and places of S tokens, three of T, one of the
+    gathered keys, 8 bytes each; and, where attention goes segment by segment, boolean masks.
+    """
+    masks = 0 if run.probe.flash else row.masked
+    return 8 * (3 * row.tokens + 3 * row.scored + row.keys) + masks
+
+
+def kept_workspace(run: Run, row: RowShape) -> int:
+    """On a CPU the head's tile is kept from one call to the next."""
+    return cpu_tile_rows(run, row) * run.model.vocab * 4 if run.kind == "cpu" else 0
+
+
+def cpu_tile_rows(run: Run, row: RowShape) -> int:
+    """Rows of a tile on a CPU: those scored, as far as head_workspace_mib goes."""
+    workspace = run.config.head_workspace_mib << 20
+    fits = int(workspace * _CPU_TILE_SHARE) // (run.model.vocab * 4)
+    return min(row.scored, max(1, min(_CPU_TILE_ROWS, fits)))
+
+
+# The moments of a step
+
+
+def held_by_layers(run: Run, row: RowShape, layers: int) -> Bytes:
+    """What the first `layers` layers hold for their backward: a checkpointed one its input (S·H),
+    with offloading two of them in all; any other one its activations.
+    """
+    found = run.layer(row)
+    checkpoints = [found.input for number in range(layers) if run.checkpointed(number)]
+    if run.offloads:
+        checkpoints = checkpoints[-_OFFLOADED_BUFFERS:]
+    plain = layers - sum(run.checkpointed(number) for number in range(layers))
+    return {
+        "checkpoints": sum(checkpoints),
+        "activations": plain * found.kept.get("layer", 0) + (found.rest if layers else 0),
+        "attention": plain * found.kept.get("attention", 0),
+    }
+
+
+def forward(run: Run, row: RowShape) -> Estimate:
+    """The last layer's forward: all that the layers hold, one layer's own forward, and the bf16
+    copies that autocast keeps of the trained weights of checkpointed layers (others hold them
+    themselves).
+    """
+    model, found = run.model, run.layer(row)
+    copies = 0
+    if run.autocast is not None and run.autocast.itemsize < 4:
+        checkpointed = sum(run.checkpointed(number) for number in range(model.layers))
+        copies = checkpointed * model.cast * run.autocast.itemsize
+    return _moment(
+        "forward of the last layer",
+        run,
+        row,
+        {"gradients": held_gradients(run, 0, head=False), "layer": copies},
+        held_by_layers(run, row, model.layers),
+        found.forward,
+    )
+
+
+def head(run: Run, row: RowShape) -> Estimate:
+    """The head: states and gradient of T tokens, a tile, the gradient of the weight."""
+    inside = head_states(run, row) + head_weights(run, row) + head_tile(run, row)
+    return _moment(
+        "head",
+        run,
+        row,
+        {"gradients": held_gradients(run, 0, head=False), "head": inside},
+        held_by_layers(run, row, run.model.layers),
+    )
+
+
+def head_states(run: Run, row: RowShape) -> int:
+    """T·H: the scored states, their rounded copy where the head computes in another type, and their
+    gradient.
+    """
+    size, compute = run.layer(row).states, _head_itemsize(run)
+    rounded = compute if compute != size else 0
+    return row.scored * run.model.hidden * (2 * size + rounded)
+
+
+def head_weights(run: Run, row: RowShape) -> int:
+    """V·H: the weight rounded to the type of the computation (on a CPU widened again to fp32), and
+    its gradient, in fp32 while more than one tile is added up.
+    """
+    model, compute = run.model, _head_itemsize(run)
+    elements, total = model.vocab * model.hidden, 0
+    if compute != model.head_itemsize:
+        total += elements * compute
+    if run.kind == "cpu" and compute < 4:
+        total += elements * 4
+    if model.head_trained:
+        total += elements * 4
+        total += elements * model.head_itemsize if model.head_itemsize < 4 else 0
+    return total
+
+
+def head_tile(run: Run, row: RowShape) -> int:
+    """min(T, rows that fit head_workspace_mib) rows of V logits and of what is made beside them; on
+    a CPU the blocks that a tile (see `kept_workspace`) is worked on in, and two products of rows ×
+    H.
+    """
+    model = run.model
+    if run.kind == "cpu":
+        count = cpu_tile_rows(run, row)
+        block = min(count, max(1, _CPU_BLOCK // (model.vocab * 4)))
+        return block * model.vocab * 4 + 2 * count * model.hidden * 4
+    size = _head_itemsize(run)
+    sums = 4 * 5 * (model.vocab // 64 + 1)
+    a_row = -(-model.vocab // 64) * 64 * size + sums + model.hidden * (4 + size)
+    fits = (run.config.head_workspace_mib << 20) // a_row
+    return min(row.scored, max(1, fits)) * a_row
+
+
+def _head_itemsize(run: Run) -> int:
+    """Bytes of a number in the type that the head computes in."""
+    if run.autocast is not None:
+        return run.autocast.itemsize
+    return run.model.head_itemsize
+
+
+def backward(run: Run, row: RowShape) -> list[Estimate]:
+    """The backward of every layer, from the last one: what the layers before it hold, its own
+    activations (recomputed where it is checkpointed) and the gradients so far.
+    """
+    model, found, moments = run.model, run.layer(row), []
+    extra = dequantised(run)
+    for number in reversed(range(model.layers)):
+        own = found.recomputed if run.checkpointed(number) else found.backward
+        held = held_by_layers(run, row, number)
+        if run.offloads and number:  # the next one is on its way in
+            held["checkpoints"] = found.input
+        held["activations"] += found.rest if not number else 0
+        done = model.layers - 1 - number
+        grads = {"gradients": held_gradients(run, done), "layer": extra}
+        name = f"backward of layer {number + 1} of {model.layers}"
+        moments.append(_moment(name, run, row, grads, held, own))
+    return moments
+
+
+def dequantised(run: Run) -> int:
+    """The largest matrix of a layer, unpacked from 4 bits to 2 bytes an element while in use."""
+    return 2 * run.model.largest_linear if run.config.load_in_4bit else 0
+
+
+def embedding(run: Run, row: RowShape) -> Estimate:
+    """The end of the backward: all gradients, the gradient of the hidden states, and that of the
+    embedding before it is added to the one that is there (of another row, or of a tied head).
+    """
+    model = run.model
+    added = run.accumulates or model.tied or run.config.optimizer_in_backward
+    temporary = model.embedding_trained if added else 0
+    whole = 0 if run.config.optimizer_in_backward else gradients(model)
+    inside = {"gradients": whole + temporary, "activations": run.layer(row).input}
+    return _moment("backward of the embedding", run, row, inside)
+
+
+def optimizer_step(run: Run) -> Estimate:
+    """Weights, gradients and states; adamw_torch makes two numbers for each element of one weight
+    at a time.
+    """
+    whole = 0 if run.config.optimizer_in_backward else gradients(run.model)
+    largest = max(size * count for count, size in run.model.trained)
+    inside = {"gradients": whole + (2 * largest if run.config.optim == "adamw_torch" else 0)}
+    return _moment("the optimizer's step", run, None, inside)
+
+
+def reference_row(run: Run, row: RowShape) -> Estimate:
+    """The online reference's forward, ahead of the policy's."""
+    inside = {"gradients": held_gradients(run, 0, head=False), "head": head_states(run, row)}
+    return _moment("forward of the reference", run, row, inside, run.layer(row).forward)
+
+
+def precompute(run: Run) -> Estimate:
+    """The reference pass before training: rows without a backward, four times as long on a GPU;
+    neither gradients nor states are there.
+    """
+    everything = sum(row.tokens for rows in run.steps for row in rows)
+    largest = max((row for rows in run.steps for row in rows), key=lambda row: row.tokens)
+    wanted = min(everything, max(largest.tokens, REFERENCE_ROWS[run.kind] * run.max_tokens))
+    row = scaled(largest, wanted // largest.sequences * largest.sequences)
+    layer = run.layer(row)
+    inside = {
+        "weights": run.model.weights,
+        "activations": layer.rest + layer.input,
+        "head": row.scored * run.model.hidden * layer.states,
+        "rows": row_tensors(run, row),
+    }
+    return _joined("the reference pass", row, inside, layer.forward)
+
+
+def _moment(name: str, run: Run, row: RowShape | None, *parts: Bytes) -> Estimate:
+    """A moment of training: what is there all the time and the bytes of `parts`."""
+    always = constant(run)
+    if row is not None:
+        always |= {"rows": row_tensors(run, row), "head": kept_workspace(run, row)}
+    return _joined(name, row, always, *parts)
+
+
+def _joined(name: str, row: RowShape | None, *parts: Bytes) -> Estimate:
+    total = dict.fromkeys(COMPONENTS, 0)
+    for part in parts:
+        for component, size in part.items():
+            total[component] += size
+    return Estimate(name, total, row)
