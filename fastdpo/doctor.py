@@ -64,6 +64,7 @@ def _choices(config: TrainConfig) -> list[tuple[str, str]]:
         ("cpu_bf16", _told(_cpu_bf16_text)),
         ("attention", _told(lambda: _paths().attention_path(config))),
         ("head", _told(lambda: _paths().head_path(config))),
+        ("activations", _told(lambda: _paths().activations_path(config))),
         ("optimizer", _told(lambda: _optimizer_text(config))),
     ]
 

@@ -14,6 +14,7 @@ from fastdpo.cli import COMMANDS
 from fastdpo.config import TrainConfig
 from fastdpo.config.declare import default_of
 from fastdpo.config.inputs import OwnKeys
+from fastdpo.config.memory import MemoryKeys
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,12 +65,20 @@ def test_the_configuration_shown_is_valid() -> None:
     assert config.beta == 0.1
 
 
-def test_our_own_keys_are_listed_with_their_defaults() -> None:
-    section = README.split("These are our own:")[1].split("Where a TRL user")[0]
+@pytest.mark.parametrize(
+    ("keys", "start", "end"),
+    [
+        (OwnKeys, "These are our own:", "Where a TRL user"),
+        (MemoryKeys, "What a run keeps in memory", "## The repository"),
+    ],
+)
+def test_keys_are_listed_with_their_defaults(keys: Any, start: str, end: str) -> None:
+    section = README.split(start)[1].split(end)[0]
     shown = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", section, re.MULTILINE))
-    declared = {item.name: default_of(item) for item in fields(OwnKeys)}
-    assert set(shown) == set(declared)
-    for name, default in declared.items():
+    declared = {name: default_of(item) for name, item in TrainConfig.key_fields().items()}
+    assert {item.name for item in fields(keys)} <= set(shown) <= set(declared)
+    for name in shown:
+        default = declared[name]
         if default is not None:
             assert shown[name] == f"`{yaml.safe_dump(default).split()[0]}`"
 

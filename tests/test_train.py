@@ -83,6 +83,8 @@ VARIANTS = {
     "ungrouped": {"group_prompts": False},
     "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3},
     "checkpointed": {"gradient_checkpointing": True},
+    "in tiles": {"gradient_checkpointing": True, "layer_tile_tokens": 16},
+    "every second layer": {"gradient_checkpointing": True, "gradient_checkpointing_every": 2},
     "online reference": {"precompute_ref_log_probs": False},
     "another workspace": {"head_workspace_mib": 1},
 }

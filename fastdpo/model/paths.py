@@ -1,4 +1,6 @@
-"""Which device, attention and head a run takes, and why: one answer for a run and for `doctor`."""
+"""Which device, attention and head a run takes, and what it keeps: one answer for a run and for
+`doctor`.
+"""
 
 from typing import Any
 
@@ -37,3 +39,24 @@ def head_path(config: TrainConfig) -> str:
     if choose_head("auto", run_device(config)) == "triton":
         return "triton: fused kernels on a GPU"
     return f"torch: in pieces of at most {config.head_workspace_mib} MiB, no full logits"
+
+
+def activations_path(config: TrainConfig) -> str:
+    """What is recomputed in the backward, and where it is recomputed from.
+
+    Raises:
+        ConfigError: offloading without a GPU.
+    """
+    if config.activation_offloading and run_device(config).type != "cuda":
+        raise config.error(
+            "activation_offloading", "expected false without a GPU: its memory is what it saves"
+        )
+    if config.gradient_checkpointing:
+        every = config.gradient_checkpointing_every
+        layers = "every layer" if every == 1 else f"one layer in {every}"
+        where = "in the host's memory" if config.activation_offloading else "on the device"
+        text = f"{layers} recomputed, inputs kept {where}"
+    else:
+        text = "all kept, gradient_checkpointing is false"
+    tokens = config.layer_tile_tokens
+    return text if tokens is None else f"{text}; MLPs and norms in tiles of {tokens} tokens"

@@ -20,13 +20,16 @@ from ..errors import CheckpointError, ConfigError, ModelError
 from ..files import cache_root
 from ..losses import make_loss
 from ..memory.allocator import keep_freed_memory
+from ..model.activations import recompute_layers
 from ..model.head import check_head, find_head
 from ..model.layout import Layout, choose_layout
 from ..model.load import add_adapter, load_model, load_model_config, load_tokenizer
-from ..model.paths import attention_path, head_path, run_device
+from ..model.offload import SideStream
+from ..model.paths import activations_path, attention_path, head_path, run_device
 from ..model.precision import choose_precision
 from ..model.quantised import is_quantised, packing
 from ..model.scorer import Scorer
+from ..model.tiles import tile_layers
 from ..reference import LogpStore, OnlineReference, fill_reference, model_fingerprint
 from . import checkpoint
 from .card import write_card
@@ -64,7 +67,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> dict[
         loss_weights=config.loss_weights,
     )
     optimizer = optimizer_path(config, run_device(config))
-    output_dir = _claim(config)
+    activations, output_dir = activations_path(config), _claim(config)
     set_seed(config.seed)
     device, tokenizer = _device(config), load_tokenizer(config)
     data = load_data(config, tokenizer, say)
@@ -87,9 +90,11 @@ def train(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> dict[
             None if config.precompute_ref_log_probs else OnlineReference(policy, adapter_off=True)
         )
     say(f"reference: {_describe_reference(config, reference)}")
+    say(f"activations: {activations}")
     say(f"optimizer: {optimizer}")
     if config.gradient_checkpointing:
-        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        transfer = SideStream(device) if config.activation_offloading else None
+        recompute_layers(policy.model, every=config.gradient_checkpointing_every, offload=transfer)
     config.save(output_dir / "training_config.yaml")
     trainer = Trainer(
         config=config,
@@ -181,6 +186,8 @@ def load_scorer(
         else:
             reason = f"padded: attn_implementation is {config.attn_implementation}"
             scorer.layout = Layout("padded", reason, None)
+        if config.layer_tile_tokens is not None:
+            say(f"tiles: {tile_layers(model, config.layer_tile_tokens)}")
     say(f"{'model' if path is None else 'reference model'}: {scorer.layout.reason}")
     if is_quantised(model):
         say(f"weights: {packing(model)}")
