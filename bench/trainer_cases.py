@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from fastdpo.data.groups import make_groups
 from fastdpo.data.tokenize import tokenize_dataset
 
-from .workloads import LENGTHS, Row, model_path, rows_of
+from .workloads import Row, lengths_named, model_path, rows_of
 
 SWITCH = {"off": False, "on": True}
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -45,7 +45,7 @@ def workloads(options: argparse.Namespace, folder: Path) -> Iterator[Workload]:
         raise SystemExit(f"{options.data}: {len(rows)} rows are too few for {options.steps} steps")
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    length = options.max_length or (None if options.data in LENGTHS else 1024)
+    length = options.max_length or (None if lengths_named(options.data) else 1024)
     useful, response = _tokens(rows, path, length, options.pairs_per_step)
     for checkpointing, reference in itertools.product(
         options.gradient_checkpointing, options.reference
@@ -63,6 +63,10 @@ def workloads(options: argparse.Namespace, folder: Path) -> Iterator[Workload]:
             "learning_rate": options.learning_rate,
             "max_length": length,
         }
+        if options.keys:  # and no such field otherwise: rows of a case are compared with older ones
+            case["keys"] = options.keys
+        if options.limit_gib:
+            case["limit_gib"] = options.limit_gib
         yield Workload(case, path, file, useful, response, *_weights(path))
 
 

@@ -10,10 +10,12 @@ the peak memory that of this run alone, and lets the operating system take every
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from fastdpo.train.metrics import peak_memory_mib
 
@@ -30,6 +32,9 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         return {**peers.run_job(name, wanted), "product_tflops": product_tflops(case["dtype"])}
     lines = Path(job["rows"]).read_text(encoding="utf-8").splitlines()
     rows: list[Row] = [json.loads(line) for line in lines]
+    if limit := case.get("limit_gib"):
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 2**30 / whole))
     clock: Clock = PROVIDERS[name](
         rows,
         Path(job["model"]),
@@ -37,6 +42,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         case["pairs_per_step"],
         job["batch"],
         **options(case),
+        **keys_for(name, case.get("keys", ())),
     )
     return {
         "step_s": clock.seconds,
@@ -63,6 +69,13 @@ def options(case: dict[str, Any]) -> dict[str, Any]:
         adapter = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
         chosen |= {"use_peft": True, "lora_target_modules": "all-linear", **adapter}
     return chosen
+
+
+def keys_for(name: str, keys: Sequence[str]) -> dict[str, Any]:
+    """Those of `PROVIDER.KEY=VALUE` that are for this provider, values read as YAML."""
+    parted = [key.partition("=") for key in keys]
+    named = [(*left.partition(".")[::2], value) for left, _, value in parted]
+    return {key: yaml.safe_load(value) for provider, key, value in named if provider == name}
 
 
 def device() -> torch.device:

@@ -51,7 +51,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model_config", default="tiny-llama", help=f"of {', '.join(MODEL_CONFIGS)}")
     add("--model_name_or_path", help="a directory, in place of random weights")
-    add("--data", default="hh-rlhf", help=f"of {', '.join([*LENGTHS, *TEXTS])}, or a JSONL file")
+    names = ", ".join([*LENGTHS, "pair-N", *TEXTS])
+    add("--data", default="hh-rlhf", help=f"of {names}, or a JSONL file")
     add("--providers", default=",".join([*PROVIDERS, *peers.PEERS]), metavar="A,B")
     add("--steps", type=int, default=6, help="optimizer steps, warm-up included")
     add("--warm_up", type=int, default=2, help="steps that are not counted")
@@ -64,6 +65,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--reference", default="precomputed", metavar="precomputed,online")
     add("--learning_rate", type=float, default=1e-5)
     add("--max_length", type=int, default=0, help="default: 1024 for texts, none for words")
+    add("--keys", nargs="*", default=[], metavar="PROVIDER.KEY=VALUE", help="for one trainer alone")
+    add("--limit_gib", type=float, help="GPU memory that a run may use; default: all")
     add("--timeout", type=float, default=3600, help="seconds of one run")
     add("--quick", action="store_true", help="a tiny model, every provider, in about two minutes")
     given = sys.argv[1:] if arguments is None else arguments

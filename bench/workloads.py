@@ -12,6 +12,7 @@ between its quartiles apart; its prompts spread more, at 1.2, which would pad mo
 | ultrafeedback | 106 | 253 | UltraFeedback: 409 tokens, ratio 0.42 |
 | long-prompt | 8192 | 512 | fixed lengths: a long document and two short answers |
 | n-best | 60 | 122 | the GSM8K groups of the tests: five responses, four or six comparisons |
+| pair-N | N - 2048 | 1024 | one pair of N tokens in all: how long a pair trains, in what memory |
 
 The first two are in the table of https://github.com/frankxwang/dpo-prefix-sharing (paper:
 https://arxiv.org/abs/2410.20305); `n-best` has the spreads that were measured there, 0.33 and 0.41.
@@ -58,6 +59,17 @@ LENGTHS = {
     "long-prompt": Lengths(8192, 512, 0.0, 0.0, longest=8192),
     "n-best": Lengths(60, 122, 0.33, 0.41, responses=5),
 }
+
+
+def lengths_named(name: str) -> Lengths | None:
+    """The lengths of this name; None where it names something else."""
+    if name.startswith("pair-") and name[5:].isdigit() and int(name[5:]) >= 8:
+        tokens = int(name[5:])
+        response = min(1024, tokens // 4)
+        return Lengths(tokens - 2 * response, response, 0.0, 0.0, longest=tokens)
+    return LENGTHS.get(name)
+
+
 TEXTS: dict[str, Callable[[], list[Row] | None]] = {
     "dpo_en_demo": data.dpo_en_demo,
     "gsm8k": data.gsm8k_pairs,
@@ -109,8 +121,8 @@ def rows_of(name: str, count: int, skip: int = 0) -> list[Row]:
     Of texts, prompts of 3000 characters or more are left out, since trainers drop those that fill
     `max_length`.
     """
-    if name in LENGTHS:
-        return list(itertools.islice(_synthetic(LENGTHS[name]), skip, skip + count))
+    if lengths := lengths_named(name):
+        return list(itertools.islice(_synthetic(lengths), skip, skip + count))
     if name in TEXTS:
         rows = TEXTS[name]()
         if rows is None:
@@ -156,7 +168,7 @@ def model_path(name: str, data_name: str, dtype: torch.dtype, device: torch.devi
         if Path(name).is_dir():
             return Path(name)
         raise KeyError(f"{name}: expected a directory or one of {', '.join(MODEL_CONFIGS)}")
-    words = data_name in LENGTHS
+    words = lengths_named(data_name) is not None
     settings = dict(MODEL_CONFIGS[name])
     kind = f"{'words' if words else 'text'}-{str(dtype).removeprefix('torch.')}"
     path = cache_root() / "models" / f"random-{name}-{kind}"

@@ -1,0 +1,76 @@
+"""The search for the longest pair, and the rows and keys that it needs."""
+
+from typing import Any
+
+import pytest
+
+from bench import memory, trainers
+from bench.memory import search
+from bench.trainer_run import keys_for
+from bench.workloads import rows_of
+
+NANO = ["--model_config", "nano", "--shortest", "64"]
+
+
+@pytest.mark.parametrize("limit", [8, 9, 11, 100, 127, 128, 1000])
+def test_the_search_ends_within_an_eighth(limit: int) -> None:
+    tried: list[int] = []
+
+    def fits(tokens: int) -> bool:
+        tried.append(tokens)
+        return tokens <= limit
+
+    found = search(fits, 8, 1 << 20)
+    assert found <= limit < found * 1.125 + 1
+    assert len(tried) == len(set(tried)) <= 16
+
+
+def test_the_search_stops_where_enough_or_nothing_fits() -> None:
+    assert search(lambda tokens: True, 8, 100) == 100
+    assert search(lambda tokens: False, 8, 100) == 0
+
+
+def test_a_pair_of_so_many_tokens() -> None:
+    (row,) = rows_of("pair-16384", 1)
+    lengths = [len(row[name].split()) for name in ("prompt", "chosen", "rejected")]
+    assert lengths == [14336, 1024, 1024]
+    (row,) = rows_of("pair-64", 1)
+    assert len(" ".join(row.values()).split()) == 64
+
+
+def test_keys_for_one_trainer_alone() -> None:
+    keys = ["fastdpo.layer_tile_tokens=512", "trl.activation_offloading=true", "fastdpo.optim=sgd"]
+    assert keys_for("fastdpo", keys) == {"layer_tile_tokens": 512, "optim": "sgd"}
+    assert keys_for("trl", keys) == {"activation_offloading": True}
+    assert keys_for("trl-patched", keys) == {}
+
+
+def test_every_try_and_the_answer_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[dict[str, Any]] = []
+
+    class Results:
+        def __init__(self, *arguments: Any) -> None:
+            pass
+
+        def add(self, **row: Any) -> dict[str, Any]:
+            rows.append(row)
+            return row
+
+    def run(workload: Any, provider: str, *arguments: Any) -> dict[str, Any]:
+        longest = {"fastdpo": 200, "trl": 70}[provider]
+        fits = int(workload.case["data"].removeprefix("pair-")) <= longest
+        return {"peak_mib": 1.0} if fits else {"error": "OutOfMemory: killed"}
+
+    monkeypatch.setattr(memory.record, "Results", Results)
+    monkeypatch.setattr(trainers, "run", run)
+    memory.main([*NANO, "--providers", "fastdpo,trl", "--longest", "512"])
+    answers = {row["provider"]: row["tokens"] for row in rows if row["kind"] == "longest"}
+    assert answers == {"fastdpo": 192, "trl": 64}
+    assert [row["tokens"] for row in rows if row["kind"] == "try"][:2] == [64, 128]
+    assert all(row["case"]["data"] == f"pair-{row['tokens']}" for row in rows if "error" in row)
+
+
+def test_another_error_than_memory_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainers, "run", lambda *arguments: {"error": "ValueError: no"})
+    with pytest.raises(SystemExit, match="fastdpo, 64 tokens: ValueError: no"):
+        memory.main([*NANO, "--providers", "fastdpo"])
