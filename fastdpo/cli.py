@@ -1,4 +1,4 @@
-"""The command line: `fastdpo train | precompute | bench | doctor`.
+"""The command line: `fastdpo train | precompute | plan | bench | doctor`.
 
 What a user got wrong is one line on stderr and exit code 2, never a traceback; an interrupted run
 is 130, as in a shell. Nothing heavy is imported before it is needed, so that `--help` and mistakes
@@ -27,6 +27,7 @@ fastdpo trains language models on preferences (DPO), without padding, repeated p
 Commands:
   train         train a model, and evaluate and save it
   precompute    compute and cache the reference's log-probabilities, without training
+  plan          what a run would need of a GPU's memory, before anything runs
   bench         compare with other trainers and heads, on this machine
   doctor        what is installed here, and which kernels would run and why
 
@@ -55,6 +56,21 @@ fastdpo doctor: what is installed here, and which kernels would run and why
   fastdpo doctor --model_name_or_path MODEL --use_cpu
 
 With a model, it also says how its rows would be laid out. It takes the keys of fastdpo train.
+"""
+
+PLAN_USAGE = """\
+fastdpo plan: what a run would need of a GPU's memory, by component, and how long a step would take
+
+  fastdpo plan config.yaml
+  fastdpo plan config.yaml --gpu rtx4090-24gb
+  fastdpo plan --model_name_or_path MODEL --max_length 4096 --gpu h100-80gb --json
+
+It takes the keys of fastdpo train, loads the tokenizer, the data and the model's configuration, and
+no weights. Without a dataset_name, rows of max_length tokens are assumed. Where the run does not
+fit, it says which switches make it fit and what each costs in time.
+
+  --gpu NAME   plan for this GPU instead of the device at hand: {gpus}
+  --json       the same as JSON
 """
 
 
@@ -116,6 +132,32 @@ def _doctor(arguments: Sequence[str]) -> None:
     print(report(TrainConfig.parse(arguments)))
 
 
+def _plan(arguments: Sequence[str]) -> None:
+    from .memory.plan import plan
+
+    words = [part for word in arguments for part in _split_gpu(word)]
+    as_json = "--json" in words
+    words = [word for word in words if word != "--json"]
+    gpu = None
+    if "--gpu" in words:
+        place = words.index("--gpu")
+        if place + 1 == len(words):
+            raise ConfigError("--gpu: expected the name of a GPU (fastdpo plan --help)")
+        gpu = words[place + 1]
+        del words[place : place + 2]
+    print(plan(TrainConfig.parse(words), gpu=gpu, as_json=as_json))
+
+
+def _split_gpu(word: str) -> list[str]:
+    return word.split("=", 1) if word.startswith("--gpu=") else [word]
+
+
+def _plan_usage() -> str:
+    from .memory.devices import GPUS
+
+    return PLAN_USAGE.format(gpus=", ".join(GPUS))
+
+
 def _bench(arguments: Sequence[str]) -> None:
     root = Path(__file__).parent.parent
     if not (root / "bench" / "cli.py").is_file():
@@ -158,6 +200,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], Callable[[], str] | N
         _precompute,
         _key_usage("precompute", "compute and cache the reference's log-probabilities"),
     ),
+    "plan": (_plan, _plan_usage),
     "bench": (_bench, None),
     "doctor": (_doctor, lambda: DOCTOR_USAGE),
 }

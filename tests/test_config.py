@@ -19,6 +19,7 @@ OWN_DEFAULTS: dict[str, Any] = {
     "attn_implementation": None,
     "use_liger_kernel": False,
     "gradient_checkpointing": True,
+    "memory": "manual",
     "gradient_checkpointing_every": 1,
     "activation_offloading": False,
     "layer_tile_tokens": None,

@@ -20,6 +20,7 @@ NOT_IN_TRL = {
     "profile_steps",
     "gradient_checkpointing_every",
     "layer_tile_tokens",
+    "memory",
     "optimizer_offload",
     "optimizer_in_backward",
     "stochastic_rounding",

@@ -7,8 +7,19 @@ from .declare import AT_LEAST_ONE, key
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryKeys:
-    """Which activations are kept, where, and how much of a layer is computed at once."""
+    """Which activations, gradients and states are kept, where, and how much is computed at once."""
 
+    memory: str = field(
+        default="manual",
+        metadata=key(
+            "memory",
+            "auto predicts the run's peak, turns on the least of the keys below, row budget and "
+            "head_workspace_mib that fits the device, and says what; a step that runs out of "
+            "memory all the same is repeated with less. No number changes beyond rounding. manual "
+            "changes nothing, and says what would help.",
+            choices=("manual", "auto"),
+        ),
+    )
     gradient_checkpointing: bool = field(
         default=True,
         metadata=key(

@@ -338,7 +338,7 @@ def optimizer_step(run: Run) -> Estimate:
     whole = 0 if run.config.optimizer_in_backward else gradients(run.model)
     largest = max(size * count for count, size in run.model.trained)
     inside = {"gradients": whole + (2 * largest if run.config.optim == "adamw_torch" else 0)}
-    return _moment("the optimizer's step", run, None, inside)
+    return _moment("optimizer's step", run, None, inside)
 
 
 def reference_row(run: Run, row: RowShape) -> Estimate:
@@ -362,7 +362,7 @@ def precompute(run: Run) -> Estimate:
         "head": row.scored * run.model.hidden * layer.states,
         "rows": row_tensors(run, row),
     }
-    return _joined("the reference pass", row, inside, layer.forward)
+    return _joined("reference pass", row, inside, layer.forward)
 
 
 def _moment(name: str, run: Run, row: RowShape | None, *parts: Bytes) -> Estimate:

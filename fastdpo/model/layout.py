@@ -121,26 +121,26 @@ def length_dependent_rope(config: Any, max_length: int | None) -> str | None:
     return None
 
 
-def beyond_positions(model_config: Any, max_length: int | None) -> str | None:
-    """One line where sequences may be longer than the positions that the model was made for.
+def beyond_positions(model_config: Any, length: int, what: str = "max_length") -> str | None:
+    """One line where `what`, sequences of `length` tokens, goes beyond the model's positions.
 
     A rotary scaling that the configuration names (yarn, linear, llama3, …) stretches them by its
     factor; positions themselves are left as the model says.
     """
     config = model_config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
-    if max_length is None or positions is None:
+    if positions is None:
         return None
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     for rope in _rope_dictionaries(parameters):
         before = rope.get("original_max_position_embeddings")
         if before and rope.get("factor"):
             positions = max(positions, int(before * rope["factor"]))
-    if max_length <= positions:
+    if length <= positions:
         return None
     return (
-        f"max_length {max_length} is above the model's max_position_embeddings {positions}: it "
-        "never saw the positions beyond"
+        f"{what} {length} is above the model's max_position_embeddings {positions}: it never saw "
+        "the positions beyond"
     )
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from tqdm import tqdm
 
 from ..config import TrainConfig
-from ..data.ahead import ahead
 from ..data.batch import Batch
 from ..data.groups import Group, count_comparisons
 from ..data.plan import Step, make_plan, plan_digest
@@ -20,6 +19,7 @@ from ..losses import loss_at_reference
 from . import checkpoint, metrics
 from .optimizer import make_scheduler
 from .profile import profiler
+from .retry import Retry
 from .step import Objective
 from .update import make_update, require_one_row
 
@@ -61,6 +61,7 @@ class Trainer:
             layout = objective.policy.layout.name
             require_one_row(map(self.plan, every_epoch), groups, layout, config)
         self.digest = plan_digest(groups, self.plan(0))
+        self.retry = Retry(self)
 
     def plan(self, epoch: int) -> list[Step]:
         """The steps of an epoch: the same for the same data, seed and step size."""
@@ -84,9 +85,8 @@ class Trainer:
         last = self._evaluate() if config.eval_on_start and self.step == 0 else {}
         self.model.train()
         trace = profiler(config.profile_steps, self.output_dir / "trace.json", self.device)
-        with closing(ahead(self._steps())) as steps, trace as watch:
-            for step in steps:
-                self._take(step)
+        with closing(self.retry.steps(self._steps, self._take)) as taken, trace as watch:
+            for _ in taken:
                 watch.step()
                 last |= self._after_step()
         if config.do_eval and config.eval_strategy == "no":
@@ -112,10 +112,18 @@ class Trainer:
             yield plan[place].comparisons, rows
 
     def _take(self, step: tuple[int, list[Batch]]) -> None:
-        start, (comparisons, rows) = time.perf_counter(), step
+        self.retry.take(step)
+
+    def gradients(self, step: tuple[int, list[Batch]]) -> metrics.StepSums:
+        """Score a step's rows forward and backward; nothing but gradients changes."""
+        comparisons, rows = step
         sums = metrics.StepSums(self.device)
         for batch in rows:
             self.update.backward(self.objective.score(batch, comparisons, sums), self.step)
+        return sums
+
+    def finish(self, sums: metrics.StepSums, start: float) -> None:
+        """Take the step that these gradients ask for; it began at `start` of `perf_counter`."""
         norm = self.update.norm()
         rate = float(self.scheduler.get_last_lr()[0])
         self.pending.check(self.step, sums, norm, rate)

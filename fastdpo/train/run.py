@@ -20,9 +20,12 @@ from ..errors import CheckpointError, ConfigError, ModelError
 from ..files import cache_root
 from ..losses import make_loss
 from ..memory.allocator import keep_freed_memory
+from ..memory.auto import fit
+from ..memory.estimate import REFERENCE_ROWS
+from ..memory.plan import TOKENS_PER_ROW
 from ..model.activations import recompute_layers
 from ..model.head import check_head, find_head
-from ..model.layout import Layout, choose_layout
+from ..model.layout import Layout, beyond_positions, choose_layout
 from ..model.load import add_adapter, load_model, load_model_config, load_tokenizer
 from ..model.offload import SideStream
 from ..model.paths import activations_path, attention_path, head_path, run_device
@@ -38,10 +41,6 @@ from .optimizer import optimizer_path
 from .step import Objective
 
 _ORDER = ("shared", "packed", "padded")
-# On a CPU longer rows cost memory and save no time, shorter ones split groups.
-_TOKENS_PER_ROW = {"cuda": 16384, "cpu": 1024}
-# Without activations for a backward, a GPU has room for more.
-_REFERENCE_ROWS = {"cuda": 4, "cpu": 1}
 
 
 @dataclass
@@ -72,8 +71,11 @@ def train(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> dict[
     device, tokenizer = _device(config), load_tokenizer(config)
     data = load_data(config, tokenizer, say)
     autocast = _precision(config, device, say)
+    if config.memory == "auto":
+        config = fit(config, data.train, load_model_config(config), device, autocast, say)
+        activations = activations_path(config)
     policy = load_scorer(config, device, autocast, say)
-    max_tokens = config.max_tokens_per_batch or _TOKENS_PER_ROW[device.type]
+    max_tokens = config.max_tokens_per_batch or TOKENS_PER_ROW[device.type]
     reference = None
     if config.precompute_ref_log_probs:
         precompute_reference(config, policy, data, max_tokens, say)
@@ -122,14 +124,15 @@ def precompute(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> 
     data = load_data(config, tokenizer, say)
     autocast = _precision(config, device, say)
     policy = load_scorer(config, device, autocast, say)
-    max_tokens = config.max_tokens_per_batch or _TOKENS_PER_ROW[device.type]
+    max_tokens = config.max_tokens_per_batch or TOKENS_PER_ROW[device.type]
     report = precompute_reference(config, policy, data, max_tokens, say)
     return {"found": report.found, "computed": report.computed, "cache": str(report.directory)}
 
 
 def load_data(config: TrainConfig, tokenizer: Any, say: Callable[[str], None]) -> Data:
     """Both splits as groups; evaluation is empty where nothing is evaluated."""
-    vocab_size = getattr(load_model_config(config).get_text_config(), "vocab_size", None)
+    model_config = load_model_config(config)
+    vocab_size = getattr(model_config.get_text_config(), "vocab_size", None)
 
     def groups(name: str, split: str) -> list[Group]:
         rows = load_rows(
@@ -160,6 +163,12 @@ def load_data(config: TrainConfig, tokenizer: Any, say: Callable[[str], None]) -
 
     assert config.dataset_name is not None
     training = groups(config.dataset_name, config.dataset_train_split)
+    length, what = config.max_length, "max_length"
+    if length is None:
+        length = max(len(g.prompt) + len(response) for g in training for response in g.responses)
+        what = "the longest sequence,"
+    if warning := beyond_positions(model_config, length, what):
+        say(f"note: {warning}")
     held_out = config.eval_source
     return Data(training, groups(*held_out) if held_out else [])
 
@@ -221,7 +230,7 @@ def precompute_reference(
         [*data.train, *data.evaluation],
         scorer,
         store,
-        max_tokens=max_tokens * _REFERENCE_ROWS[scorer.device.type],
+        max_tokens=max_tokens * REFERENCE_ROWS[scorer.device.type],
         progress=progress,
     )
     say(f"reference log-probabilities: {report}")

@@ -1,0 +1,391 @@
+"""What a plan predicts, beside what is counted on real runs of small models."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from counted import Saved, peak_bytes
+from fastdpo_kernels.tiles import release_workspace
+from training import run, settings
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from bench.workloads import MODEL_CONFIGS
+from fastdpo.config import TrainConfig
+from fastdpo.data.groups import Group
+from fastdpo.data.plan import make_plan
+from fastdpo.errors import ConfigError
+from fastdpo.losses import make_loss
+from fastdpo.memory import estimate, plan, switches
+from fastdpo.memory.devices import GIB, GPUS, Device, named
+from fastdpo.memory.report import as_json, as_text
+from fastdpo.memory.shapes import ModelShape, meta_model, row_shape, step_shapes, weight_bytes
+from fastdpo.model.activations import recompute_layers
+from fastdpo.model.attention import NAME, register
+from fastdpo.model.head import find_head
+from fastdpo.model.layout import Layout, beyond_positions
+from fastdpo.model.load import add_adapter
+from fastdpo.model.scorer import Scorer
+from fastdpo.model.tiles import tile_layers
+from fastdpo.train.metrics import StepSums
+from fastdpo.train.optimizer import make_optimizer
+from fastdpo.train.run import train
+from fastdpo.train.step import Objective
+
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"vocab_size": 2000, "tie_word_embeddings": False},
+    "qwen2": {"vocab_size": 3000, "tie_word_embeddings": True},
+    "gemma3_text": {
+        "vocab_size": 2500,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 128,
+    },
+}
+
+
+class Real:
+    """A model with random weights, a packed row of pairs on it, and the plan of the same."""
+
+    def __init__(
+        self, family: str = "llama", *, pairs: int = 4, layout: str = "shared", **keys: Any
+    ) -> None:
+        model_config = AutoConfig.for_model(family, **SIZES, **FAMILIES[family])
+        keys = {"bf16": False, "lora_dropout": 0.0, "model_name_or_path": "m", **keys}
+        self.config = config = TrainConfig.from_dict(keys | {"use_cpu": True})
+        self.pairs, self.autocast = pairs, torch.bfloat16 if config.bf16 else None
+        torch.manual_seed(0)
+        dtype = getattr(torch, config.dtype)
+        self.model: Any = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+        register()
+        self.model.set_attn_implementation(NAME)
+        if config.use_peft:
+            self.model = add_adapter(self.model, config)
+        self.model.train()
+        rng = np.random.default_rng(0)
+        prompt, *responses = (rng.integers(3, 1000, n).astype(np.int32) for n in (200, 100, 117))
+        group = Group(prompt, responses, [(0, 1, 1.0)], np.array([-3.0, -4.0]))
+        steps = make_plan(
+            [group] * pairs, comparisons_per_step=pairs, max_tokens=10**6, layout=layout
+        )
+        (row,) = steps[0].ranks[0]
+        head = find_head(self.model)
+        self.scorer = Scorer(
+            self.model, head, Layout(layout, ""), self.autocast, config.head_workspace_mib
+        )
+        if config.layer_tile_tokens is not None:
+            with self.scorer.precision():
+                tile_layers(self.model, config.layer_tile_tokens)
+        if config.gradient_checkpointing:
+            recompute_layers(self.model, every=config.gradient_checkpointing_every)
+        loss = make_loss(["sigmoid"], beta=0.1, label_smoothing=0.0, loss_weights=None)
+        self.objective = Objective(self.scorer, loss, 0.1)
+        self.batch = self.objective.batch([group] * pairs, row)
+        meta = meta_model(config, model_config)
+        self.shape = ModelShape.of(meta, config)
+        probe = plan.probe_of(config, meta, "cpu", self.autocast)
+        shapes = step_shapes([group] * pairs, steps, layout)
+        self.row = shapes[0][0]
+        self.run = estimate.Run(config, self.shape, probe, shapes, "cpu", self.autocast, 1024)
+
+    def step(self) -> None:
+        """Forward and backward of the row."""
+        sums = StepSums(torch.device("cpu"))
+        self.objective.score(self.batch, self.pairs, sums).backward()
+
+    def held(self) -> int:
+        """Bytes that autograd keeps of the decoder's forward, without weights and indices."""
+        saved = Saved([*self.model.parameters(), self.batch.score_index])
+        with saved.watching():
+            states = self.scorer.scored_states(self.batch)
+            del states
+        return saved.total
+
+    def peak(self) -> int:
+        """Most bytes alive in a row after the first one, weights and gradients included."""
+        release_workspace()
+        self.step()
+        there = [p.grad for p in self.model.parameters() if p.grad is not None]
+        there += list(self.model.parameters())
+        return peak_bytes(self.step) + sum(tensor.nbytes for tensor in there)
+
+    def predicted_peak(self) -> int:
+        """What is predicted for that, without optimizer states and the row's own tensors."""
+        found = estimate.estimate(self.run)
+        return (
+            found.peak
+            - found.components["optimizer"]
+            - 8 * (3 * self.row.tokens + 3 * self.row.scored + self.row.keys)
+        )
+
+
+# Every component beside what is counted
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_kept_activations_are_those_that_autograd_keeps(family, bf16):
+    real = Real(family, bf16=bf16, gradient_checkpointing=False)
+    held = estimate.held_by_layers(real.run, real.row, real.shape.layers)
+    assert held["checkpoints"] == 0
+    assert sum(held.values()) == pytest.approx(real.held(), rel=1e-5)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_checkpoints_are_the_inputs_of_recomputed_layers(every):
+    plain, real = Real(), Real(gradient_checkpointing_every=every)
+    held = estimate.held_by_layers(real.run, real.row, 4)
+    inputs = real.row.tokens * 128 * 4
+    assert held["checkpoints"] == len(range(0, 4, every)) * inputs
+    # A recomputed layer's rotary tables hang on its recomputation and are not seen as saved.
+    tables = 2 * real.row.tokens * 32 * 4 if every == 1 else 0
+    assert sum(held.values()) - tables == pytest.approx(real.held(), rel=1e-5)
+    assert plain.shape == real.shape
+
+
+@pytest.mark.parametrize("keys", [{}, {"use_peft": True}, {"dtype": "bfloat16"}])
+def test_weights_gradients_and_states_are_exact(keys):
+    real = Real("qwen2", **keys)
+    model, shape = real.model, real.shape
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.weights == sum(p.nbytes for p in model.parameters())
+    real.step()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert estimate.gradients(shape) == sum(grad.nbytes for grad in grads)
+    optimizer = make_optimizer(model, real.config)
+    optimizer.step()
+    moments = [v for s in optimizer.state.values() for k, v in s.items() if k != "step"]
+    assert estimate.optimizer_states(shape, real.config) == sum(m.nbytes for m in moments)
+
+
+def test_states_in_8_bits_are_exact():
+    real = Real(optim="adamw_torch_8bit")
+    real.step()
+    optimizer = make_optimizer(real.model, real.config)
+    optimizer.step()
+    total = 0
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if name != "step":
+                inner = getattr(value, "tensor_attrs", None)
+                parts = [value] if inner is None else [getattr(value, n) for n in inner]
+                total += sum(part.nbytes for part in parts)
+    assert estimate.optimizer_states(real.shape, real.config) == total
+
+
+def test_weights_in_4_bits():
+    four = TrainConfig.from_dict({"use_peft": True, "load_in_4bit": True})
+    nested = four.choose("test", use_bnb_nested_quant=True)
+    linear, other = [torch.empty(64, 96), torch.empty(10, 7)], torch.empty(5)
+    packed, blocks = 64 * 96 // 2 + 10 * 7 // 2, 96 + 2
+    assert weight_bytes([*linear, other], linear, four) == packed + 4 * blocks + 5 * 4
+    assert weight_bytes([*linear, other], linear, nested) == packed + blocks + 4 + 4 + 5 * 4
+
+
+def test_shapes_of_rows():
+    tokens = [np.arange(n, dtype=np.int32) for n in (10, 3, 5)]
+    groups = [Group(tokens[0], tokens[1:], [(0, 1, 1.0)])]
+    (step,) = make_plan(groups, comparisons_per_step=1, max_tokens=100)
+    (row,) = step.ranks[0]
+    shared = row_shape(groups, row, "shared")
+    assert (shared.tokens, shared.keys, shared.scored) == (18, 28, 8)
+    mask = [[k <= q for k in range(13)] for q in range(13)]
+    pairs = np.sum(mask) + sum(10 + 1 + q for q in range(5))
+    assert (shared.pairs, shared.masked, shared.segments) == (pairs, 5 * 15, 2)
+    packed = row_shape(groups, row, "packed")
+    assert (packed.tokens, packed.keys, packed.masked) == (28, 28, 0)
+    padded = row_shape(groups, row, "padded")
+    assert (padded.tokens, padded.sequences, padded.scored) == (30, 2, 8)
+
+
+# The peak of a step
+
+
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        ("llama", {"gradient_checkpointing": False}),
+        ("llama", {}),
+        ("llama", {"bf16": True}),
+        ("llama", {"layout": "packed", "gradient_checkpointing": False}),
+        ("llama", {"gradient_checkpointing_every": 2, "bf16": True}),
+        ("llama", {"layer_tile_tokens": 512}),
+        ("llama", {"use_peft": True}),
+        ("qwen2", {"pairs": 8, "head_workspace_mib": 4}),
+        ("qwen2", {"gradient_checkpointing": False, "bf16": True}),
+        ("gemma3_text", {}),
+        ("gemma3_text", {"gradient_checkpointing": False}),
+    ],
+)
+def test_the_peak_is_within_a_tenth(family, keys):
+    real = Real(family, **keys)
+    assert real.predicted_peak() == pytest.approx(real.peak(), rel=0.1)
+
+
+# Devices, switches and reports
+
+
+CONFIG = {
+    "model_type": "qwen2",
+    "vocab_size": 100000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def planner(tmp_path):
+    """A model of 1.5B parameters that is nowhere, and pairs of assumed lengths."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+
+    def make(device: Device | str, **keys: Any) -> plan.Planner:
+        config = TrainConfig.from_dict({"model_name_or_path": str(tmp_path), **keys})
+        device = named(device) if isinstance(device, str) else device
+        return plan.make_planner(config, device)
+
+    return make
+
+
+def test_the_least_that_fits(planner):
+    tight = planner("rtx4090-24gb", max_length=4096)
+    assert not tight.fits(tight.predict(tight.config))
+    assert switches.least(tight, exact=True, without={"optimizer_offload"}) is None
+    found = switches.least(tight, exact=False)
+    assert found is not None and tight.fits(found)
+    assert found.config.optim == "adamw_torch_8bit" and not found.config.use_peft
+    roomy = planner("h100-80gb", max_length=4096)
+    assert roomy.fits(roomy.predict(roomy.config))
+    assert switches.least(roomy, exact=True).config == roomy.config
+
+
+def test_switches_are_dropped_where_a_cheaper_one_is_enough(planner):
+    keys = {"max_length": 8192, "gradient_checkpointing": False, "max_tokens_per_batch": 65536}
+    start = planner("h100-80gb", **keys)
+    assert not start.fits(start.predict(start.config))
+    found = switches.least(start, exact=True)
+    assert found is not None and start.fits(found)
+    assert found.config.layer_tile_tokens is None and found.config.head_workspace_mib == 512
+    assert start.longest <= found.max_tokens < 65536
+    more = start.config.choose("more", max_tokens_per_batch=int(found.max_tokens * 1.2))
+    kept = more.choose("", gradient_checkpointing=found.config.gradient_checkpointing)
+    assert not start.fits(start.predict(kept)), "the row budget could have been larger"
+
+
+def test_the_report_says_what_json_says(planner):
+    made = planner("rtx4090-24gb", max_length=2048)
+    found = json.loads(as_json(made))
+    assert found["peak_bytes"] == sum(
+        size for name, size in found["components"].items() if name != "overhead"
+    )
+    assert not found["fits"] and found["least"]["changes"]
+    for width in (40, 72, 100):
+        text = as_text(made, width)
+        assert max(map(len, text.splitlines())) <= width or width == 40
+        assert f"{found['total_bytes'] / GIB:.2f}" in text
+        assert "does not fit" in text and "least that fits" in text
+        assert "no data given: pairs of 2048 tokens each are assumed" in " ".join(text.split())
+
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+RECIPES = [
+    [cell.strip().strip("`") for cell in line.strip("|").split("|")]
+    for line in README.split("<!-- plans -->")[1].split("<!-- /plans -->")[0].splitlines()
+    if line.startswith("| ") and "--" in line
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: f"{recipe[0]} on {recipe[1]}")
+def test_the_peaks_of_the_readme(recipe, tmp_path):
+    model, gpu, keys, peak, _ = recipe
+    name = model.split(",")[0].lower()
+    (tmp_path / "config.json").write_text(json.dumps(MODEL_CONFIGS[name]))
+    config = TrainConfig.parse(["--model_name_or_path", str(tmp_path), *keys.split()])
+    made = plan.make_planner(config, named(gpu))
+    found = made.predict(config)
+    assert made.fits(found)
+    total = (found.estimate.peak + named(gpu).overhead) / GIB
+    assert f"{total:.1f}" == peak
+
+
+def test_names_of_gpus():
+    assert named("h100-80gb").budget < 80 * GIB < named("h200-141gb").budget
+    assert all(gpu.kind == "cuda" and gpu.bf16 and gpu.host_link for gpu in GPUS.values())
+    with pytest.raises(ConfigError, match=r"--gpu: expected one of .*, got h100"):
+        named("h100")
+
+
+# memory: auto, long rows and long positions
+
+
+def test_auto_takes_the_least_that_fits(tiny_model, pairs_file, tmp_path, monkeypatch):
+    free = 2 << 30
+    monkeypatch.setattr(
+        "fastdpo.memory.auto.at_hand", lambda device: Device("a small one", "cpu", free)
+    )
+
+    def go(name: str, **more: Any) -> tuple[list[str], TrainConfig]:
+        keys = settings(tiny_model, pairs_file, tmp_path / name, memory="auto", max_steps=1)
+        del keys["gradient_checkpointing"]
+        said: list[str] = []
+        train(TrainConfig.from_dict(keys | {"optim": "sgd"} | more), say=said.append)
+        lines = [line.removeprefix("memory: auto: ") for line in said if "memory: auto" in line]
+        return lines, TrainConfig.load(tmp_path / name / "training_config.yaml")
+
+    lines, saved = go("roomy")
+    assert lines[0].startswith("peak ") and lines[1:] == ["gradient_checkpointing false"]
+    assert saved.gradient_checkpointing is False
+    free = 5 << 20
+    rows = {"max_tokens_per_batch": 100000, "per_device_train_batch_size": 24}
+    lines, saved = go("tight", gradient_checkpointing=True, **rows)
+    assert lines[1:] == [f"max_tokens_per_batch {saved.max_tokens_per_batch}"]
+    assert saved.max_tokens_per_batch < 2000  # of 2282 that the step has
+
+
+def test_a_comparison_longer_than_every_budget_trains(tiny_model, tmp_path, tokenizer):
+    """It is one row by itself, with the loss that it has in a row of its own size."""
+    data = tmp_path / "long.jsonl"
+    words = "one small dog saw the old hills and ran far over a mat "
+    rows = [
+        {"prompt": words * 90, "chosen": words * 80 + "yes", "rejected": words * 70 + "no"},
+        {"prompt": words, "chosen": words + "yes", "rejected": words + "no"},
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    keys = {"max_length": None, "max_steps": 2, "per_device_train_batch_size": 2}
+    found = {}
+    for budget in (512, 100000):
+        result, said = run(
+            tiny_model, data, tmp_path / str(budget), max_tokens_per_batch=budget, **keys
+        )
+        found[budget] = result
+    longest = len(tokenizer(rows[0]["prompt"] + rows[0]["chosen"])["input_ids"])
+    assert longest > 2000
+    for name in ("loss", "rewards/margins", "logps/chosen", "grad_norm"):
+        assert found[512][name] == pytest.approx(found[100000][name], rel=1e-5)
+    assert any("above the model's max_position_embeddings" in line for line in said)
+
+
+def test_positions_beyond_those_of_the_model():
+    llama = AutoConfig.for_model("llama", max_position_embeddings=2048)
+    assert beyond_positions(llama, 2048) is None
+    line = beyond_positions(llama, 4096)
+    assert line is not None and "max_length 4096" in line and "2048" in line
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+    stretched = AutoConfig.for_model(
+        "llama", max_position_embeddings=2048, rope_parameters={**yarn, "rope_theta": 1e4}
+    )
+    assert beyond_positions(stretched, 8192) is None
+    assert "8192" in str(beyond_positions(stretched, 8193))
