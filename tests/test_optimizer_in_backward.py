@@ -34,11 +34,12 @@ def assert_same(ours, theirs, skipped=0):
     [
         {},
         {"optim": "adamw_torch", "gradient_checkpointing": True},
+        {"layer_tile_tokens": 16},
         {"optim": "sgd", "learning_rate": 1.0},
         {"optim": "adamw_torch_8bit"},
         {"optim": "adamw_bnb_8bit"},
     ],
-    ids=["fused", "plain, recomputed", "sgd", "torchao", "bitsandbytes"],
+    ids=["fused", "plain, recomputed", "tiles", "sgd", "torchao", "bitsandbytes"],
 )
 def test_it_changes_no_number(go, tmp_path, changes):
     common = {"weight_decay": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 2, **changes}
@@ -127,14 +128,17 @@ def test_a_loss_that_is_not_finite_leaves_the_weights(go, tmp_path, monkeypatch,
 def test_a_gradient_that_is_not_finite_is_said_to_have_cost_weights(
     go, tmp_path, monkeypatch, waits
 ):
+    """Where the optimizer asks for a flag, weights without a finite gradient are left alone."""
     breaks_at(4, infinite_slope, monkeypatch)
-    guard = Pending.guard
+    guard, kept = Pending.guard, []
 
     def relaxed(self, step, loss):
         self.waits = waits
+        kept[:] = [p for group in self.optimizer.param_groups for p in group["params"]]
         guard(self, step, loss)
 
     monkeypatch.setattr(Pending, "guard", relaxed)
     expected = "step 3: grad_norm is nan; stopped, but .* those of step 2 are gone: go on from"
     with pytest.raises(FastDPOError, match=expected):
         go(tmp_path / "out", **IN_BACKWARD, loss_type=["breaks"], max_steps=6)
+    assert all(p.isfinite().all() for p in kept) == (not waits)

@@ -73,8 +73,11 @@ def test_layers_are_in_4_bits_and_the_head_is_not(model_path):
     check_head(model, head)
     count = sum(count_weights(p) for p in model.parameters())
     assert count == sum(p.numel() for p in plain.parameters())
-    held = model.get_submodule("model.layers.0.mlp.up_proj").weight
-    assert held.nbytes * 2 == count_weights(held)
+    for storage in ("uint8", "bfloat16"):
+        model, _ = four_bit(model_path, bnb_4bit_quant_storage=storage)
+        held = model.get_submodule("model.layers.0.mlp.up_proj").weight
+        assert held.nbytes * 2 == count_weights(held)
+        assert held.dtype == getattr(torch, storage)
 
 
 SCHEMES = {

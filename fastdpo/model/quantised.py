@@ -48,6 +48,8 @@ def compute_in(model: Any, autocast: torch.dtype | None) -> None:
         if state is not None:
             module.compute_dtype, module.compute_type_is_set = dtype, True
             state.dtype = dtype  # what the backward's products unpack to
+            if module.bias is not None:  # as the first product would do
+                module.bias.data = module.bias.data.to(dtype)
             # Evaluation on a CPU would repack weights so that no gradient passes through them.
             module.support_avx512bf16_for_cpu = False
 
