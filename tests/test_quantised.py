@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from families import build
 from training import metrics, run, settings, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -190,3 +191,14 @@ def test_what_cannot_be_trained_is_refused(tmp_path, tied_model):
         load_model(config, CPU)
     again, _ = four_bit(tmp_path / "packed", load_in_4bit=False)
     assert hasattr(again.model.layers[0].mlp.up_proj.weight, "quant_state")
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [("falcon", "has no linear layers that bitsandbytes knows"), ("mamba", "does not run in 4 b")],
+)
+def test_architectures_that_cannot_be_quantised_are_named(tmp_path, family, expected):
+    build(family, dtype=torch.float32).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=f"load_in_4bit: {family.title()}.* {expected}") as caught:
+        four_bit(tmp_path)
+    assert "\n" not in str(caught.value)

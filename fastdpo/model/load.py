@@ -11,7 +11,7 @@ from transformers.integrations.liger import apply_liger_kernel
 
 from ..config import TrainConfig
 from ..errors import ConfigError, ModelError
-from .quantised import compute_in, is_quantised, quantisation
+from .quantised import check_packed, compute_in, is_quantised, quantisation
 
 
 def load_tokenizer(config: TrainConfig) -> Any:
@@ -95,6 +95,8 @@ def load_model(
     if not config.use_peft:
         raise ModelError(f"{path}: its weights are quantised: set use_peft to train adapters on it")
     compute_in(model, autocast)
+    if config.load_in_4bit:
+        check_packed(model)
     return model
 
 

@@ -11,7 +11,9 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from ..config import TrainConfig
+from ..errors import ModelError
 from ..extras import need
+from .frozen import frozen_state, probe_tokens
 
 
 def quantisation(config: TrainConfig, device: torch.device) -> dict[str, Any]:
@@ -54,11 +56,29 @@ def compute_in(model: Any, autocast: torch.dtype | None) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def check_packed(model: Any) -> None:
+    """Raise ModelError where `load_in_4bit` found nothing to quantise, or the model does not run
+    with what it quantised.
+    """
+    name = type(model).__name__
+    if not any(hasattr(parameter, "quant_state") for parameter in model.parameters()):
+        raise ModelError(f"load_in_4bit: {name} has no linear layers that bitsandbytes knows")
+    try:
+        with frozen_state(model):
+            model(input_ids=probe_tokens(model, 4)[None], use_cache=False)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # an architecture that reads weights itself may fail in any way
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ModelError(f"load_in_4bit: {name} does not run in 4 bits ({reason})") from error
+
+
 def packing(model: Any) -> str:
     """How the weights are held, for the first lines of a run."""
     states = [s for p in model.parameters() if (s := getattr(p, "quant_state", None)) is not None]
     if not states:
-        return f"quantised by {model.hf_quantizer.quantization_config.quant_method}"
+        method = model.hf_quantizer.quantization_config.quant_method
+        return f"quantised by {getattr(method, 'value', method)}"
     kind = f"{states[0].quant_type} with {'8-bit' if states[0].nested else 'fp32'} scales"
     rest = model.get_output_embeddings().weight.dtype
     return (
