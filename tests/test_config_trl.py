@@ -32,6 +32,7 @@ NOT_IN_TRL = {
     "group_prompts",
     "share_prefix",
     "max_tokens_per_batch",
+    "attention_backend",
     "head_workspace_mib",
     "reference_cache_dir",
     "overwrite_output_dir",

@@ -253,3 +253,29 @@ def test_liger_layers_need_a_gpu_and_leave_the_head(tiny_model, monkeypatch):
     monkeypatch.setattr(load, "apply_liger_kernel", missing)
     with pytest.raises(ConfigError, match="use_liger_kernel: liger-kernel is not available"):
         load_model(config, torch.device("cuda"))
+
+
+@pytest.mark.gpu
+def test_a_gpu_in_bf16_is_as_near_to_fp32_as_eager_attention_is(tiny_model, pairs_file, tmp_path):
+    """Loss, log-probabilities and gradient norm of the same rows, against the CPU in fp32."""
+    from training import metrics, run
+
+    ways = {
+        "exact": {"use_cpu": True},
+        "eager": {"use_cpu": False, "bf16": True, "attn_implementation": "eager"},
+        "ours": {"use_cpu": False, "bf16": True},
+    }
+    found = {}
+    for name, keys in ways.items():
+        run(tiny_model, pairs_file, tmp_path / name, learning_rate=1e-4, **keys)
+        found[name] = metrics(tmp_path / name)
+    for key in ("loss", "logps/chosen", "logps/rejected", "grad_norm"):
+        ours, eager = (
+            max(
+                abs(line[key] - true[key])
+                for line, true in zip(found[n], found["exact"], strict=True)
+            )
+            for n in ("ours", "eager")
+        )
+        scale = max(abs(true[key]) for true in found["exact"])
+        assert ours <= 1.5 * eager + 1e-3 * scale, key

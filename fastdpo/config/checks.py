@@ -37,6 +37,10 @@ def check_together(config: "TrainConfig") -> None:
             "activation_offloading",
             "needs gradient_checkpointing: the inputs of recomputed layers are what is offloaded",
         )
+    if config.torch_compile and config.layer_tile_tokens is not None:
+        raise config.error(
+            "torch_compile", "cannot go with layer_tile_tokens, whose tiles run outside of graphs"
+        )
     if config.resume_from_checkpoint and config.overwrite_output_dir:
         raise config.error(
             "overwrite_output_dir",
@@ -86,6 +90,10 @@ def idle_settings(config: "TrainConfig") -> list[str]:
         "gradient_checkpointing is false": (
             not config.gradient_checkpointing,
             ["gradient_checkpointing_every"],
+        ),
+        f"attn_implementation is {config.attn_implementation}": (
+            config.attn_implementation is not None,
+            ["attention_backend"],
         ),
         "nothing is evaluated (eval_strategy is no)": (
             not config.evaluates,

@@ -225,6 +225,15 @@ class OwnKeys:
             rule=AT_LEAST_ONE,
         ),
     )
+    attention_backend: str | None = field(
+        default=None,
+        metadata=key(
+            "own",
+            "Kernel for the attention of packed rows; unset: the fastest that is exact for the "
+            "model and the device.",
+            choices=("varlen", "flash_attn", "flash_attn_3", "flash_attn_4", "flex", "sdpa"),
+        ),
+    )
     head_workspace_mib: int = field(
         default=512,
         metadata=key(

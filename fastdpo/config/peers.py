@@ -28,7 +28,7 @@ class PeerKey:
 _LOADER = "Rows are packed before the run, so there is no data loader to set up."
 _HUB = "Upload output_dir after the run with the hf command."
 _SYNC = "The reference stays the starting policy: there is no TR-DPO synchronisation."
-_COMPILE = "The model is not compiled."
+_COMPILE = "torch_compile: true compiles the layers with torch's default backend and mode."
 _METRICS = "Evaluation reports the metrics of the loss and no others."
 _BEST = "Pick the best checkpoint from the eval lines of metrics.jsonl."
 _DEVICES = "A run takes one process and one device."
@@ -106,7 +106,6 @@ PEER_KEYS: dict[str, PeerKey] = {
     "average_tokens_across_devices": PeerKey(
         True, "The loss is the mean over a step's comparisons.", also=(False,)
     ),
-    "torch_compile": PeerKey(False, _COMPILE),
     "torch_compile_backend": PeerKey(None, _COMPILE),
     "torch_compile_mode": PeerKey(None, _COMPILE),
     "torch_empty_cache_steps": PeerKey(None, "Lower max_tokens_per_batch to save memory."),

@@ -112,6 +112,14 @@ class TrainingKeys:
             "TensorFloat-32 for float32 products on a GPU; unset leaves torch's setting.",
         ),
     )
+    torch_compile: bool = field(
+        default=False,
+        metadata=key(
+            "training",
+            "Compile the layers with torch.compile, once for rows of all lengths: about half a "
+            "minute at the start. The attention and the head stay as they are.",
+        ),
+    )
     use_cpu: bool = field(
         default=False, metadata=key("training", "Train on the CPU even where there is a GPU.")
     )

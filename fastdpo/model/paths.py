@@ -17,20 +17,23 @@ def run_device(config: TrainConfig) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
 
 
-def attention_path(config: TrainConfig, model_config: Any = None) -> str:
-    """The attention of packed rows as "name: reason"; without a model, for an ordinary one."""
+def attention_path(config: TrainConfig, model_config: Any = None, sinks: bool = False) -> str:
+    """The attention of packed rows as "name: reason"; without a model, for an ordinary one.
+
+    `sinks`: the layers have attention sinks, which a configuration does not say.
+    """
     if config.attn_implementation:
         return f"{config.attn_implementation}: attn_implementation asks for it"
     device = run_device(config)
     weights = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
     dtype = choose_precision(config.bf16, device)[0] or weights
-    if model_config is None:
-        chosen = choose_backend(device, dtype)
-    else:
+    layers: dict[str, Any] = {"wanted": config.attention_backend, "sinks": sinks}
+    if model_config is not None:
         text = model_config.get_text_config()
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         softcap = bool(getattr(text, "attn_logit_softcapping", None))
-        chosen = choose_backend(device, dtype, head_dim=head_dim, softcap=softcap)
+        layers |= {"head_dim": head_dim, "softcap": softcap}
+    chosen = choose_backend(device, dtype, **layers)
     return f"{chosen.name}: {chosen.reason}"
 
 

@@ -24,6 +24,7 @@ from ..memory.auto import fit
 from ..memory.estimate import REFERENCE_ROWS
 from ..memory.plan import TOKENS_PER_ROW
 from ..model.activations import recompute_layers
+from ..model.compiled import compile_layers
 from ..model.head import check_head, find_head
 from ..model.layout import Layout, beyond_positions, choose_layout
 from ..model.load import add_adapter, load_model, load_model_config, load_tokenizer
@@ -97,6 +98,8 @@ def train(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> dict[
     if config.gradient_checkpointing:
         transfer = SideStream(device) if config.activation_offloading else None
         recompute_layers(policy.model, every=config.gradient_checkpointing_every, offload=transfer)
+    if config.torch_compile:
+        say(f"layers: {compile_layers(policy.model)} compiled")
     config.save(output_dir / "training_config.yaml")
     trainer = Trainer(
         config=config,
@@ -190,7 +193,10 @@ def load_scorer(
         check_head(model, head)
         if config.attn_implementation is None:
             scorer.layout = choose_layout(
-                model, share_prefix=config.share_prefix, max_length=config.max_length
+                model,
+                share_prefix=config.share_prefix,
+                max_length=config.max_length,
+                attention_backend=config.attention_backend,
             )
         else:
             reason = f"padded: attn_implementation is {config.attn_implementation}"
@@ -203,7 +209,8 @@ def load_scorer(
     if path is None:
         packed = scorer.layout.name != "padded"
         stock = f"{model.config._attn_implementation}: the model's own"
-        say(f"attention: {attention_path(config, model.config) if packed else stock}")
+        sinks = any(name.endswith("sinks") for name, _ in model.named_parameters())
+        say(f"attention: {attention_path(config, model.config, sinks) if packed else stock}")
         say(f"head: {head_path(config)}")
         if config.use_liger_kernel:
             say("layers: liger: use_liger_kernel asks for it")
