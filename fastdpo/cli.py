@@ -8,6 +8,7 @@ answer at once.
 import importlib
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -69,7 +70,8 @@ It takes the keys of fastdpo train, loads the tokenizer, the data and the model'
 no weights. Without a dataset_name, rows of max_length tokens are assumed. Where the run does not
 fit, it says which switches make it fit and what each costs in time.
 
-  --gpu NAME   plan for this GPU instead of the device at hand: {gpus}
+  --gpu NAME   plan for this GPU instead of the device at hand:
+               {gpus}
   --json       the same as JSON
 """
 
@@ -155,7 +157,8 @@ def _split_gpu(word: str) -> list[str]:
 def _plan_usage() -> str:
     from .memory.devices import GPUS
 
-    return PLAN_USAGE.format(gpus=", ".join(GPUS))
+    names = textwrap.wrap(", ".join(GPUS), 82)
+    return PLAN_USAGE.format(gpus=("\n" + " " * 15).join(names))
 
 
 def _bench(arguments: Sequence[str]) -> None:

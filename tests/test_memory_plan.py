@@ -13,6 +13,7 @@ from training import run, settings
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.workloads import MODEL_CONFIGS
+from fastdpo.cli import main
 from fastdpo.config import TrainConfig
 from fastdpo.data.groups import Group
 from fastdpo.data.plan import make_plan
@@ -300,6 +301,20 @@ def test_the_report_says_what_json_says(planner):
         assert "no data given: pairs of 2048 tokens each are assumed" in " ".join(text.split())
 
 
+def test_the_command(tiny_model, pairs_file, capsys):
+    words = ["plan", "--model_name_or_path", str(tiny_model), "--dataset_name", str(pairs_file)]
+    assert main([*words, "--use_cpu", "--bf16", "false"]) == 0
+    text = capsys.readouterr().out
+    assert "this machine's CPU" in text and "24 comparisons in 13 groups" in text
+    assert "the time of a step is not known for this device" in text
+    words += ["--json"]
+    assert main([*words, "--gpu", "h100-80gb"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["device"]["name"] == "h100-80gb" and found["fits"] and found["step_seconds"] > 0
+    assert main([*words, "--gpu=rtx4090"]) == 2
+    assert "--gpu: expected one of" in capsys.readouterr().err
+
+
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 RECIPES = [
     [cell.strip().strip("`") for cell in line.strip("|").split("|")]
@@ -364,7 +379,7 @@ def test_a_comparison_longer_than_every_budget_trains(tiny_model, tmp_path, toke
         {"prompt": words, "chosen": words + "yes", "rejected": words + "no"},
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    keys = {"max_length": None, "max_steps": 2, "per_device_train_batch_size": 2}
+    keys = {"max_length": None, "max_steps": 1, "per_device_train_batch_size": 2}
     found = {}
     for budget in (512, 100000):
         result, said = run(

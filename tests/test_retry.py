@@ -27,6 +27,12 @@ def go(tiny_model, pairs_file):
 
 
 @pytest.fixture
+def no_advice(monkeypatch):
+    """What would help is planned, which takes a while, and is another test's concern."""
+    monkeypatch.setattr("fastdpo.train.retry.advice", lambda planner: "nothing helps")
+
+
+@pytest.fixture
 def short_of_memory(monkeypatch):
     """Rows of more than so many tokens run out of memory, after they have been scored."""
     score, failed = Objective.score, []
@@ -91,7 +97,7 @@ def test_a_later_step_is_repeated_too(go, tmp_path, monkeypatch):
     assert max(after) <= calls[2] // 2 + 40, "rows of the old size were taken afterwards"
 
 
-def test_switches_follow_when_rows_cannot_be_shorter(go, tmp_path, monkeypatch):
+def test_switches_follow_when_rows_cannot_be_shorter(go, tmp_path, monkeypatch, no_advice):
     go(tmp_path / "undisturbed", **KEYS)
     score, calls = Objective.score, []
 
@@ -158,7 +164,7 @@ def test_manual_says_what_would_help(go, tmp_path, short_of_memory):
     assert "or --memory auto" in text
 
 
-def test_weights_that_were_stepped_are_not_stepped_again(go, tmp_path, short_of_memory):
+def test_weights_that_were_stepped_are_not_stepped_again(go, tmp_path, short_of_memory, no_advice):
     short_of_memory(100)
     keys = {"memory": "auto", "optimizer_in_backward": True, "max_grad_norm": 0.0}
     with pytest.raises(FastDPOError, match="ran out of memory"):

@@ -110,7 +110,7 @@ PEER_KEYS: dict[str, PeerKey] = {
     "torch_compile_mode": PeerKey(None, _COMPILE),
     "torch_empty_cache_steps": PeerKey(None, "Lower max_tokens_per_batch to save memory."),
     "auto_find_batch_size": PeerKey(
-        False, "Leave max_tokens_per_batch unset: it is chosen to fit the device."
+        False, "Use memory: auto, which fits rows and switches to the device."
     ),
     "full_determinism": PeerKey(
         False, "Set seed; the kernels' order of additions is the device's."

@@ -122,7 +122,8 @@ def probe_of(config: TrainConfig, model: Any, kind: str, autocast: torch.dtype |
         _unpack(model, autocast)
     tokens = config.layer_tile_tokens
     prepare = None if tokens is None else partial(_tile, tokens=tokens)
-    return Probe(model, kind == "cuda", autocast, prepare)
+    flash = kind == "cuda" and config.attention_backend != "sdpa"
+    return Probe(model, flash, autocast, prepare)
 
 
 def _unpack(model: Any, autocast: torch.dtype | None) -> None:
