@@ -50,6 +50,15 @@ TESTS = (
     Stage("tests", "pytest -q -p no:cacheprovider -m gpu", 150),
     Stage("kernel tests", "pytest -q -p no:cacheprovider -m 'not gpu and not slow' KERNELS", 100),
 )
+ONE_PAIR = (
+    "--gradient_checkpointing on --pairs_per_step 1 --batches 1 --steps 3 --warm_up 1"
+    " --repetitions 1"
+)
+LEAN = (
+    "fastdpo.activation_offloading=true fastdpo.layer_tile_tokens=4096"
+    " trl.activation_offloading=true"
+)
+FOUR_BITS = "fastdpo.load_in_4bit=true trl.load_in_4bit=true"
 FIGURES = (
     Stage(
         "dpo",
@@ -133,10 +142,38 @@ FIGURES = (
         " --providers fastdpo,products --configs --repeats 5",
         100,
     ),
+    Stage(
+        "memory at 16k",
+        f"bench.trainers --model_config qwen2.5-1.5b --data pair-16384 {ONE_PAIR}"
+        f" --providers fastdpo,trl --keys {LEAN}",
+        120,
+    ),
+    *(
+        Stage(
+            f"32k tokens, offloading {switch}",
+            f"bench.trainers --model_config llama-3.1-8b --lora --data pair-32768 {ONE_PAIR}"
+            f" --providers fastdpo --keys fastdpo.activation_offloading={switch}",
+            120,
+        )
+        for switch in ("true", "false")
+    ),
+    *(
+        Stage(
+            f"longest pair, {name}",
+            f"bench.memory {model} {ONE_PAIR} --limit_gib 80 --shortest 32768 --longest 524288"
+            f" --providers fastdpo,trl --keys {LEAN} {keys}",
+            500,
+        )
+        for name, model, keys in (
+            ("8b lora", "--model_config llama-3.1-8b --lora", ""),
+            ("8b qlora", "--model_config llama-3.1-8b --lora", FOUR_BITS),
+            ("1.5b", "--model_config qwen2.5-1.5b", ""),
+        )
+    ),
 )
 TINY_TRAINER = (
-    "--model_config nano --data n-best --pairs_per_step 2 --steps 3 --batches 1 --repetitions 1"
-    " --dtype fp32"
+    "--model_config nano --data n-best --pairs_per_step 2 --steps 3 --warm_up 1 --batches 1"
+    " --repetitions 1 --dtype fp32"
 )
 TINY = "--device cpu --dtype fp32 --heads tiny --repeats 1"
 
@@ -144,8 +181,12 @@ TINY = "--device cpu --dtype fp32 --heads tiny --repeats 1"
 def dry(stage: Stage) -> Stage:
     """The same stage on a CPU in seconds, the fused kernels through Triton's interpreter."""
     arguments = stage.arguments.replace("KERNELS", "--collect-only KERNELS")
-    if "bench.trainers" in arguments or "bench.gaps" in arguments:
+    if any(name in arguments for name in ("bench.trainers", "bench.gaps", "bench.memory")):
         arguments = f"{arguments} {TINY_TRAINER}"
+        if "--keys" in arguments:  # offloading and 4 bits need a GPU
+            arguments = f"{arguments} --keys fastdpo.layer_tile_tokens=64"
+        if "bench.memory" in arguments:
+            arguments = f"{arguments} --shortest 64 --longest 64"
     elif stage in FIGURES:
         tokens = 2048 if "dpo_long" in stage.arguments else 16
         arguments = f"{stage.arguments} {TINY} --tokens {tokens}"

@@ -140,7 +140,7 @@ def run_trl(
     try:
         from datasets import Dataset
         from torch.utils.data import SequentialSampler
-        from transformers import TrainerCallback
+        from transformers import BitsAndBytesConfig, TrainerCallback
         from trl import DPOConfig, DPOTrainer
     except ImportError as error:
         raise NotInstalled(str(error)) from error
@@ -164,6 +164,10 @@ def run_trl(
 
     adapter = _lora(options)
     load = {key: options.pop(key) for key in ("dtype", "attn_implementation") if key in options}
+    if options.pop("load_in_4bit", False):
+        load["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
     with tempfile.TemporaryDirectory() as output:
         settings = {
             "precompute_ref_log_probs": True,

@@ -32,7 +32,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         return {**peers.run_job(name, wanted), "product_tflops": product_tflops(case["dtype"])}
     lines = Path(job["rows"]).read_text(encoding="utf-8").splitlines()
     rows: list[Row] = [json.loads(line) for line in lines]
-    if limit := case.get("limit_gib"):
+    limit = case.get("limit_gib")
+    if limit and torch.cuda.is_available():
         whole = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 2**30 / whole))
     clock: Clock = PROVIDERS[name](

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_check, head_measure, head_providers, heads, record, tables
+from bench import (
+    gpu_check,
+    head_measure,
+    head_providers,
+    heads,
+    memory,
+    record,
+    tables,
+    trainers,
+)
 from bench.head_cases import REGIMES, Inputs, Problem
 from bench.head_peers import PROVIDERS, naive
 from bench.rows import Row, read
@@ -224,6 +234,16 @@ def test_a_stage_ends_at_its_limit(tmp_path: Path) -> None:
     log = tmp_path / "log"
     assert gpu_check.run(sleep, arguments, 1.0, log, {}) == gpu_check.TIMED_OUT
     assert "=== sleep" in log.read_text()
+
+
+@pytest.mark.parametrize("stage", gpu_check.FIGURES, ids=lambda stage: stage.name)
+def test_every_stage_of_the_gpu_check_can_be_parsed(stage: gpu_check.Stage) -> None:
+    for words in map(shlex.split, (stage.arguments, gpu_check.dry(stage).arguments)):
+        if words[0] == "bench.heads":
+            heads.parse(words[1:])
+        else:
+            rest = memory.OWN.parse_known_args(words[1:])[1]
+            trainers.parse(rest if words[0] == "bench.memory" else words[1:])
 
 
 @pytest.mark.slow
