@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastdpo.config import TrainConfig
@@ -139,6 +139,9 @@ def test_saved_configuration_reads_back_equal(tmp_path):
     assert set(yaml.safe_load(config.to_yaml())) == set(OWN_DEFAULTS)
 
 
+@example(run_name="\u00e9\x85\u2028", beta=0.1, share=1, seed=0, modules=None, flag=None).via(
+    "line breaks that are not ASCII"
+)
 @given(
     run_name=st.none() | st.text(st.characters(exclude_categories=("Cs",)), max_size=30),
     beta=st.floats(min_value=0, exclude_min=True, allow_infinity=False),

@@ -85,6 +85,9 @@ def as_yaml(config: "TrainConfig") -> str:
         if declared.metadata["group"] != group:
             group = declared.metadata["group"]
             lines += ["", f"# {GROUPS[group]}"]
-        entry = {name: getattr(config, name)}
-        lines.append(yaml.safe_dump(entry, allow_unicode=True, width=1000).rstrip("\n"))
+        value = getattr(config, name)
+        # PyYAML folds these line breaks when it writes them as they are.
+        plain = not any(sign in str(value) for sign in "\x85\u2028\u2029")
+        entry = yaml.safe_dump({name: value}, allow_unicode=plain, width=1000)
+        lines.append(entry.rstrip("\n"))
     return "\n".join(lines) + "\n"
