@@ -249,16 +249,20 @@ def test_what_is_not_token_wise_is_left_alone() -> None:
 def test_inputs_come_back_one_layer_ahead() -> None:
     model, queue, row = prepared(), Queue(), pack(GROUPS, share=True)
     offloader = offload(model, queue)
+    for number, layer in enumerate(layers_of(model)):
+        layer.mlp.register_forward_pre_hook(lambda *_, n=number: queue.log.append(("layer", n)))
     logps = row_logps(model, row)
     on_device = [ref().device is not None for ref in offloader.order]
     assert on_device == [False] * (LAYERS - LEAVING) + [True] * LEAVING
-    expected: list[tuple[str, int]] = [("send", 0), ("send", 1)]
-    for number in range(2, LAYERS):
-        expected += [("wait", number - 2), ("send", number)]
+    expected: list[tuple[str, int]] = []
+    for number in range(LAYERS):
+        expected += [("wait", number - 2)] if number >= LEAVING else []
+        expected += [("send", number), ("layer", number)]
     assert queue.log == expected
     logps.sum().backward()
-    expected += [("wait", 4), ("wait", 3), ("fetch", 2), ("wait", 2), ("fetch", 1)]
-    expected += [("wait", 1), ("fetch", 0), ("wait", 0)]
+    expected += [("wait", 4), ("layer", 4), ("wait", 3), ("fetch", 2), ("layer", 3)]
+    expected += [("wait", 2), ("fetch", 1), ("layer", 2), ("wait", 1), ("fetch", 0), ("layer", 1)]
+    expected += [("wait", 0), ("layer", 0)]
     assert queue.log == expected
 
 
