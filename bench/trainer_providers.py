@@ -23,8 +23,8 @@ class NotInstalled(Exception):
 
 
 class Clock:
-    """The duration, the metrics and the computed tokens of every optimizer step, and a trace where
-    one was asked for.
+    """The duration, the metrics and the computed tokens of every optimizer step; a trace where one
+    was asked for, and the peak memory that `fastdpo plan` predicts, on a GPU.
     """
 
     def __init__(self) -> None:
@@ -33,6 +33,7 @@ class Clock:
         self.tokens: list[int] = []
         self.attention = ""
         self.trace: dict[str, Any] = {}
+        self.planned_mib: float | None = None
         self._last = time.perf_counter()
         self._computed = 0
         self._model: Any = None
@@ -85,6 +86,8 @@ def run_fastdpo(
     are keys of its configuration.
     """
     from fastdpo.config import TrainConfig
+    from fastdpo.memory.devices import at_hand
+    from fastdpo.memory.plan import make_planner
     from fastdpo.train import loop
     from fastdpo.train.run import train
 
@@ -124,6 +127,9 @@ def run_fastdpo(
             loop.Trainer._take = take  # type: ignore[method-assign]
         lines = (Path(output) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         clock.metrics = [json.loads(line) for line in lines]
+        if torch.cuda.is_available():  # on a CPU the libraries weigh as much as the tensors
+            planner = make_planner(config, at_hand(torch.device("cuda")))
+            clock.planned_mib = planner.predict(config).estimate.peak / 2**20
         if options.get("profile_steps"):
             trace = Path(output) / "run" / "trace.json"
             clock.trace = json.loads(trace.read_text(encoding="utf-8"))

@@ -52,6 +52,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         "grad_norm": [metrics["grad_norm"] for metrics in clock.metrics],
         "attention": clock.attention,
         "peak_mib": peak_memory_mib(device()),
+        "planned_mib": clock.planned_mib,
         "product_tflops": product_tflops(case["dtype"]),
     }
 

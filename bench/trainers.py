@@ -132,6 +132,7 @@ def figures(workload: Workload, measured: dict[str, Any]) -> dict[str, Any]:
         "mfu": flops / seconds / (peak * 1e12),
         "peak_tflops": peak,
         "peak_mib": measured["peak_mib"],
+        "planned_mib": measured.get("planned_mib"),
         "loss": measured["loss"],
         "grad_norm": measured["grad_norm"],
     }
