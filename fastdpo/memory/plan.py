@@ -137,9 +137,9 @@ def _unpack(model: Any, autocast: torch.dtype | None) -> None:
 
 def _tile(model: Any, tokens: int) -> None:
     """Tiles as `fastdpo.model.tiles` makes them, without its proof, which needs numbers."""
-    for _, module in tiles._candidates(base_causal_lm(model)):
+    for _, module in tiles.candidates(base_causal_lm(model)):
         if not hasattr(module, "experts"):
-            tiles._tile(module, tokens)
+            tiles.run_in_tiles(module, tokens)
 
 
 def expected_layout(config: TrainConfig, model_config: Any) -> str:

@@ -44,9 +44,9 @@ def tile_layers(model: nn.Module, tokens: int) -> str:
     base = base_causal_lm(model)
     counts, left = {"MLPs": 0, "norms": 0}, set()
     with frozen_state(base):
-        for kind, module in _candidates(base):
+        for kind, module in candidates(base):
             if _is_token_wise(module, base):
-                _tile(module, tokens)
+                run_in_tiles(module, tokens)
                 counts[kind] += 1
             elif kind == "MLPs":
                 left.add(type(module).__name__)
@@ -60,7 +60,7 @@ def tile_layers(model: nn.Module, tokens: int) -> str:
     return f"{done} in tiles of {tokens} tokens{whole}"
 
 
-def _candidates(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def candidates(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """MLPs and norms of the layers, and the norm after the last one."""
     layers = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
     stacks = [m for m in base.children() if any(layer in m.modules() for layer in layers)]
@@ -93,7 +93,7 @@ def _is_token_wise(module: nn.Module, base: Any) -> bool:
     return bool(difference <= 0.5 * eps**0.5 * whole.double().abs().max())
 
 
-def _tile(module: Any, tokens: int) -> None:
+def run_in_tiles(module: Any, tokens: int) -> None:
     # Bound methods, not closures: a deep copy of the module (peft's modules_to_save) has to run
     # its own weights.
     if not hasattr(module, "_whole_forward"):
