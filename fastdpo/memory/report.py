@@ -169,7 +169,7 @@ def _switches(found: dict[str, Any]) -> list[str]:
 
 def _cost(described: dict[str, Any]) -> str:
     times = described.get("times_the_time")
-    return "" if times is None else f", {times - 1:+.0%} time"
+    return "" if times is None else f", {round(times - 1, 2) + 0.0:+.0%} time"  # never -0%
 
 
 def _gib(size: int) -> str:
