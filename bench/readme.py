@@ -163,7 +163,21 @@ def convergence_block(folder: Path) -> str:
     return _page("convergence.svg", "Held-out reward accuracy and margin, both trainers", parts)
 
 
+def memory_block(folder: Path) -> str:
+    """Peaks of one long pair, and the longest pairs."""
+    rows = read(folder, "memory-*.jsonl")
+    if not rows:
+        return _NOTHING
+    return f"{tables.memory_table(rows)}\n\n" + ".\n\n".join(_origins(rows)) + "."
+
+
+def _origins(rows: Iterable[Row]) -> list[str]:
+    """Where rows come from: those of one command are one run."""
+    return source({"": [row]} for row in rows)
+
+
 BLOCKS: dict[str, Callable[[Path], str]] = {
+    "memory": memory_block,
     "trainers": trainers_block,
     "heads": heads_block,
     "heads-all": heads_all_block,
@@ -262,6 +276,7 @@ def full_tables(folder: Path) -> str:
     for name, make in kinds.items():
         found = chosen(folder, f"{name}-*.jsonl")
         parts += [f"## {name.capitalize()}", make(flat(found)) or _NOTHING, *source(found)]
+    parts += ["## Memory", memory_block(folder)]
     return "\n\n".join(parts) + "\n"
 
 

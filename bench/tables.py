@@ -4,7 +4,7 @@ failed or was refused (the rules are in `rows`).
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from .rows import (
@@ -46,6 +46,16 @@ _HEAD_COLUMNS = (
     "dX",
     "dW",
     "same bits",
+)
+_MEMORY_COLUMNS = (
+    "case",
+    "trainer",
+    "its keys",
+    "peak MiB",
+    "÷ trl",
+    "planned MiB",
+    "loss",
+    "gradient norm",
 )
 _TRAINER_COLUMNS = (
     "provider",
@@ -243,6 +253,57 @@ def _settings(rows: list[Row]) -> str:
     if 0 < len(failed) < len(rows):
         words.append(f"{len(failed)} of {len(rows)} repetitions {failure(failed)}")
     return ", ".join(words)
+
+
+def memory_table(rows: Iterable[Row]) -> str:
+    """The newest peak of every trainer, with its own keys, on one pair of so many tokens, beside
+    TRL's; and the longest pairs that were found.
+    """
+    cases: dict[tuple[str, ...], dict[tuple[str, str], Row]] = {}
+    longest: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        case, own = row["case"], _own_keys(row)
+        if row["kind"] == "longest":
+            model = trainer_label({**case, "data": "one pair"})
+            longest[row["device"], model, row["provider"], own] = [f"{row['tokens']}"]
+        else:
+            key = (row["device"], trainer_label(case), *map(str, (case["dtype"], case["steps"])))
+            cases.setdefault(key, {})[row["provider"], own] = row
+    parts = []
+    if cases:
+        lines = [line for found in cases.values() for line in _peaks(found)]
+        parts.append(markdown(_MEMORY_COLUMNS, lines, 3))
+    if longest:
+        columns = ("device", "model", "trainer", "its keys", "longest pair, tokens")
+        parts.append(markdown(columns, ([*key, *found] for key, found in longest.items()), 4))
+    return "\n\n".join(parts)
+
+
+def _own_keys(row: Row) -> str:
+    prefix = f"{row['provider']}."
+    keys = (key for key in row["case"].get("keys", ()) if key.startswith(prefix))
+    return ", ".join(key.removeprefix(prefix) for key in keys)
+
+
+def _peaks(found: dict[tuple[str, str], Row]) -> Iterator[list[str]]:
+    right = next((row for (name, _), row in found.items() if name == "trl"), None)
+    done = right if right and "error" not in right else None
+    for (name, own), row in found.items():
+        label = trainer_label(row["case"])
+        if "error" in row:
+            yield [label, name, own, failure([row]) or "", *[""] * 4]
+            continue
+        planned = row.get("planned_mib")
+        yield [
+            label,
+            name,
+            own,
+            f"{row['peak_mib']:.0f}",
+            ratio(row["peak_mib"], done["peak_mib"]) if done else "",
+            f"{planned:.0f}" if planned else "",
+            _largest([row], done, "loss"),
+            _largest([row], done, "grad_norm", True),
+        ]
 
 
 def curves(rows: Iterable[Row], name: str) -> dict[str, list[tuple[float, float]]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +15,12 @@ import torch
 from families import GROUPS, build, gradients, pack, random_groups, row_logps
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from training import run
+from training import metrics, run
 
-from fastdpo.errors import ConfigError
+from fastdpo.errors import ConfigError, FastDPOError
 from fastdpo.model.activations import recompute_layers
 from fastdpo.model.layout import choose_layout
-from fastdpo.model.offload import LEAVING, Offloader
+from fastdpo.model.offload import LEAVING, Offloader, ScratchFile
 from fastdpo.model.tiles import tile_layers
 
 FP32 = torch.finfo(torch.float32).eps
@@ -301,6 +303,20 @@ def test_a_backward_may_come_twice_or_never() -> None:
         torch.testing.assert_close(again[name], gradient, rtol=1e-6, atol=1e-9)
 
 
+def test_inputs_are_freed_once_they_have_left(tmp_path) -> None:
+    """Tensors that live on, whoever holds them: hooks and graphs of C++ too."""
+    model, row = prepared(), pack(GROUPS, share=True)
+    alive: list[weakref.ref[Tensor]] = []
+    for layer in layers_of(model):
+        layer.register_forward_pre_hook(lambda _, args: alive.append(weakref.ref(args[0])))
+    recompute_layers(model, offload=ScratchFile(tmp_path))
+    for layer in layers_of(model):
+        layer._gradient_checkpointing_func.min_bytes = 1
+    logps = row_logps(model, row)
+    assert len(alive) == LAYERS and sum(ref() is not None for ref in alive) <= LEAVING
+    logps.sum().backward()
+
+
 def test_only_what_is_worth_it_leaves_the_device() -> None:
     model, queue, row = prepared(), Queue(), pack(GROUPS, share=True)
     offloader = offload(model, queue)
@@ -321,7 +337,40 @@ def test_what_cannot_be_honoured_is_an_error(tiny_model, pairs_file, tmp_path) -
     model.model.layers = nn.ModuleList()
     with pytest.raises(ConfigError, match="gradient_checkpointing_every: LlamaForCausalLM"):
         recompute_layers(model, every=2)
-    out = tmp_path / "out"
-    with pytest.raises(ConfigError, match="activation_offloading: expected false without a GPU"):
-        run(tiny_model, pairs_file, out, gradient_checkpointing=True, activation_offloading=True)
-    assert not out.exists()
+
+
+def test_inputs_in_a_file_take_no_memory(tmp_path) -> None:
+    """What is mapped and resident, as the kernel counts it, before and after."""
+
+    def resident() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return sum(int(x.split()[1]) >> 10 for x in lines if x.startswith(("RssFile", "RssShmem")))
+
+    side, tensor = ScratchFile(tmp_path), torch.arange(16 << 20, dtype=torch.int32).view(16, -1)
+    before = resident()
+    host = side.buffer(tensor.nbytes)
+    view = host.view(tensor.dtype).view(tensor.shape)
+    side.send(tensor, view)
+    assert resident() - before < 16
+    back, _ = side.fetch(view)
+    assert resident() - before < 16 and torch.equal(back, tensor)
+    assert not list(tmp_path.iterdir())
+    del host, view
+    assert not side.maps
+    with pytest.raises(FastDPOError, match=r"activation_offloading: .*No space left|too large"):
+        side.buffer(1 << 60)
+
+
+def test_a_run_with_inputs_in_a_file_is_the_plain_run(
+    tiny_model, pairs_file, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(Offloader.__init__, "__defaults__", (1,))  # smaller than any of a test
+    sent = []
+    send = ScratchFile.send
+    monkeypatch.setattr(ScratchFile, "send", lambda *args: sent.append(1) or send(*args))
+    keys = {"gradient_checkpointing": True, "max_steps": 2}
+    run(tiny_model, pairs_file, tmp_path / "plain", **keys)
+    _, said = run(tiny_model, pairs_file, tmp_path / "out", **keys, activation_offloading=True)
+    assert sent and any("inputs kept in a file in output_dir" in line for line in said)
+    for plain, other in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "out"), strict=True):
+        assert (plain["loss"], plain["grad_norm"]) == (other["loss"], other["grad_norm"])

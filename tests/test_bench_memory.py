@@ -6,6 +6,7 @@ import pytest
 
 from bench import memory, trainers
 from bench.memory import search
+from bench.tables import memory_table
 from bench.trainer_run import keys_for
 from bench.workloads import rows_of
 
@@ -74,3 +75,44 @@ def test_another_error_than_memory_ends_the_search(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(trainers, "run", lambda *arguments: {"error": "ValueError: no"})
     with pytest.raises(SystemExit, match="fastdpo, 64 tokens: ValueError: no"):
         memory.main([*NANO, "--providers", "fastdpo"])
+
+
+def row(provider: str, **changes: Any) -> dict[str, Any]:
+    """A row of one pair, as `bench.trainers` writes it."""
+    case = {
+        "model": "smollm2-135m",
+        "data": "pair-16384",
+        "dtype": "fp32",
+        "lora": False,
+        "gradient_checkpointing": True,
+        "reference": "precomputed",
+        "steps": 1,
+        "keys": ["fastdpo.layer_tile_tokens=1024"],
+    }
+    figures = {"peak_mib": 9000.0, "planned_mib": None, "loss": [0.7], "grad_norm": [10.0]}
+    return {"kind": "try", "provider": provider, "device": "H", "case": case, **figures, **changes}
+
+
+def test_peaks_stand_beside_those_of_trl() -> None:
+    older = row("fastdpo", peak_mib=8000.0)
+    ours = row("fastdpo", peak_mib=3000.0, planned_mib=2900.0, loss=[0.70001], grad_norm=[10.001])
+    text = memory_table([older, row("trl"), ours])
+    assert "8000" not in text
+    label = "smollm2-135m, pair-16384, fp32, gradient checkpointing"
+    assert (
+        f"| {label} | fastdpo | layer_tile_tokens=1024 | 3000 | 0.33 | 2900 | 1.0e-05 | 1.0e-04 |"
+    ) in text
+    assert f"| {label} | trl |  | 9000 | 1.00 |" in text
+
+
+def test_out_of_memory_and_the_longest_pairs_are_in_the_table() -> None:
+    failed = {key: value for key, value in row("trl").items() if key != "peak_mib"}
+    rows = [
+        {**failed, "error": "OutOfMemory: killed"},
+        row("fastdpo"),
+        row("fastdpo", kind="longest", tokens=65536),
+        row("trl", kind="longest", tokens=0),
+    ]
+    text = memory_table(rows)
+    assert "| trl |  | out of memory |" in text and "| 9000 |  |" in text
+    assert "| fastdpo | layer_tile_tokens=1024 | 65536 |" in text and "| trl |  | 0 |" in text

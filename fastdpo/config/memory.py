@@ -42,7 +42,8 @@ class MemoryKeys:
         metadata=key(
             "memory",
             "Keep the inputs of recomputed layers in the host's memory and fetch each one a layer "
-            "ahead in the backward pass, on a GPU. Needs gradient_checkpointing.",
+            "ahead in the backward pass; on a CPU, in a file in output_dir. Needs "
+            "gradient_checkpointing.",
         ),
     )
     layer_tile_tokens: int | None = field(

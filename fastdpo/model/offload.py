@@ -1,4 +1,5 @@
-"""The inputs of recomputed layers, kept in the host's memory between forward and backward.
+"""The inputs of recomputed layers, kept elsewhere between forward and backward: those of a GPU in
+the host's memory, those of a CPU in a file.
 
 A checkpointed layer keeps its input, hidden states of S × H values, until its backward: for many
 layers and long rows that is most of what a step holds. Here a layer's input is copied to the host
@@ -13,14 +14,21 @@ copied; so no memory is marked as used by two streams and the host waits for not
 
 from __future__ import annotations
 
+import mmap
+import os
+import tempfile
 import weakref
 from collections import deque
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from fastdpo.errors import FastDPOError
 
 MIN_BYTES = 1 << 20
 """Smaller tensors stay on the device: their copies would cost more than their memory is worth."""
@@ -77,6 +85,54 @@ class SideStream:
         with torch.cuda.stream(self.stream):
             target.copy_(source, non_blocking=True)
         return self.stream.record_event()
+
+
+class ScratchFile:
+    """`Transfer` of a CPU: a file without a name, gone with the process.
+
+    It is mapped, and a mapping that is not in use holds no memory of the process: the kernel keeps
+    the pages as long as it has room and writes them to the disk when it has none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.maps: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
+
+    def buffer(self, size: int) -> Tensor:
+        """Bytes of a file of their own. FastDPOError where the disk has no room for them."""
+        with tempfile.TemporaryFile(dir=self.folder) as file:
+            try:  # a mapping that finds the disk full later kills the process
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                raise FastDPOError(f"activation_offloading: {self.folder}: {error}") from error
+            mapped = mmap.mmap(file.fileno(), size)
+        host = torch.frombuffer(mapped, dtype=torch.uint8)
+        self.maps[host.data_ptr()] = mapped
+        return host
+
+    @torch.no_grad()
+    def send(self, tensor: Tensor, host: Tensor) -> None:
+        """Done on return."""
+        host.copy_(tensor)
+        self._unload(host)
+
+    @torch.no_grad()
+    def fetch(self, host: Tensor) -> tuple[Tensor, None]:
+        """Done on return."""
+        tensor = host.clone()
+        self._unload(host)
+        return tensor, None
+
+    def wait(self, copy: None) -> None:
+        """Nothing is ever under way."""
+
+    def _unload(self, host: Tensor) -> None:
+        self.maps[host.data_ptr()].madvise(mmap.MADV_DONTNEED)
+
+
+def transfer_of(device: torch.device, folder: Path) -> Transfer:
+    """The `Transfer` of a device; files are made in `folder`."""
+    return SideStream(device) if device.type == "cuda" else ScratchFile(folder)
 
 
 class Pool:
@@ -169,14 +225,14 @@ class Offloader:
         if not torch.is_grad_enabled():
             return function(*args)
         hidden = args[0] if args else None
+        # The graph holds the hooks: by its address, not by itself, they may know the input.
+        wanted = (hidden.data_ptr(), hidden.shape) if self._worth_it(hidden) else None
         # Within the layer the checkpoint's own hooks are the ones in force: these see its inputs.
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda saved: self._pack(saved, hidden), self._unpack
-        ):
+        with torch.autograd.graph.saved_tensors_hooks(partial(self._pack, wanted), self._unpack):
             return checkpoint(function, *args, use_reentrant=False)
 
-    def _pack(self, saved: Tensor, hidden: Any) -> Tensor | _Kept:
-        if not self._worth_it(hidden) or not _same(saved, hidden):
+    def _pack(self, wanted: Any, saved: Tensor) -> Tensor | _Kept:
+        if wanted != (saved.data_ptr(), saved.shape):
             return saved
         while len(self.leaving) >= LEAVING:
             oldest = self.leaving.popleft()()
@@ -210,7 +266,3 @@ class Offloader:
             and not isinstance(hidden, nn.Parameter)
             and hidden.nbytes >= self.min_bytes
         )
-
-
-def _same(saved: Tensor, hidden: Tensor) -> bool:
-    return saved.data_ptr() == hidden.data_ptr() and saved.shape == hidden.shape

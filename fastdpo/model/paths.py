@@ -45,19 +45,14 @@ def head_path(config: TrainConfig) -> str:
 
 
 def activations_path(config: TrainConfig) -> str:
-    """What is recomputed in the backward, and where it is recomputed from.
-
-    Raises:
-        ConfigError: offloading without a GPU.
-    """
-    if config.activation_offloading and run_device(config).type != "cuda":
-        raise config.error(
-            "activation_offloading", "expected false without a GPU: its memory is what it saves"
-        )
+    """What is recomputed in the backward, and where it is recomputed from."""
     if config.gradient_checkpointing:
         every = config.gradient_checkpointing_every
         layers = "every layer" if every == 1 else f"one layer in {every}"
-        where = "in the host's memory" if config.activation_offloading else "on the device"
+        where = "in memory"
+        if config.activation_offloading:
+            gpu = run_device(config).type == "cuda"
+            where = "in the host's memory" if gpu else "in a file in output_dir"
         text = f"{layers} recomputed, inputs kept {where}"
     else:
         text = "all kept, gradient_checkpointing is false"

@@ -25,7 +25,7 @@ from ..memory.devices import at_hand
 from ..memory.plan import Planner, longest_comparison
 from ..model.activations import recompute_layers
 from ..model.load import load_model_config
-from ..model.offload import SideStream
+from ..model.offload import Transfer, transfer_of
 from ..model.tiles import tile_layers
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class Retry:
         if config.gradient_checkpointing and config.gradient_checkpointing_every == 1:
             return {}
         values = {"gradient_checkpointing": True, "gradient_checkpointing_every": 1}
-        side = SideStream(self.trainer.device) if config.activation_offloading else None
+        side = self._transfer() if config.activation_offloading else None
         return self._tried(values, lambda: recompute_layers(self.trainer.model, offload=side))
 
     def _tile(self, largest: int) -> dict[str, Any]:
@@ -155,12 +155,14 @@ class Retry:
         return self._tried({"layer_tile_tokens": tokens}, tile)
 
     def _offload(self, largest: int) -> dict[str, Any]:
-        device = self.trainer.device
-        if device.type != "cuda" or self.trainer.config.activation_offloading:
+        if self.trainer.device.type != "cuda" or self.trainer.config.activation_offloading:
             return {}
-        side = SideStream(device)
+        side = self._transfer()
         values = {"activation_offloading": True}
         return self._tried(values, lambda: recompute_layers(self.trainer.model, offload=side))
+
+    def _transfer(self) -> Transfer:
+        return transfer_of(self.trainer.device, self.trainer.output_dir)
 
     def _smaller_tile_of_logits(self, largest: int) -> dict[str, Any]:
         policy = self.trainer.objective.policy

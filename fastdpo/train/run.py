@@ -19,16 +19,16 @@ from ..data.tokenize import tokenize_dataset
 from ..errors import CheckpointError, ConfigError, ModelError
 from ..files import cache_root
 from ..losses import make_loss
-from ..memory.allocator import keep_freed_memory
+from ..memory.allocator import keep_freed_memory, return_freed_memory
 from ..memory.auto import fit
 from ..memory.estimate import REFERENCE_ROWS
-from ..memory.plan import TOKENS_PER_ROW
+from ..memory.plan import TOKENS_PER_ROW, longest_comparison
 from ..model.activations import recompute_layers
 from ..model.compiled import compile_layers
 from ..model.head import check_head, find_head
 from ..model.layout import Layout, beyond_positions, choose_layout
 from ..model.load import add_adapter, load_model, load_model_config, load_tokenizer
-from ..model.offload import SideStream
+from ..model.offload import transfer_of
 from ..model.paths import activations_path, attention_path, head_path, run_device
 from ..model.precision import choose_precision
 from ..model.quantised import is_quantised, packing
@@ -96,7 +96,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> dict[
     say(f"activations: {activations}")
     say(f"optimizer: {optimizer}")
     if config.gradient_checkpointing:
-        transfer = SideStream(device) if config.activation_offloading else None
+        transfer = transfer_of(device, output_dir) if config.activation_offloading else None
         recompute_layers(policy.model, every=config.gradient_checkpointing_every, offload=transfer)
     if config.torch_compile:
         say(f"layers: {compile_layers(policy.model)} compiled")
@@ -115,6 +115,9 @@ def train(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> dict[
         f"training: {count_comparisons(data.train)} comparisons, {trainer.per_step} a step, "
         f"{trainer.total_steps} steps, rows of up to {max_tokens} tokens"
     )
+    if device.type == "cpu":
+        keep_freed_memory(max(max_tokens, longest_comparison(data.train, policy.layout.name)))
+        return_freed_memory()
     result = trainer.train()
     write_card(output_dir, config, result)
     return {**result, "output_dir": str(output_dir)}
