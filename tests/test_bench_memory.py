@@ -1,5 +1,6 @@
 """The search for the longest pair, and the rows and keys that it needs."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,12 @@ from bench.trainer_run import keys_for
 from bench.workloads import rows_of
 
 NANO = ["--model_config", "nano", "--shortest", "64"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test writes where the measurements are."""
+    monkeypatch.setenv("FASTDPO_RESULTS", str(tmp_path / "results"))
 
 
 @pytest.mark.parametrize("limit", [8, 9, 11, 100, 127, 128, 1000])
