@@ -177,11 +177,11 @@ def _origins(rows: Iterable[Row]) -> list[str]:
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
-    "memory": memory_block,
     "trainers": trainers_block,
     "heads": heads_block,
     "heads-all": heads_all_block,
     "convergence": convergence_block,
+    "memory": memory_block,
 }
 
 
