@@ -16,11 +16,13 @@ from families import GROUPS, build, gradients, pack, random_groups, row_logps
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from training import metrics, run
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastdpo.errors import ConfigError, FastDPOError
 from fastdpo.model.activations import recompute_layers
 from fastdpo.model.layout import choose_layout
-from fastdpo.model.offload import LEAVING, Offloader, ScratchFile
+from fastdpo.model.offload import LEAVING, Offloader, ScratchFile, SideStream
+from fastdpo.model.segments import Segments
 from fastdpo.model.tiles import tile_layers
 
 FP32 = torch.finfo(torch.float32).eps
@@ -315,6 +317,40 @@ def test_inputs_are_freed_once_they_have_left(tmp_path) -> None:
     logps = row_logps(model, row)
     assert len(alive) == LAYERS and sum(ref() is not None for ref in alive) <= LEAVING
     logps.sum().backward()
+
+
+@pytest.mark.gpu
+def test_offloading_on_a_gpu() -> None:
+    """The side stream's copies change no bit, step after step, and the inputs' memory is saved."""
+    shape = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8}
+    config = LlamaConfig(vocab_size=500, num_hidden_layers=12, num_key_value_heads=4, **shape)
+    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16)
+    assert choose_layout(model).name == "shared"
+    model.train()
+    length = 16384
+    ids = torch.randint(500, (1, length), device="cuda", generator=torch.Generator("cuda"))
+    inputs = {
+        "input_ids": ids,
+        "position_ids": torch.arange(length, device="cuda")[None],
+        "fastdpo_segments": Segments.build([(0, length, 0, 0)], "cuda"),
+    }
+
+    def step() -> tuple[list[Tensor], int]:
+        model.zero_grad()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        states = model.model(use_cache=False, **inputs).last_hidden_state
+        kept = torch.cuda.memory_allocated()
+        (states.float() ** 2).mean().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None], kept
+
+    recompute_layers(model)
+    expected, plain = step()
+    recompute_layers(model, offload=SideStream(torch.device("cuda")))
+    for _ in range(3):
+        found, kept = step()
+        assert all(map(torch.equal, found, expected))
+        assert plain - kept >= (12 - LEAVING - 1) * length * 512 * 2
 
 
 def test_only_what_is_worth_it_leaves_the_device() -> None:

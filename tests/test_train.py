@@ -258,8 +258,6 @@ def test_liger_layers_need_a_gpu_and_leave_the_head(tiny_model, monkeypatch):
 @pytest.mark.gpu
 def test_a_gpu_in_bf16_is_as_near_to_fp32_as_eager_attention_is(tiny_model, pairs_file, tmp_path):
     """Loss, log-probabilities and gradient norm of the same rows, against the CPU in fp32."""
-    from training import metrics, run
-
     ways = {
         "exact": {"use_cpu": True},
         "eager": {"use_cpu": False, "bf16": True, "attn_implementation": "eager"},
@@ -279,3 +277,41 @@ def test_a_gpu_in_bf16_is_as_near_to_fp32_as_eager_attention_is(tiny_model, pair
         )
         scale = max(abs(true[key]) for true in found["exact"])
         assert ours <= 1.5 * eager + 1e-3 * scale, key
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"activation_offloading": True, "gradient_checkpointing": True},
+        {"layer_tile_tokens": 64},
+        {"optimizer_offload": True},
+        {"optim": "adamw_torch_8bit"},
+        {"optim": "paged_adamw_8bit"},
+        {"torch_compile": True},
+        {"use_liger_kernel": True},
+        {"use_peft": True, "lora_dropout": 0.0, "load_in_4bit": True},
+    ],
+    ids=lambda keys: next(iter(keys)) if "use_peft" not in keys else "load_in_4bit",
+)
+def test_switches_of_memory_and_speed_on_a_gpu(keys, tiny_model, pairs_file, tmp_path):
+    """Each trains, and those that keep the numbers keep them to bf16 rounding."""
+    wants = {
+        "optimizer_offload": "torchao",
+        "optim": "bitsandbytes",
+        "load_in_4bit": "bitsandbytes",
+    }
+    for key, library in wants.items():
+        if key in keys:
+            pytest.importorskip("torchao" if "torch_8bit" in str(keys[key]) else library)
+    if "use_liger_kernel" in keys:
+        pytest.importorskip("liger_kernel")
+    common = {"use_cpu": False, "bf16": True, "learning_rate": 1e-4}
+    run(tiny_model, pairs_file, tmp_path / "plain", **common)
+    run(tiny_model, pairs_file, tmp_path / "out", **common, **keys)
+    plain, found = metrics(tmp_path / "plain"), metrics(tmp_path / "out")
+    assert all(math.isfinite(line["loss"]) for line in found)
+    if "use_peft" not in keys:
+        assert found[0]["grad_norm"] == pytest.approx(plain[0]["grad_norm"], rel=0.05)
+        for ours, theirs in zip(found, plain, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=0.02)
