@@ -226,7 +226,9 @@ class Offloader:
             return function(*args)
         hidden = args[0] if args else None
         # The graph holds the hooks: by its address, not by itself, they may know the input.
-        wanted = (hidden.data_ptr(), hidden.shape) if self._worth_it(hidden) else None
+        wanted = None
+        if isinstance(hidden, Tensor) and self._worth_it(hidden):
+            wanted = (hidden.data_ptr(), hidden.shape)
         # Within the layer the checkpoint's own hooks are the ones in force: these see its inputs.
         with torch.autograd.graph.saved_tensors_hooks(partial(self._pack, wanted), self._unpack):
             return checkpoint(function, *args, use_reentrant=False)
@@ -260,9 +262,5 @@ class Offloader:
         place = alive.index(kept)
         return alive[place - 1] if place else None
 
-    def _worth_it(self, hidden: Any) -> bool:
-        return (
-            isinstance(hidden, Tensor)
-            and not isinstance(hidden, nn.Parameter)
-            and hidden.nbytes >= self.min_bytes
-        )
+    def _worth_it(self, hidden: Tensor) -> bool:
+        return not isinstance(hidden, nn.Parameter) and hidden.nbytes >= self.min_bytes
