@@ -4,6 +4,8 @@
   fastdpo bench --model_config smollm2-135m --data ultrafeedback
   fastdpo bench heads --tokens 4096,16384       the output head alone
   fastdpo bench convergence                     both trainers' curves on held-out pairs
+  fastdpo bench memory --model_config llama-3.1-8b --lora     the longest pair that trains
+  fastdpo bench gaps --model_config qwen2.5-1.5b              how long the GPU waits between steps
   fastdpo bench compare OLD.jsonl NEW.jsonl     do two sets of rows differ beyond their spread?
   fastdpo bench readme --check                  tables and charts of the README from the rows
 
@@ -22,6 +24,8 @@ COMMANDS = {
     "heads": "bench.heads",
     "trainers": "bench.trainers",
     "convergence": "bench.convergence",
+    "memory": "bench.memory",
+    "gaps": "bench.gaps",
     "compare": "bench.compare",
     "readme": "bench.readme",
 }

@@ -1,6 +1,6 @@
 """How long the GPU waits between two optimizer steps, from a trace of our own trainer.
 
-    python -m bench.gaps --model_config qwen2.5-1.5b --data ultrafeedback
+    fastdpo bench gaps --model_config qwen2.5-1.5b --data ultrafeedback
 
 The options are those of `fastdpo bench`. A kernel belongs to the step in which the host launched
 it. `gap_s` is from the end of one step's last kernel to the start of the next one's first,
@@ -12,6 +12,7 @@ import bisect
 import itertools
 import json
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,10 @@ def _covered(spans: list[tuple[float, float]]) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     """Trace a run of each case, write its rows, print the shares."""
-    options = trainers.parse(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help"} & set(given):
+        print(__doc__)
+    options = trainers.parse(given)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options.steps = TRACED + 3
     results = record.Results(f"gaps-{record.short_name(device)}", options, device)

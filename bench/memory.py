@@ -1,6 +1,6 @@
 """The longest pair that each trainer trains: prompt and two responses of 1024 tokens.
 
-    python -m bench.memory --model_config llama-3.1-8b --lora --gradient_checkpointing on \
+    fastdpo bench memory --model_config llama-3.1-8b --lora --gradient_checkpointing on \
         --limit_gib 80 --keys fastdpo.memory=auto trl.activation_offloading=true
 
 The options are those of `fastdpo bench`, which measures peaks itself (`--data pair-16384`). A
