@@ -29,6 +29,7 @@ def test_a_kernel_belongs_to_the_step_that_launched_it() -> None:
         step(1, 100, 100),
         *kernel(4, 110, 300, 50),  # 30 after the last one of step 0
         *kernel(5, 190, 350, 100),
+        *kernel(7, 195, 310, 20),  # launched last, not the last to end
         step(2, 200, 100),
         *kernel(6, 210, 450, 10),
         {"name": "gemm", "cat": "kernel", "ts": 0, "dur": 900, "args": {"correlation": 99}},
