@@ -88,15 +88,16 @@ def run_fastdpo(
     from fastdpo.config import TrainConfig
     from fastdpo.memory.devices import at_hand
     from fastdpo.memory.plan import make_planner
-    from fastdpo.train import loop
+    from fastdpo.train.retry import Retry
     from fastdpo.train.run import train
 
-    clock, take = Clock(), loop.Trainer._take
+    clock, take = Clock(), Retry.take
 
-    def timed(self: Any, step: Any) -> None:
-        clock.start(self.model)
-        take(self, step)
+    def timed(self: Any, step: Any) -> bool:
+        clock.start(self.trainer.model)
+        done = take(self, step)
         clock.stop()
+        return done
 
     with tempfile.TemporaryDirectory() as output:
         file = Path(output) / "rows.jsonl"
@@ -120,11 +121,11 @@ def run_fastdpo(
                 **options,
             }
         )
-        loop.Trainer._take = timed  # type: ignore[method-assign]
+        Retry.take = timed  # type: ignore[method-assign]
         try:
             train(config, say=lambda text: None)
         finally:
-            loop.Trainer._take = take  # type: ignore[method-assign]
+            Retry.take = take  # type: ignore[method-assign]
         lines = (Path(output) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         clock.metrics = [json.loads(line) for line in lines]
         if torch.cuda.is_available():  # on a CPU the libraries weigh as much as the tensors

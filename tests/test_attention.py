@@ -401,13 +401,14 @@ def test_a_backend_that_cannot_be_had_is_an_error(
 
 
 def test_the_wanted_backend_reaches_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    activated = []
+    activated: list[str] = []
     monkeypatch.setattr("torch.nn.attention.activate_flash_attention_impl", activated.append)
+    monkeypatch.setattr("torch.nn.attention.restore_flash_attention_impl", activated.clear)
     row = pack(GROUPS, share=True)
     inputs = (*qkv(len(row.ids)), None)
     try:
         register("flash_attn_3")
-        backends.activate.cache_clear()
+        register("flash_attn_3")
         assert activated == ["FA3"]
         with pytest.raises(ModelError, match="flash_attn_3 cannot be used: cpu"):
             ALL_ATTENTION_FUNCTIONS[NAME](
@@ -415,11 +416,11 @@ def test_the_wanted_backend_reaches_the_layers(monkeypatch: pytest.MonkeyPatch) 
             )
     finally:
         register()
+    assert activated == []
     ALL_ATTENTION_FUNCTIONS[NAME](MODULE, *inputs, fastdpo_segments=Segments.build(row.bounds))
 
 
 def test_flash_attention_3_that_is_not_installed() -> None:
-    backends.activate.cache_clear()
     with pytest.raises(ModelError, match="attention_backend: flash_attn_3 is not installed"):
         register("flash_attn_3")
 

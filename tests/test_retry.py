@@ -2,6 +2,7 @@
 
 import threading
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -175,3 +176,8 @@ def test_what_counts_as_out_of_memory():
     assert out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
     assert not out_of_memory(RuntimeError("shapes do not fit"))
     assert not out_of_memory(ValueError("can't allocate memory"))
+
+
+def test_compiled_layers_are_not_tiled():
+    config = SimpleNamespace(layer_tile_tokens=None, torch_compile=True)
+    assert Retry._tile(SimpleNamespace(trainer=SimpleNamespace(config=config)), 8192) == {}

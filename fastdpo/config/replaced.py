@@ -52,7 +52,7 @@ REPLACED_KEYS = MappingProxyType(
         "past_index": "Remove the key: training keeps no cache.",
         "include_tokens_per_second": "tokens_per_second is always reported: remove the key.",
         "include_inputs_for_metrics": "Evaluation reports the loss's own metrics: remove the key.",
-        "torchdynamo": "The model is not compiled: remove the key.",
+        "torchdynamo": "Use torch_compile.",
         "push_to_hub_model_id": "Upload output_dir after the run with the hf command.",
         "push_to_hub_token": "Upload output_dir after the run with the hf command.",
         "overwrite_cache": "Cached results are keyed by all they depend on: remove the key.",

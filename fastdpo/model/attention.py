@@ -19,7 +19,6 @@ from transformers import AttentionInterface
 
 from fastdpo.errors import ModelError
 from fastdpo.model.backends import (
-    ONLY_IF_ASKED,
     Backend,
     activate,
     by_segments,
@@ -42,8 +41,7 @@ def register(backend: str | None = None) -> None:
     `backend` is one of `backends` to use for every model from now on, None for the fastest that a
     layer allows. Raises ModelError where it is not installed.
     """
-    if backend in ONLY_IF_ASKED:
-        activate(backend)
+    activate(backend)
     AttentionInterface.register(NAME, partial(attention, backend=backend) if backend else attention)
 
 

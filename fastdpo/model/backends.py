@@ -102,17 +102,27 @@ def _lacks(name: str, special: str | None) -> str | None:
     return f"torch's varlen attention has no {special}" if special else None
 
 
-@lru_cache(maxsize=4)
-def activate(name: str) -> None:
-    """Put flash-attention 3 or 4 in place of torch's own kernels, or its own back in place.
+_activated: set[str] = set()
+"""Which of them is in place, as far as it was put there by `activate`."""
+
+
+def activate(name: str | None) -> None:
+    """Put flash-attention 3 or 4 in place of torch's own kernels; any other name puts those back.
 
     Raises ModelError where the package is not installed.
     """
-    from torch.nn.attention import activate_flash_attention_impl
-
+    if name in _activated or (name not in ONLY_IF_ASKED and not _activated):
+        return
     try:
-        activate_flash_attention_impl(ONLY_IF_ASKED[name])
-    except (ImportError, ValueError) as error:
+        from torch.nn import attention
+
+        if _activated:
+            _activated.clear()
+            attention.restore_flash_attention_impl()
+        if name in ONLY_IF_ASKED:
+            attention.activate_flash_attention_impl(ONLY_IF_ASKED[name])
+            _activated.add(name)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ModelError(f"attention_backend: {name} is not installed ({error})") from error
 
 

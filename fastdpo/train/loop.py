@@ -85,7 +85,7 @@ class Trainer:
         last = self._evaluate() if config.eval_on_start and self.step == 0 else {}
         self.model.train()
         trace = profiler(config.profile_steps, self.output_dir / "trace.json", self.device)
-        with closing(self.retry.steps(self._steps, self._take)) as taken, trace as watch:
+        with closing(self.retry.steps(self._steps)) as taken, trace as watch:
             for _ in taken:
                 watch.step()
                 last |= self._after_step()
@@ -110,9 +110,6 @@ class Trainer:
                 plan = self.plan(epoch)
             rows = [self.objective.batch(self.groups, row) for row in plan[place].ranks[0]]
             yield plan[place].comparisons, rows
-
-    def _take(self, step: tuple[int, list[Batch]]) -> None:
-        self.retry.take(step)
 
     def gradients(self, step: tuple[int, list[Batch]]) -> metrics.StepSums:
         """Score a step's rows forward and backward; nothing but gradients changes."""

@@ -52,17 +52,13 @@ class Retry:
         # Weights that are stepped during a backward cannot be put back.
         self.repeats = trainer.config.memory == "auto" and not trainer.config.optimizer_in_backward
 
-    def steps(
-        self, left: Callable[[], Iterable[Step]], take: Callable[[Step], object]
-    ) -> Generator[None, None, None]:
+    def steps(self, left: Callable[[], Iterable[Step]]) -> Generator[None, None, None]:
         """Take every step that is left; yields after each. `left` makes them from the next on."""
         trainer = self.trainer
         while trainer.step < trainer.total_steps:
             with closing(ahead(left())) as made:
                 for step in made:
-                    number = trainer.step
-                    take(step)
-                    if trainer.step == number:
+                    if not self.take(step):
                         break  # to be repeated, with other rows than those made ahead
                     yield
 
@@ -144,7 +140,7 @@ class Retry:
 
     def _tile(self, largest: int) -> dict[str, Any]:
         tokens = min(_TILE, (self.trainer.config.layer_tile_tokens or largest) // 2)
-        if tokens < _SMALLEST_TILE:
+        if tokens < _SMALLEST_TILE or self.trainer.config.torch_compile:
             return {}
         policy = self.trainer.objective.policy
 
