@@ -1,14 +1,20 @@
-"""Writing that is either whole or not there: temporary names, then one rename."""
+"""Writing that is either whole or not there: temporary names, then one rename. And locks, which end
+with the process that holds them, however it ends.
+"""
 
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import FastDPOError
+
+_TEMPORARY = ".fastdpo-"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def cache_root() -> Path:
@@ -19,18 +25,26 @@ def cache_root() -> Path:
 
 
 @contextmanager
-def explain_full_disk(path: Path) -> Iterator[None]:
-    """Turns "no space left" while writing `path` into an error a user understands."""
+def explain(path: Path) -> Iterator[None]:
+    """Turn what the disk refuses while `path` is written into an error of one line."""
     try:
         yield
+    except FastDPOError:
+        raise
     except Exception as error:
         text = str(error).lower()
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "no space left" in text or "disk quota exceeded" in text:
-            raise FastDPOError(
-                f"{path}: the disk is full; nothing that was there before has been touched"
-            ) from error
-        raise
+        code = error.errno if isinstance(error, OSError) else None
+        if code in _FULL or "no space left" in text or "disk quota exceeded" in text:
+            problem = "the disk is full"
+        elif code is not None:
+            problem = f"cannot be written ({os.strerror(code)})"
+        elif "os error" in text or "i/o error" in text or "ioerror" in text:
+            problem = f"cannot be written ({error})"
+        else:
+            raise
+        raise FastDPOError(
+            f"{path}: {problem}; checkpoints and files that were whole before are as they were"
+        ) from error
 
 
 @contextmanager
@@ -38,39 +52,94 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """A directory to fill that appears as `path` when the block ends well, and not at all
     otherwise.
     """
-    with explain_full_disk(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        try:
-            yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    _flush(file)
-            temporary.chmod(0o755)
-            if path.exists():
-                shutil.rmtree(path)
+    with explain(path), temporary_directory(path) as temporary:
+        yield temporary
+        flush(temporary)
+        if path.exists():
+            with temporary_directory(path) as old:
+                path.rename(old / path.name)
+                temporary.rename(path)
+        else:
             temporary.rename(path)
-            _flush(path.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        _sync(path.parent)
+
+
+@contextmanager
+def temporary_directory(path: Path) -> Iterator[Path]:
+    """A directory beside `path` that is gone afterwards, unless it was renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{path.name}-", dir=path.parent))
+    temporary.chmod(0o755)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """A file name to write to that becomes `path` when the block ends well."""
-    with explain_full_disk(path):
+    with explain(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f"{_TEMPORARY}{path.name}-", dir=path.parent)
         os.close(handle)
         try:
             yield Path(name)
-            _flush(Path(name))
+            os.chmod(name, 0o644)
+            _sync(Path(name))
             os.replace(name, path)
+            _sync(path.parent)
         finally:
             Path(name).unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def write_text(path: Path, text: str) -> None:
+    """The whole text as `path`, or what was there before."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half written in `folder`; nobody may be writing there."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
+
+
+@contextmanager
+def locked(folder: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold the lock of a directory; no file is needed for it, and a killed process leaves none.
+
+    Yields whether the lock is held: some network file systems have none.
+
+    Raises:
+        BlockingIOError: another process holds it, and `wait` is false.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except BlockingIOError:
+            raise
+        except OSError:
+            held = False
+        yield held
+    finally:
+        os.close(handle)
+
+
+def flush(folder: Path) -> None:
+    """Bring every file of a directory to the disk."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            _sync(file)
+
+
+def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -7,12 +7,14 @@ So a change of `output_dir`, `learning_rate`, order, packing or split hits, and 
 or of a token misses, for that response alone.
 """
 
+import errno
 import json
 import logging
+import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,24 +34,30 @@ from .model.scorer import Scorer
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_WRITES = 20.0
-_FORMAT = "1"
+_FORMAT = "2"
 _NOT_IN_THE_NUMBERS = {"_name_or_path", "name_or_path", "transformers_version", "use_cache"}
 
 
-def model_fingerprint(model: torch.nn.Module, autocast: torch.dtype | None) -> str:
-    """32 hex digits of the weights (names, dtypes, shapes, bytes), the architecture's configuration
-    and the precision.
+def weights_digest(model: torch.nn.Module) -> str:
+    """32 hex digits of the weights: names, dtypes, shapes, bytes."""
+    content = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        content.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return content.hexdigest()
+
+
+def model_fingerprint(model: torch.nn.Module, autocast: torch.dtype | None, weights: str) -> str:
+    """32 hex digits of the weights (their `weights_digest`), the architecture's configuration and
+    the precision.
     """
-    content = xxhash.xxh3_128(_FORMAT.encode())
+    content = xxhash.xxh3_128(f"{_FORMAT} {weights}".encode())
     config = getattr(model, "config", None)
     if config is not None:
         known = {k: v for k, v in config.to_dict().items() if k not in _NOT_IN_THE_NUMBERS}
         content.update(json.dumps(known, sort_keys=True, default=str).encode())
     content.update(str(autocast).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        content.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
     return content.hexdigest()
 
 
@@ -66,8 +74,35 @@ class LogpStore:
         self.per_token = per_token
         self._sums: dict[bytes, float] = {}
         self._tokens: dict[bytes, np.ndarray] = {}
-        for shard in sorted(directory.glob("*.safetensors")):
+        self._shards: set[Path] = set()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read what other processes have added."""
+        for shard in sorted(set(self.directory.glob("*.safetensors")) - self._shards):
+            self._shards.add(shard)
             self._read(shard)
+
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """Be the only process that adds values, after what others have added has been read.
+
+        Raises:
+            FastDPOError: the directory cannot be made or written to.
+        """
+        with files.explain(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.directory, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "not writable")
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(files.locked(self.directory))
+            except BlockingIOError:
+                logger.warning("%s: waiting for another process that fills it", self.directory)
+                stack.enter_context(files.locked(self.directory, wait=True))
+            files.remove_leftovers(self.directory)
+            self.refresh()
+            yield
 
     def _read(self, shard: Path) -> None:
         try:
@@ -113,8 +148,10 @@ class LogpStore:
             data["ends"] = np.cumsum([len(t) for t in token_logps])
             self._tokens.update(zip(digests, token_logps, strict=True))
         self._sums.update(zip(digests, sums.tolist(), strict=True))
-        with files.atomic_file(self.directory / f"{uuid.uuid4().hex}.safetensors") as path:
+        shard = self.directory / f"{uuid.uuid4().hex}.safetensors"
+        with files.atomic_file(shard) as path:
             save_file(data, path)
+        self._shards.add(shard)
 
 
 @dataclass(frozen=True)
@@ -140,21 +177,31 @@ def fill_reference(
     """Set `ref_logps` of every group, from the store where they are known, computing and keeping
     the others.
 
-    A `scorer` that is a function is called only if something has to be computed.
+    A `scorer` that is a function is called only if something has to be computed. Processes that
+    fill the same store do so one after the other, each taking over what is there.
     """
     digests = [[g.digest(r) for r in range(len(g.responses))] for g in groups]
-    wanted: dict[bytes, tuple[int, int]] = {}
     distinct = {d for group in digests for d in group}
+    wanted = _missing(digests, store)
+    if wanted:
+        with store.filling():
+            wanted = _missing(digests, store)
+            if wanted:
+                model = scorer if isinstance(scorer, Scorer) else scorer()
+                _compute(groups, digests, wanted, model, store, max_tokens, progress)
+    for group, keys in zip(groups, digests, strict=True):
+        group.ref_logps = np.array([store.logp(d) for d in keys])
+    return ReferenceReport(len(distinct) - len(wanted), len(wanted), store.directory)
+
+
+def _missing(digests: Sequence[Sequence[bytes]], store: LogpStore) -> list[tuple[int, int]]:
+    """The group and number of each distinct response that the store lacks."""
+    wanted: dict[bytes, tuple[int, int]] = {}
     for index, keys in enumerate(digests):
         for response, digest in enumerate(keys):
             if digest not in store:
                 wanted.setdefault(digest, (index, response))
-    if wanted:
-        model = scorer if isinstance(scorer, Scorer) else scorer()
-        _compute(groups, digests, list(wanted.values()), model, store, max_tokens, progress)
-    for group, keys in zip(groups, digests, strict=True):
-        group.ref_logps = np.array([store.logp(d) for d in keys])
-    return ReferenceReport(len(distinct) - len(wanted), len(wanted), store.directory)
+    return list(wanted.values())
 
 
 def _compute(groups, digests, wanted, scorer: Scorer, store, max_tokens, progress) -> None:

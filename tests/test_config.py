@@ -99,6 +99,7 @@ OWN_DEFAULTS: dict[str, Any] = {
     "save_total_limit": None,
     "save_only_model": False,
     "resume_from_checkpoint": None,
+    "resume_with_changes": False,
 }
 
 

@@ -18,6 +18,7 @@ OWN_DEFAULTS = TrainConfig().to_dict()
 
 NOT_IN_TRL = {
     "profile_steps",
+    "resume_with_changes",
     "gradient_checkpointing_every",
     "layer_tile_tokens",
     "memory",

@@ -4,6 +4,7 @@ interruption.
 
 import json
 import logging
+import threading
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from fastdpo.config import TrainConfig
 from fastdpo.data.batch import make_batch
 from fastdpo.data.groups import Group
 from fastdpo.data.plan import Part
+from fastdpo.errors import FastDPOError
 from fastdpo.model.head import find_head
 from fastdpo.model.layout import choose_layout
 from fastdpo.model.scorer import Scorer
@@ -82,6 +84,38 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(fill, monkeypatch):
     assert 0 < done < 48
     assert fill() == (done, 48 - done)
     assert fill() == (48, 0)
+
+
+def test_two_processes_share_the_work(tiny_model, tmp_path, monkeypatch, caplog):
+    """The one that comes second waits, takes over what the first has added, computes the rest."""
+    scorer, groups = scorer_of(tiny_model), [random_group(seed) for seed in range(4)]
+    first, second = LogpStore(tmp_path), LogpStore(tmp_path)
+    waiting = threading.Event()
+    monkeypatch.setattr(reference.logger, "warning", lambda *words: waiting.set())
+    reports = []
+
+    def fill():
+        reports.append(fill_reference(groups, scorer, second, max_tokens=1000))
+
+    with first.filling():
+        thread = threading.Thread(target=fill)
+        thread.start()
+        assert waiting.wait(30)
+        for group in groups[:3]:
+            digests = [group.digest(r) for r in range(3)]
+            first.add(digests, [np.full(len(r), -1.0, np.float32) for r in group.responses])
+    thread.join(30)
+    assert reports[0].found == 9 and reports[0].computed == 3
+    assert [g.ref_logps.tolist() for g in groups[:3]] == [
+        [-float(len(r)) for r in g.responses] for g in groups[:3]
+    ]
+    assert fill_reference(groups, scorer, first, max_tokens=1000).computed == 0
+
+
+def test_a_cache_that_cannot_be_written_is_named_before_the_work(fill, tmp_path):
+    (tmp_path / "reference").write_text("a file")
+    with pytest.raises(FastDPOError, match=r"reference.*cannot be written \(Not a directory\)"):
+        fill()
 
 
 def test_a_damaged_shard_is_computed_again(fill, tmp_path, caplog):

@@ -266,3 +266,11 @@ class SavingKeys:
             path=True,
         ),
     )
+    resume_with_changes: bool = field(
+        default=False,
+        metadata=key(
+            "saving",
+            "Let a resumed run differ from its checkpoint in what is trained (beta, loss_type, "
+            "max_length, the data, the reference, ...); without it that is an error.",
+        ),
+    )

@@ -1,5 +1,6 @@
 """The model card that a trained model is saved with."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ from ..config import TrainConfig
 _SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "eval_loss", "eval_rewards/accuracies")
 
 
-def write_card(output_dir: Path, config: TrainConfig, metrics: dict[str, Any]) -> None:
-    """Write `README.md` with the hub's metadata, what was trained on what, and the last metrics.
+def model_card(config: TrainConfig, metrics: Mapping[str, Any]) -> str:
+    """The text of `README.md`: the hub's metadata, what was trained on what, the last metrics.
 
     peft writes a card of its own beside an adapter; this one replaces it.
     """
@@ -40,4 +41,4 @@ def write_card(output_dir: Path, config: TrainConfig, metrics: dict[str, Any]) -
         *rows,
         "",
     ]
-    (output_dir / "README.md").write_text("\n".join([*header, *lines]), encoding="utf-8")
+    return "\n".join([*header, *lines])

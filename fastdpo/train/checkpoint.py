@@ -11,7 +11,8 @@ import json
 import logging
 import random
 import re
-import shutil
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,9 @@ import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from ..errors import CheckpointError
-from ..files import atomic_directory
+from ..files import atomic_directory, explain
 from ..model.load import original_dropout
 from . import optimizer_state
 
@@ -38,26 +38,23 @@ def save_checkpoint(
     model: Any,
     tokenizer: Any,
     optimizer: Optimizer | None,
-    scheduler: LRScheduler | None,
-    state: dict[str, Any],
+    state: Mapping[str, Any],
 ) -> None:
-    """Write a checkpoint; without optimizer and scheduler, one that cannot be resumed
-    (`save_only_model`).
-    """
+    """Write a checkpoint; without an optimizer, one that cannot be resumed (`save_only_model`)."""
     with atomic_directory(path) as temporary:
         save_model(temporary, model, tokenizer)
-        if optimizer is not None and scheduler is not None:
+        if optimizer is not None:
             tensors, rest = optimizer_state.flatten(optimizer)
             save_file(tensors, temporary / "optimizer.safetensors")
             save_file(_rng_tensors(), temporary / "rng.safetensors")
             full = {
                 **state,
                 "optimizer": rest,
-                "scheduler": optimizer_state.plain(scheduler.state_dict()),
                 "python_rng": random.getstate(),
             }
             (temporary / "trainer_state.json").write_text(json.dumps(full), encoding="utf-8")
-        manifest = {f.name: _fingerprint(f) for f in sorted(temporary.iterdir())}
+        files = sorted(f for f in temporary.rglob("*") if f.is_file())
+        manifest = {f.relative_to(temporary).as_posix(): _fingerprint(f) for f in files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
@@ -68,12 +65,8 @@ def save_model(path: Path, model: Any, tokenizer: Any) -> None:
     tokenizer.save_pretrained(path)
 
 
-def load_checkpoint(
-    path: Path, *, load_weights: Any, optimizer: Optimizer, scheduler: LRScheduler
-) -> dict[str, Any]:
-    """Restore everything from a verified checkpoint; returns the state that was saved with it.
-
-    `load_weights(path)` puts the weights into the model.
+def read_state(path: Path) -> dict[str, Any]:
+    """The state that was saved with a checkpoint, after a check of all its files.
 
     Raises:
         CheckpointError: files are missing, truncated or changed, or it holds no optimizer state.
@@ -86,9 +79,17 @@ def load_checkpoint(
         raise CheckpointError(
             f"{path}: holds the model alone (save_only_model), so it cannot be resumed"
         )
-    state = json.loads(file.read_text(encoding="utf-8"))
-    load_weights(path)
-    saved = state.pop("optimizer")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def restore(path: Path, state: Mapping[str, Any], optimizer: Optimizer) -> None:
+    """Put the moments and the random state of a verified checkpoint back. What the configuration
+    sets (rates, betas, decay) stays as the optimizer has it.
+
+    Raises:
+        CheckpointError: it was made with another optimizer or for another model.
+    """
+    saved = state["optimizer"]
     own = [part.state_dict()["param_groups"] for part in optimizer_state.parts(optimizer)]
     if saved[0]["param_groups"][0].keys() != own[0][0].keys() or len(saved) != len(own):
         raise CheckpointError(
@@ -98,22 +99,30 @@ def load_checkpoint(
         optimizer_state.restore(optimizer, load_file(path / "optimizer.safetensors"), saved)
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: made for another model ({error})") from error
-    schedule = state.pop("scheduler")
-    now = scheduler.state_dict()
-    scheduler.load_state_dict({k: optimizer_state.like(now.get(k), v) for k, v in schedule.items()})
-    version, internal, gauss = state.pop("python_rng")
+    version, internal, gauss = state["python_rng"]
     random.setstate((version, tuple(internal), gauss))
     _restore_rng(load_file(path / "rng.safetensors"))
-    return state
 
 
 def find_checkpoint(output_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run; damaged ones are passed over with a warning."""
-    for path in reversed(_checkpoints(output_dir)):
+    """The newest whole checkpoint of a run, None where there are none at all; damaged ones are
+    passed over with a warning.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none is whole.
+    """
+    problems: list[str] = []
+    for path in reversed(checkpoints(output_dir)):
         problem = damage(path)
         if problem is None:
+            for passed in problems:
+                logger.warning("%s; trying the one before it", passed)
             return path
-        logger.warning("%s: %s; trying the one before it", path, problem)
+        problems.append(f"{path}: {problem}")
+    if problems:
+        raise CheckpointError(
+            f"resume_from_checkpoint: no checkpoint is whole: {'; '.join(problems)}"
+        )
     return None
 
 
@@ -121,10 +130,10 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint directory, None if nothing is."""
     if not path.is_dir():
         return "there is no such checkpoint directory"
-    manifest = path / MANIFEST
-    if not manifest.exists():
-        return f"{MANIFEST} is missing, so the checkpoint is incomplete"
-    for name, expected in json.loads(manifest.read_text(encoding="utf-8")).items():
+    manifest = _manifest(path)
+    if manifest is None:
+        return f"{MANIFEST} is missing or no JSON, so the checkpoint is incomplete"
+    for name, expected in manifest.items():
         file = path / name
         if not file.exists():
             return f"{name} is missing"
@@ -139,24 +148,46 @@ def damage(path: Path) -> str | None:
 def rotate(output_dir: Path, keep: int | None) -> None:
     """Remove the oldest checkpoints so that `keep` are left."""
     if keep is not None:
-        for path in _checkpoints(output_dir)[: -keep or None]:
-            shutil.rmtree(path)
+        for path in checkpoints(output_dir)[: -keep or None]:
+            remove(path)
 
 
-def remove_all(output_dir: Path) -> None:
-    """Remove every checkpoint and the metrics of an earlier run."""
-    for path in _checkpoints(output_dir):
-        shutil.rmtree(path)
-    (output_dir / "metrics.jsonl").unlink(missing_ok=True)
+def remove(path: Path) -> None:
+    """Remove the files that a run wrote into a checkpoint, and the directory where that is all."""
+    manifest = _manifest(path)
+    if manifest is None:
+        return
+    with explain(path):
+        folders = {path}
+        # The manifest last: what a kill leaves is known to be ours, and to be incomplete.
+        for name in (*manifest, MANIFEST):
+            file = path / name
+            file.unlink(missing_ok=True)
+            folders.add(file.parent)
+        for folder in sorted(folders, reverse=True):
+            with suppress(OSError):  # not empty
+                folder.rmdir()
 
 
-def _checkpoints(output_dir: Path) -> list[Path]:
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The directories named checkpoint-N, by N, whole or not."""
     found = [
         (int(match[1]), path)
         for path in output_dir.glob("checkpoint-*")
         if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
     ]
     return [path for _, path in sorted(found)]
+
+
+def _manifest(path: Path) -> dict[str, dict[str, Any]] | None:
+    """What a checkpoint's files were when they were written; None where that is not known."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(manifest, dict) or any(".." in Path(name).parts for name in manifest):
+        return None
+    return manifest
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:

@@ -14,10 +14,12 @@ from ..config import TrainConfig
 from ..data.batch import Batch
 from ..data.groups import Group, count_comparisons
 from ..data.plan import Step, make_plan, plan_digest
-from ..errors import CheckpointError
+from ..errors import ConfigError
 from ..losses import loss_at_reference
 from . import checkpoint, metrics
-from .optimizer import make_scheduler
+from .changes import check_changes, deciding
+from .optimizer import make_scheduler, restart
+from .output import METRICS, TRACE, Output
 from .profile import profiler
 from .retry import Retry
 from .step import Objective
@@ -25,7 +27,9 @@ from .update import make_update, require_one_row
 
 
 class Trainer:
-    """One run: `train()` takes every step that is left, evaluates, logs and saves on the way."""
+    """One run: `resume()` goes where a checkpoint ended, `train()` takes every step that is left,
+    evaluates, logs and saves on the way.
+    """
 
     def __init__(
         self,
@@ -35,14 +39,15 @@ class Trainer:
         groups: list[Group],
         eval_groups: list[Group],
         max_tokens: int,
+        output: Output,
+        identity: dict[str, Any],
         load_weights: Callable[[Path], None],
         say: Callable[[str], None],
     ) -> None:
         self.config, self.objective, self.tokenizer = config, objective, tokenizer
         self.groups, self.eval_groups, self.max_tokens = groups, eval_groups, max_tokens
-        self.load_weights, self.say = load_weights, say
+        self.output, self.load_weights, self.say = output, load_weights, say
         self.model, self.device = objective.policy.model, objective.policy.device
-        self.output_dir = Path(config.output_dir)
         self.per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.steps_per_epoch = math.ceil(count_comparisons(groups) / self.per_step)
         epochs = math.ceil(config.num_train_epochs * self.steps_per_epoch)
@@ -56,11 +61,12 @@ class Trainer:
         self.scheduler = make_scheduler(self.optimizer, config, self.total_steps)
         self.bar = tqdm(total=self.total_steps, unit="step", disable=config.disable_tqdm)
         self.step = self.num_tokens = 0
+        self.resumed: int | None = None
         if config.optimizer_in_backward:
             every_epoch = range(math.ceil(self.total_steps / self.steps_per_epoch))
             layout = objective.policy.layout.name
             require_one_row(map(self.plan, every_epoch), groups, layout, config)
-        self.digest = plan_digest(groups, self.plan(0))
+        self.identity = identity | {"data": plan_digest(groups, self.plan(0))}
         self.retry = Retry(self)
 
     def plan(self, epoch: int) -> list[Step]:
@@ -76,15 +82,15 @@ class Trainer:
         )
 
     def train(self) -> dict[str, float]:
-        """Run to the last step and write the model; returns the last value of every metric."""
-        config, resumed = self.config, self._resume()
+        """Run to the last step; returns the last value of every metric."""
+        config, folder = self.config, self.output.path
         trackers = metrics.make_trackers(
-            config.report_to, self.output_dir, config.run_name, config.to_dict()
+            config.report_to, folder, config.run_name, config.to_dict()
         )
-        self.log = metrics.MetricsLog(self.output_dir / "metrics.jsonl", trackers, resumed)
+        self.log = metrics.MetricsLog(folder / METRICS, trackers, self.resumed)
         last = self._evaluate() if config.eval_on_start and self.step == 0 else {}
         self.model.train()
-        trace = profiler(config.profile_steps, self.output_dir / "trace.json", self.device)
+        trace = profiler(config.profile_steps, folder / TRACE, self.device)
         with closing(self.retry.steps(self._steps)) as taken, trace as watch:
             for _ in taken:
                 watch.step()
@@ -92,8 +98,13 @@ class Trainer:
         if config.do_eval and config.eval_strategy == "no":
             last |= self._evaluate()
         self.bar.close()
-        checkpoint.save_model(self.output_dir, self.model, self.tokenizer)
+        self._begin()
         return last
+
+    def _begin(self) -> None:
+        """Take the output directory, which was left as it was until a step had been taken."""
+        self.output.begin(self.config)
+        self.log.open()
 
     def _due(self, strategy: str, name: str) -> bool:
         end = self.step == self.total_steps
@@ -133,12 +144,14 @@ class Trainer:
 
     def _after_step(self) -> dict[str, float]:
         """Read, log, evaluate and save where that is due; what was found."""
-        config, first = self.config, self.step == 1
+        config, first = self.config, self.step == (self.resumed or 0) + 1
         log = self._due("steps", "logging") or (config.logging_first_step and first)
         evaluate = bool(self.eval_groups) and self._due(config.eval_strategy, "eval")
         save = self._due(config.save_strategy, "save")
         if self.pending.waits or first or log or evaluate or save:
             self._read()
+        if first:
+            self._begin()
         found = self._write_metrics() if log else {}
         if evaluate:
             found |= self._evaluate()
@@ -172,36 +185,40 @@ class Trainer:
         return result
 
     def _save(self) -> None:
-        whole = not self.config.save_only_model
-        state = {"step": self.step, "num_tokens": self.num_tokens}
         checkpoint.save_checkpoint(
-            self.output_dir / f"checkpoint-{self.step}",
+            self.output.path / f"checkpoint-{self.step}",
             model=self.model,
             tokenizer=self.tokenizer,
-            optimizer=self.optimizer if whole else None,
-            scheduler=self.scheduler if whole else None,
-            state=state | {"pending": self.pending.values, "plan": self.digest},
+            optimizer=None if self.config.save_only_model else self.optimizer,
+            state={
+                "step": self.step,
+                "num_tokens": self.num_tokens,
+                "pending": self.pending.values,
+                "config": deciding(self.config),
+                "identity": self.identity,
+            },
         )
-        checkpoint.rotate(self.output_dir, self.config.save_total_limit)
+        checkpoint.rotate(self.output.path, self.config.save_total_limit)
 
-    def _resume(self) -> int | None:
-        """Go on from the checkpoint that the configuration asks for; returns its step, None for a
-        new run.
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint, with its weights, moments and random state, and with the rates
+        that the configuration asks for.
+
+        Raises:
+            CheckpointError: it is damaged, or made for something else than this run trains.
+            ConfigError: it was taken after the last step of this run.
         """
-        wanted = self.config.resume_from_checkpoint
-        path = checkpoint.find_checkpoint(self.output_dir) if wanted is True else wanted
-        if not path:
-            return None
-        state = checkpoint.load_checkpoint(
-            Path(path),
-            load_weights=self.load_weights,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
-        )
-        if state["plan"] != self.digest:
-            raise CheckpointError(f"{path}: made with other data, another seed or step size")
-        self.step, self.num_tokens = state["step"], state["num_tokens"]
-        self.pending.values = state["pending"]
+        state = checkpoint.read_state(path)
+        check_changes(path, state, self.config, self.identity, self.say)
+        if state["step"] > self.total_steps:
+            raise ConfigError(
+                f"resume_from_checkpoint: {path} was taken at step {state['step']}, after the last "
+                f"of this run's {self.total_steps}; raise max_steps or num_train_epochs"
+            )
+        self.load_weights(path)
+        checkpoint.restore(path, state, self.optimizer)
+        self.step = self.resumed = state["step"]
+        restart(self.scheduler, self.step)
+        self.num_tokens, self.pending.values = state["num_tokens"], state["pending"]
         self.bar.update(self.step)
         self.say(f"resumed at step {self.step} from {path}")
-        return self.step

@@ -6,6 +6,7 @@ import json
 import resource
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..errors import ConfigError
+from ..files import explain, write_text
 from ..model.quantised import count_weights
 
 TOKEN_STATS = ("entropy", "mean_logit", "is_top1")
@@ -167,9 +169,11 @@ class _TensorBoard:
     def __init__(self, output_dir: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(output_dir / "runs"))
+        self.make = partial(SummaryWriter, str(output_dir / "runs"))
+        self.writer: Any = None
 
     def log(self, metrics: dict[str, float], step: int) -> None:
+        self.writer = self.writer or self.make()  # it writes a file when it is made
         for name, value in metrics.items():
             prefix = "" if name.startswith("eval_") else "train/"
             self.writer.add_scalar(prefix + name, value, step)
@@ -219,22 +223,31 @@ def show(metrics: dict[str, float]) -> str:
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line. A resumed run first drops the lines of steps it will
-    repeat.
-    """
+    """`metrics.jsonl`: one JSON object a line; what is written before `open` waits for it."""
 
     def __init__(self, path: Path, trackers: list[Tracker], resumed_step: int | None) -> None:
-        self.path = path
-        self.trackers = trackers
+        self.path, self.trackers, self.resumed_step = path, trackers, resumed_step
+        self._waiting: list[tuple[dict[str, float], int]] | None = []
+
+    def open(self) -> None:
+        """Start the file; a resumed run keeps the lines of the steps that it does not repeat."""
+        if self._waiting is None:
+            return
         kept: list[str] = []
-        if resumed_step is not None and path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step(line) <= resumed_step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        if self.resumed_step is not None and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step(line) <= self.resumed_step]
+        write_text(self.path, "".join(line + "\n" for line in kept))
+        waiting, self._waiting = self._waiting, None
+        for metrics, step in waiting:
+            self.write(metrics, step)
 
     def write(self, metrics: dict[str, float], step: int) -> None:
         """Append the metrics of a step and hand them to the trackers."""
-        with self.path.open("a", encoding="utf-8") as file:
+        if self._waiting is not None:
+            self._waiting.append((metrics, step))
+            return
+        with explain(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         for tracker in self.trackers:
             tracker.log(metrics, step)

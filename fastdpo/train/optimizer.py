@@ -4,6 +4,7 @@ AdamW is torch's, with moments as wide as the weights, or torchao's or bitsandby
 in 8 bits (blocks of 256 share an fp32 scale) for every weight of 4096 and more elements.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -111,6 +112,14 @@ def _bitsandbytes(
     manager.override_config([m.weight for m in embeddings], "optim_bits", 32)
     optimizer.mng = manager
     return optimizer
+
+
+def restart(scheduler: LRScheduler, step: int) -> None:
+    """Set the rates to those after `step` steps; every schedule follows the step alone."""
+    scheduler.last_epoch = step - 1
+    with warnings.catch_warnings():  # it wants to see a step of the optimizer first
+        warnings.simplefilter("ignore", UserWarning)
+        scheduler.step()
 
 
 def make_scheduler(optimizer: Optimizer, config: TrainConfig, total_steps: int) -> LRScheduler:

@@ -73,12 +73,9 @@ def restore(
         for key, (signed, dtype) in saved["subclasses"].items():
             index, name = key.split(".")
             _join(state[int(index)], name, signed, dtype)
-        groups = [
-            {k: like(now.get(k), v) for k, v in group.items()}
-            for now, group in zip(
-                part.state_dict()["param_groups"], saved["param_groups"], strict=True
-            )
-        ]
+        groups = part.state_dict()["param_groups"]
+        if [g["params"] for g in groups] != [g["params"] for g in saved["param_groups"]]:
+            raise ValueError("its weights are grouped otherwise")
         part.load_state_dict({"state": state, "param_groups": groups})
     _refresh(optimizer)
 
@@ -90,15 +87,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(entry) for entry in value]
     return value.tolist() if isinstance(value, torch.Tensor) else value
-
-
-def like(now: Any, saved: Any) -> Any:
-    """`saved`, with a tensor wherever `now` has one."""
-    if isinstance(now, torch.Tensor):
-        return torch.tensor(saved, dtype=now.dtype, device=now.device)
-    if isinstance(now, list) and isinstance(saved, list) and len(now) == len(saved):
-        return [like(a, b) for a, b in zip(now, saved, strict=True)]
-    return saved
 
 
 def _own(value: torch.Tensor, seen: set[int]) -> torch.Tensor:

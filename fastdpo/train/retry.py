@@ -92,7 +92,7 @@ class Retry:
             f"memory: auto: step {trainer.step + 1} ran out of memory in rows of up to {largest} "
             f"tokens; {self._less(step, largest)}; the step is repeated"
         )
-        trainer.config.save(trainer.output_dir / "training_config.yaml")
+        trainer.output.save_config(trainer.config)
         return False
 
     def _clear(self, state: Any) -> None:
@@ -158,7 +158,7 @@ class Retry:
         return self._tried(values, lambda: recompute_layers(self.trainer.model, offload=side))
 
     def _transfer(self) -> Transfer:
-        return transfer_of(self.trainer.device, self.trainer.output_dir)
+        return transfer_of(self.trainer.device, self.trainer.output.path)
 
     def _smaller_tile_of_logits(self, largest: int) -> dict[str, Any]:
         policy = self.trainer.objective.policy

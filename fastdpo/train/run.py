@@ -34,11 +34,18 @@ from ..model.precision import choose_precision
 from ..model.quantised import is_quantised, packing
 from ..model.scorer import Scorer
 from ..model.tiles import tile_layers
-from ..reference import LogpStore, OnlineReference, fill_reference, model_fingerprint
-from . import checkpoint
-from .card import write_card
+from ..reference import (
+    LogpStore,
+    OnlineReference,
+    ReferenceReport,
+    fill_reference,
+    model_fingerprint,
+    weights_digest,
+)
+from .card import model_card
 from .loop import Trainer
 from .optimizer import optimizer_path
+from .output import Output, claim
 from .step import Objective
 
 _ORDER = ("shared", "packed", "padded")
@@ -60,6 +67,14 @@ def train(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> dict[
             step.
     """
     config.require("model_name_or_path", "dataset_name")
+    with claim(config) as output:
+        if output.holds_this_run() and config.resume_from_checkpoint is True:
+            say(f"{output.path}: this run is finished (step {output.step}), nothing is left to do")
+            return {"output_dir": str(output.path)}
+        return _train(config, output, say)
+
+
+def _train(config: TrainConfig, output: Output, say: Callable[[str], None]) -> dict[str, Any]:
     loss = make_loss(
         config.loss_type,
         beta=config.beta,
@@ -67,7 +82,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> dict[
         loss_weights=config.loss_weights,
     )
     optimizer = optimizer_path(config, run_device(config))
-    activations, output_dir = activations_path(config), _claim(config)
+    activations, start = activations_path(config), output.checkpoint()
     set_seed(config.seed)
     device, tokenizer = _device(config), load_tokenizer(config)
     data = load_data(config, tokenizer, say)
@@ -78,11 +93,16 @@ def train(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> dict[
     policy = load_scorer(config, device, autocast, say)
     max_tokens = config.max_tokens_per_batch or TOKENS_PER_ROW[device.type]
     reference = None
+    identity = {"precision": str(autocast)}
     if config.precompute_ref_log_probs:
-        precompute_reference(config, policy, data, max_tokens, say)
+        _, weights = precompute_reference(config, policy, data, max_tokens, say)
+        identity["reference model"] = weights
     elif config.ref_model_name_or_path or not config.use_peft:
         reference = _second_model(config, policy, device, autocast, say)
+        identity["reference model"] = weights_digest(reference.scorer.model)
     if config.use_peft:
+        if config.ref_model_name_or_path or not config.precompute_ref_log_probs:
+            identity["base model"] = weights_digest(policy.model)
         policy.model = add_adapter(policy.model, config)
         policy.head = find_head(policy.model)
         if config.lora_dropout > 0 and policy.layout.name == "shared":
@@ -96,11 +116,10 @@ def train(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> dict[
     say(f"activations: {activations}")
     say(f"optimizer: {optimizer}")
     if config.gradient_checkpointing:
-        transfer = transfer_of(device, output_dir) if config.activation_offloading else None
+        transfer = transfer_of(device, output.path) if config.activation_offloading else None
         recompute_layers(policy.model, every=config.gradient_checkpointing_every, offload=transfer)
     if config.torch_compile:
         say(f"layers: {compile_layers(policy.model)} compiled")
-    config.save(output_dir / "training_config.yaml")
     trainer = Trainer(
         config=config,
         objective=Objective(policy, loss, config.beta, reference),
@@ -108,6 +127,8 @@ def train(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> dict[
         groups=data.train,
         eval_groups=data.evaluation,
         max_tokens=max_tokens,
+        output=output,
+        identity=identity,
         load_weights=lambda path: load_weights(policy.model, config, path),
         say=say,
     )
@@ -118,9 +139,17 @@ def train(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> dict[
     if device.type == "cpu":
         keep_freed_memory(max(max_tokens, longest_comparison(data.train, policy.layout.name)))
         return_freed_memory()
+    if start is not None:
+        trainer.resume(start)
+    elif config.resume_from_checkpoint:
+        say(f"resume_from_checkpoint: {output.path} holds no checkpoint, starting at step 0")
+    if output.finished and trainer.step == trainer.total_steps:
+        say(f"{output.path}: this run is finished (step {trainer.step}), nothing is left to do")
+        return {"output_dir": str(output.path)}
     result = trainer.train()
-    write_card(output_dir, config, result)
-    return {**result, "output_dir": str(output_dir)}
+    card = model_card(trainer.config, result)
+    output.finish(trainer.config, trainer.step, policy.model, tokenizer, card)
+    return {**result, "output_dir": str(output.path)}
 
 
 def precompute(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> dict[str, Any]:
@@ -131,7 +160,7 @@ def precompute(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> 
     autocast = _precision(config, device, say)
     policy = load_scorer(config, device, autocast, say)
     max_tokens = config.max_tokens_per_batch or TOKENS_PER_ROW[device.type]
-    report = precompute_reference(config, policy, data, max_tokens, say)
+    report, _ = precompute_reference(config, policy, data, max_tokens, say)
     return {"found": report.found, "computed": report.computed, "cache": str(report.directory)}
 
 
@@ -222,15 +251,18 @@ def load_scorer(
 
 def precompute_reference(
     config: TrainConfig, policy: Scorer, data: Data, max_tokens: int, say: Callable[[str], None]
-):
-    """Reference log-probabilities of every group, from the cache or from a pass over the data."""
+) -> tuple[ReferenceReport, str]:
+    """Reference log-probabilities of every group, from the cache or from a pass over the data; and
+    the digest of the reference's weights.
+    """
     scorer = policy
     if config.ref_model_name_or_path:
         scorer = load_scorer(
             config, policy.device, policy.autocast, say, config.ref_model_name_or_path
         )
     root = Path(config.reference_cache_dir or cache_root() / "reference").expanduser()
-    store = LogpStore(root / model_fingerprint(scorer.model, scorer.autocast))
+    weights = weights_digest(scorer.model)
+    store = LogpStore(root / model_fingerprint(scorer.model, scorer.autocast, weights))
 
     def progress(rows, total):
         return tqdm(rows, total=total, desc="reference", unit="row", disable=config.disable_tqdm)
@@ -244,7 +276,7 @@ def precompute_reference(
         progress=progress,
     )
     say(f"reference log-probabilities: {report}")
-    return report
+    return report, weights
 
 
 def load_weights(model: Any, config: TrainConfig, path: Path) -> None:
@@ -255,12 +287,22 @@ def load_weights(model: Any, config: TrainConfig, path: Path) -> None:
         adapter = path / "adapter_model.safetensors"
         if not adapter.exists():
             raise CheckpointError(f"{path}: holds no adapter, but use_peft is set")
-        set_peft_model_state_dict(model, load_peft_weights(str(path), device="cpu"))
+        try:
+            loaded = set_peft_model_state_dict(model, load_peft_weights(str(path), device="cpu"))
+        except RuntimeError as error:
+            raise CheckpointError(f"{path}: its adapter has other shapes ({error})") from error
+        missing = [name for name in loaded.missing_keys if "lora_" in name]
+        if missing or loaded.unexpected_keys:
+            names = ", ".join([*missing, *loaded.unexpected_keys][:3])
+            raise CheckpointError(f"{path}: its adapter is on other modules ({names})")
         return
     if not (path / "config.json").exists():
         raise CheckpointError(f"{path}: holds no full model, but use_peft is not set")
     saved = load_model(config, torch.device("cpu"), str(path))
-    model.load_state_dict(saved.state_dict())
+    try:
+        model.load_state_dict(saved.state_dict())
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: holds another model ({error})") from error
 
 
 def _second_model(config, policy: Scorer, device, autocast, say) -> OnlineReference:
@@ -280,31 +322,6 @@ def _describe_reference(config: TrainConfig, reference: OnlineReference | None) 
     if reference is None:
         return "precomputed, no reference model during training"
     return "the policy with its adapter off" if reference.adapter_off else "a second model, online"
-
-
-def _claim(config: TrainConfig) -> Path:
-    """The output directory, made if it is not there; one that holds another run is not written
-    over.
-    """
-    path = Path(config.output_dir).expanduser()
-    used = path.is_dir() and any(
-        (path / name).exists() for name in ("metrics.jsonl", "model.safetensors", "config.json")
-    )
-    used = used or bool(list(path.glob("checkpoint-*")))
-    if used and not (config.overwrite_output_dir or config.resume_from_checkpoint):
-        raise ConfigError(
-            f"output_dir: {path} holds another run; choose another one, or set "
-            f"overwrite_output_dir or resume_from_checkpoint"
-        )
-    if config.overwrite_output_dir:
-        checkpoint.remove_all(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output_dir: {path} cannot be made ({error.strerror})") from error
-    if not os.access(path, os.W_OK):
-        raise ConfigError(f"output_dir: {path} cannot be written to")
-    return path
 
 
 def _device(config: TrainConfig) -> torch.device:

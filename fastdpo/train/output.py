@@ -1,0 +1,257 @@
+"""The output directory: who may write there, from when on, and what of an earlier run is removed.
+
+A run holds the directory's lock. It changes nothing until its first step has been taken, so
+whatever is wrong with configuration, data or model costs no file of an earlier run.
+`trainer_state.json` names the files that a run wrote and says whether it is finished; nothing else
+is ever removed.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ..config import TrainConfig
+from ..errors import CheckpointError, ConfigError
+from ..files import explain, flush, locked, remove_leftovers, temporary_directory, write_text
+from . import checkpoint
+from .changes import deciding
+
+STATE = "trainer_state.json"
+CONFIG = "training_config.yaml"
+METRICS = "metrics.jsonl"
+TRACE = "trace.json"
+_LOGS = (STATE, CONFIG, METRICS, TRACE)
+_WRITTEN = (
+    *_LOGS,
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "token*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+    "vocab.*",
+    "merges.txt",
+)
+"""What a run writes, checkpoints apart: a directory that holds any of it belongs to somebody."""
+
+
+class Output:
+    """The output directory of the run that holds its lock.
+
+    Attributes:
+        path: the directory.
+        finished: whether the run that wrote there reached its last step, and what it saved is
+            still there.
+        step: that step.
+    """
+
+    def __init__(self, path: Path, config: TrainConfig) -> None:
+        self.path, self.config = path, config
+        self._state = _read(path / STATE)
+        self._begun = False
+        _check(path, config, set(self._files))
+
+    @property
+    def finished(self) -> bool:
+        whole = all((self.path / name).exists() for name in self._files)
+        return bool(self._state.get("finished")) and whole
+
+    @property
+    def step(self) -> int:
+        return int(self._state.get("step", 0))
+
+    @property
+    def _files(self) -> list[str]:
+        return [name for name in self._state.get("files", []) if ".." not in Path(name).parts]
+
+    def holds_this_run(self) -> bool:
+        """Whether a finished run wrote there whose configuration decided the same weights."""
+        return self.finished and self._state.get("config") == deciding(self.config)
+
+    def checkpoint(self) -> Path | None:
+        """The checkpoint to go on from; None for a new run.
+
+        Raises:
+            CheckpointError: there are checkpoints and none is whole, or a finished model without
+                any.
+        """
+        wanted = self.config.resume_from_checkpoint
+        if wanted is not True:
+            return Path(wanted).expanduser() if wanted else None
+        found = checkpoint.find_checkpoint(self.path)
+        if found is None and self.finished:
+            raise CheckpointError(
+                f"resume_from_checkpoint: the run in {self.path} is finished (step {self.step}) "
+                "and holds no checkpoint to go on from; choose another output_dir"
+            )
+        return found
+
+    def begin(self, config: TrainConfig) -> None:
+        """Make the directory this run's, now that its first step has been taken."""
+        if self._begun:
+            return
+        with explain(self.path):
+            remove_leftovers(self.path)
+            if config.overwrite_output_dir:
+                for path in checkpoint.checkpoints(self.path):
+                    checkpoint.remove(path)
+                self._remove(set(self._files) - {STATE})
+                self._state = {}
+        self._begun = True
+        self._record(False, 0, {*self._files, *_LOGS})
+        self.save_config(config)
+
+    def save_config(self, config: TrainConfig) -> None:
+        """Write the configuration as it is now."""
+        if self._begun:
+            write_text(self.path / CONFIG, config.to_yaml())
+
+    def finish(self, config: TrainConfig, step: int, model: Any, tokenizer: Any, card: str) -> None:
+        """Save the trained model and its card; files of an earlier model that it lacks go."""
+        self.begin(config)
+        earlier = set(self._files)
+        with explain(self.path), temporary_directory(self.path / "model") as made:
+            checkpoint.save_model(made, model, tokenizer)
+            (made / "README.md").write_text(card, encoding="utf-8")
+            flush(made)
+            names = {f.relative_to(made).as_posix() for f in made.rglob("*") if f.is_file()}
+            self._record(False, step, earlier | names)
+            for name in sorted(names):
+                (self.path / name).parent.mkdir(exist_ok=True)
+                os.replace(made / name, self.path / name)
+            self._remove(earlier - names - set(_LOGS))
+            logs = {name for name in _LOGS if (self.path / name).exists()}
+            self._record(True, step, names | logs)
+
+    def _record(self, finished: bool, step: int, files: set[str]) -> None:
+        config = deciding(self.config)
+        self._state = {"finished": finished, "step": step, "files": sorted(files), "config": config}
+        write_text(self.path / STATE, json.dumps(self._state, indent=1))
+
+    def _remove(self, names: set[str]) -> None:
+        for name in names:
+            file = self.path / name
+            file.unlink(missing_ok=True)
+            if file.parent != self.path:
+                with suppress(OSError):
+                    file.parent.rmdir()
+
+
+@contextmanager
+def claim(config: TrainConfig) -> Iterator[Output]:
+    """The output directory, locked for this run; one that was made for it goes with an early error.
+
+    Raises:
+        ConfigError: it cannot be made or written, another process has it, or it holds something
+            that this run would write over without being told to.
+    """
+    path = Path(config.output_dir).expanduser()
+    made = _make(path)
+    try:
+        with locked(path):
+            yield Output(path, config)
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"output_dir: another run is writing to {path}; wait until it ends, or choose another "
+            "directory"
+        ) from error
+    finally:
+        for folder in reversed(made):
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+
+
+def _make(path: Path) -> list[Path]:
+    """Make the directory; returns those that were not there, outermost first."""
+    made = [p for p in (*reversed(path.parents), path) if not p.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = os.strerror(error.errno or 0)
+        raise ConfigError(f"output_dir: {path} cannot be made ({problem})") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ConfigError(f"output_dir: {path} cannot be written to")
+    return made
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) and "files" in state else {}
+
+
+def _check(path: Path, config: TrainConfig, ours: set[str]) -> None:
+    """Raise ConfigError if this run would write over what it was not told to write over."""
+    held = {file.name for pattern in _WRITTEN for file in path.glob(pattern)}
+    saved = checkpoint.checkpoints(path)
+    strange = sorted(held - ours)
+    if config.overwrite_output_dir:
+        _refuse_sources(path, config)
+        strange += [p.name for p in saved if not (p / checkpoint.MANIFEST).exists()]
+    elif not config.resume_from_checkpoint:
+        if ours or saved:
+            raise ConfigError(
+                f"output_dir: {path} holds another run; choose another one, or set "
+                "overwrite_output_dir or resume_from_checkpoint"
+            )
+    elif config.resume_from_checkpoint is not True:
+        _check_branch(path, Path(config.resume_from_checkpoint), saved, bool(ours or saved))
+    if strange:
+        raise ConfigError(
+            f"output_dir: {path} holds {_some(strange)}, which no run of fastdpo wrote there; "
+            "choose another directory"
+        )
+
+
+def _check_branch(path: Path, wanted: Path, saved: list[Path], used: bool) -> None:
+    """A named checkpoint goes on in its own directory, from its end, or in a new one."""
+    wanted = wanted.expanduser().resolve()
+    inside = wanted.parent == path.resolve()
+    if used and not inside:
+        raise ConfigError(
+            f"output_dir: {path} holds another run than {wanted}; choose another directory"
+        )
+    places = [p.resolve() for p in saved]
+    newer = places[places.index(wanted) + 1 :] if wanted in places else []
+    if newer:
+        raise ConfigError(
+            f"resume_from_checkpoint: {path} holds {_some([p.name for p in newer])} after "
+            f"{wanted.name}; choose another output_dir to go on from there, or move them away"
+        )
+
+
+def _refuse_sources(path: Path, config: TrainConfig) -> None:
+    """Raise ConfigError if something that the run reads lies where it is to start anew."""
+    path = path.resolve()
+    keys = (
+        "model_name_or_path",
+        "ref_model_name_or_path",
+        "dataset_name",
+        "eval_dataset_name",
+        "reference_cache_dir",
+    )
+    for key in keys:
+        source = Path(getattr(config, key) or "/").expanduser()
+        if not source.exists():
+            continue
+        links = source.iterdir() if source.is_dir() else []
+        for place in (source, *links):
+            if place.resolve().is_relative_to(path):
+                raise ConfigError(
+                    f"overwrite_output_dir: {key} {place} lies in the output_dir {path} that is to "
+                    "be overwritten; choose another output_dir"
+                )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
