@@ -14,7 +14,7 @@ import pytest
 import torch
 import xxhash
 from fastdpo_kernels import LOSSES
-from training import metrics, run, weights
+from training import metrics, run, settings, weights
 from transformers import AutoModelForCausalLM
 
 from fastdpo import files
@@ -246,15 +246,15 @@ SCHEDULES = [
 @pytest.mark.parametrize("changes", SCHEDULES, ids=lambda changes: " ".join(changes))
 def test_a_new_schedule_holds_from_the_next_step_on(go, copy, tmp_path, changes):
     path, keys = copy
+    keys_before = TrainConfig.from_dict(settings(path, path, path, **keys)).to_dict()
     keys = keys | {"save_strategy": "no"} | changes
     go(tmp_path / "new", **keys)
     if "max_steps" not in changes:
         checkpoint.remove(path / "checkpoint-4")
     _, said = go(path, **keys, resume_from_checkpoint=True)
     step = 4 if "max_steps" in changes else 2
-    (line,) = [line for line in said if line.startswith("resumed with changes")]
-    assert line.startswith(f"resumed with changes from step {step + 1} on: ")
-    assert all(f"{name} was " in line for name in changes)
+    (line,) = [line for line in said if line.startswith(f"changed from step {step + 1} on: ")]
+    assert all(f"{name} {keys_before[name]} (now {changes[name]})" in line for name in changes)
     rates = [row["learning_rate"] for row in metrics(path)]
     assert rates[step:] == [row["learning_rate"] for row in metrics(tmp_path / "new")][step:]
     assert all(rate > 0 for rate in rates)
@@ -271,7 +271,7 @@ def test_what_the_optimizer_is_told_holds_from_the_next_step_on(go, copy, tmp_pa
     file = "adapter_model.safetensors" if "use_peft" in keys else "model.safetensors"
     go(tmp_path / "same", **keys, resume_from_checkpoint=start)
     _, said = go(tmp_path / "other", **keys, resume_from_checkpoint=start, **{name: value})
-    assert any(f"{name} was" in line for line in said)
+    assert any(line.startswith("changed from step 3 on: " + name) for line in said)
     same, other = weights(tmp_path / "same", file), weights(tmp_path / "other", file)
     assert any(not torch.equal(same[tensor], other[tensor]) for tensor in same)
 
@@ -303,16 +303,18 @@ def test_what_decides_the_training_stays(go, copy, tmp_path, name):
     path, keys = copy
     value = OTHERS[name] if name != "use_peft" else "use_peft" not in keys
     keys = keys | {name: value, "resume_from_checkpoint": str(path / "checkpoint-2")}
-    text = fails_untouched(go, tmp_path / "new", CheckpointError, "checkpoint-2: made with", **keys)
+    text = fails_untouched(
+        go, tmp_path / "new", CheckpointError, "checkpoint-2 was made with", **keys
+    )
     before = {"beta": "0.1", "seed": "42", "lora_r": "4", "bf16": "False"}.get(name, "")
-    assert f"{name} was {before}" in text and f"is {value}" in text
+    assert f"{name} {before}" in text and f"(now {value})" in text
     assert "set resume_with_changes: true" in text
     keys |= {"resume_with_changes": True}
     if name in ("use_peft", "lora_r", "lora_target_modules", "optim"):
         fails_untouched(go, tmp_path / "new", CheckpointError, "checkpoint-2: ", **keys)
     else:
         _, said = go(tmp_path / "new", **keys)
-        assert any(f"{name} was" in line for line in said if "with changes" in line)
+        assert any(f"{name} {before}" in line for line in said if "changed from" in line)
 
 
 @both
@@ -331,12 +333,12 @@ def test_another_reference_or_other_data_are_no_accident(
     refused = partial(fails_untouched, go, tmp_path / "new", CheckpointError)
     for online in ({}, {"precompute_ref_log_probs": False}):
         text = refused("other reference model", ref_model_name_or_path=str(other), **online, **keys)
-        assert f"ref_model_name_or_path was None, is {other}" in text
+        assert f"ref_model_name_or_path None (now {other})" in text
     lines = pairs_file.read_text(encoding="utf-8").splitlines()[:-1]
     shorter = tmp_path / "shorter.jsonl"
     shorter.write_text("\n".join(lines), encoding="utf-8")
     text = refused("other data", dataset_name=str(shorter), **keys)
-    assert f"dataset_name was {pairs_file}, is {shorter}" in text
+    assert f"dataset_name {pairs_file} (now {shorter})" in text
 
 
 def test_every_key_is_sorted_by_what_a_resumed_run_does_with_it():

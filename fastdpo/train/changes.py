@@ -1,6 +1,7 @@
 """What a resumed run may change: nothing that decides what is trained, unless it is told to."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..config import TrainConfig
@@ -71,45 +72,59 @@ COMPARED = (
 tokens, the comparisons of each step, the precision.
 """
 
-ALLOW = "set resume_with_changes: true to go on all the same"
-
 
 def deciding(config: TrainConfig) -> dict[str, Any]:
     """The value of every key that decides the trained weights."""
     return {name: getattr(config, name) for name in (*FIXED, *FOLLOWED, *COMPARED)}
 
 
-def check_changes(
-    path: object,
-    saved: Mapping[str, Any],
-    config: TrainConfig,
-    identity: Mapping[str, Any],
-    say: Callable[[str], None],
-) -> None:
-    """Compare a checkpoint's state with the run that is to go on from it; says what changes.
-
-    `identity` names what keys led to: `{"precision": ..., "reference": ..., "data": ...}`, the same
-    names as in the checkpoint.
+def check_keys(path: Path, saved: Mapping[str, Any], config: TrainConfig) -> None:
+    """Compare the keys of a checkpoint's state with those of the run that is to go on from it.
 
     Raises:
-        CheckpointError: a key of `FIXED` or an identity differs and `resume_with_changes` is false.
+        CheckpointError: a key of `FIXED` differs and `resume_with_changes` is false.
     """
-    before, step = saved.get("config", {}), saved["step"]
-    now = deciding(config)
-    differs = {
-        name: f"{name} was {before[name]}, is {now[name]}"
-        for name in now
-        if name in before and before[name] != now[name]
-    }
-    fixed = FIXED if config.use_peft or before.get("use_peft") else FIXED[: -len(ADAPTERS)]
-    changed = [differs[name] for name in fixed if name in differs]
-    hints = ", ".join(differs[name] for name in COMPARED if name in differs)
+    _refuse(path, _changed(saved, config, FIXED), config)
+
+
+def check_identity(
+    path: Path, saved: Mapping[str, Any], config: TrainConfig, identity: Mapping[str, str]
+) -> None:
+    """Compare what the keys of `COMPARED` led to, under the names that `identity` gives it.
+
+    Raises:
+        CheckpointError: something differs and `resume_with_changes` is false.
+    """
     known = saved.get("identity", {})
-    other = [name for name, value in identity.items() if name in known and known[name] != value]
-    if not changed and other:
-        changed = [f"other {' and '.join(other)} ({hints or 'under the same name'})"]
+    other = [name for name, value in identity.items() if known.get(name, value) != value]
+    if other:
+        names = _changed(saved, config, COMPARED) or ["the keys are the same"]
+        _refuse(path, [f"other {' and '.join(other)}: {', '.join(names)}"], config)
+
+
+def describe_changes(saved: Mapping[str, Any], config: TrainConfig) -> str | None:
+    """The keys whose new values hold from the checkpoint on, in one line; None where none do."""
+    changed = _changed(saved, config, (*FIXED, *FOLLOWED, *COMPARED))
+    if not changed:
+        return None
+    return f"changed from step {saved['step'] + 1} on: {', '.join(changed)}"
+
+
+def _changed(saved: Mapping[str, Any], config: TrainConfig, names: Sequence[str]) -> list[str]:
+    before, now = saved.get("config", {}), deciding(config)
+    idle = () if config.use_peft or before.get("use_peft") else ADAPTERS
+    if config.memory == "auto":  # it chooses the optimizer, for the device at hand
+        idle = (*idle, "optim")
+    return [
+        f"{name} {before[name]} (now {now[name]})"
+        for name in names
+        if name not in idle and before.get(name, now[name]) != now[name]
+    ]
+
+
+def _refuse(path: Path, changed: Sequence[str], config: TrainConfig) -> None:
     if changed and not config.resume_with_changes:
-        raise CheckpointError(f"{path}: made with {'; '.join(changed)}; {ALLOW}")
-    changed += [differs[name] for name in FOLLOWED if name in differs]
-    if changed:
-        say(f"resumed with changes from step {step + 1} on: {'; '.join(changed)}")
+        raise CheckpointError(
+            f"resume_from_checkpoint: {path} was made with {', '.join(changed)}; set "
+            "resume_with_changes: true to go on all the same"
+        )

@@ -17,7 +17,7 @@ from ..data.plan import Step, make_plan, plan_digest
 from ..errors import ConfigError
 from ..losses import loss_at_reference
 from . import checkpoint, metrics
-from .changes import check_changes, deciding
+from .changes import check_identity, deciding, describe_changes
 from .optimizer import make_scheduler, restart
 from .output import METRICS, TRACE, Output
 from .profile import profiler
@@ -200,16 +200,15 @@ class Trainer:
         )
         checkpoint.rotate(self.output.path, self.config.save_total_limit)
 
-    def resume(self, path: Path) -> None:
-        """Go on from a checkpoint, with its weights, moments and random state, and with the rates
-        that the configuration asks for.
+    def resume(self, path: Path, state: dict[str, Any]) -> None:
+        """Go on from a verified checkpoint and its state, with its weights, moments and random
+        state, and with the rates that the configuration asks for.
 
         Raises:
-            CheckpointError: it is damaged, or made for something else than this run trains.
+            CheckpointError: it was made for something else than this run trains.
             ConfigError: it was taken after the last step of this run.
         """
-        state = checkpoint.read_state(path)
-        check_changes(path, state, self.config, self.identity, self.say)
+        check_identity(path, state, self.config, self.identity)
         if state["step"] > self.total_steps:
             raise ConfigError(
                 f"resume_from_checkpoint: {path} was taken at step {state['step']}, after the last "
@@ -222,3 +221,5 @@ class Trainer:
         self.num_tokens, self.pending.values = state["num_tokens"], state["pending"]
         self.bar.update(self.step)
         self.say(f"resumed at step {self.step} from {path}")
+        if line := describe_changes(state, self.config):
+            self.say(line)

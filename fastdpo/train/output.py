@@ -218,14 +218,15 @@ def _check_branch(path: Path, wanted: Path, saved: list[Path], used: bool) -> No
     inside = wanted.parent == path.resolve()
     if used and not inside:
         raise ConfigError(
-            f"output_dir: {path} holds another run than {wanted}; choose another directory"
+            f"output_dir: {path} holds another run than {wanted}; choose another directory, or set "
+            "resume_from_checkpoint: true to go on with the run that is there"
         )
     places = [p.resolve() for p in saved]
     newer = places[places.index(wanted) + 1 :] if wanted in places else []
     if newer:
         raise ConfigError(
             f"resume_from_checkpoint: {path} holds {_some([p.name for p in newer])} after "
-            f"{wanted.name}; choose another output_dir to go on from there, or move them away"
+            f"{wanted.name}; choose another output_dir to go on from there, or true for the newest"
         )
 
 

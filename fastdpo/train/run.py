@@ -43,6 +43,8 @@ from ..reference import (
     weights_digest,
 )
 from .card import model_card
+from .changes import check_keys
+from .checkpoint import read_state
 from .loop import Trainer
 from .optimizer import optimizer_path
 from .output import Output, claim
@@ -83,6 +85,9 @@ def _train(config: TrainConfig, output: Output, say: Callable[[str], None]) -> d
     )
     optimizer = optimizer_path(config, run_device(config))
     activations, start = activations_path(config), output.checkpoint()
+    if start is not None:
+        state = read_state(start)
+        check_keys(start, state, config)
     set_seed(config.seed)
     device, tokenizer = _device(config), load_tokenizer(config)
     data = load_data(config, tokenizer, say)
@@ -140,7 +145,7 @@ def _train(config: TrainConfig, output: Output, say: Callable[[str], None]) -> d
         keep_freed_memory(max(max_tokens, longest_comparison(data.train, policy.layout.name)))
         return_freed_memory()
     if start is not None:
-        trainer.resume(start)
+        trainer.resume(start, state)
     elif config.resume_from_checkpoint:
         say(f"resume_from_checkpoint: {output.path} holds no checkpoint, starting at step 0")
     if output.finished and trainer.step == trainer.total_steps:
