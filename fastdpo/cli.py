@@ -5,7 +5,6 @@ is 130, as in a shell. Nothing heavy is imported before it is needed, so that `-
 answer at once.
 """
 
-import errno
 import importlib
 import os
 import sys
@@ -19,7 +18,6 @@ from . import __version__
 from .config import TrainConfig
 from .config.text import key_help
 from .errors import ConfigError, FastDPOError
-from .files import is_full
 
 USAGE = """\
 fastdpo trains language models on preferences (DPO), without padding, repeated prompts or logits.
@@ -85,21 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = _dispatch(arguments)
-        sys.stdout.flush()
-        return code
+        return _dispatch(arguments)
     except FastDPOError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except Exception as error:
-        # Whatever writes: a library's cache, a temporary directory, the log that stdout goes to.
-        if not is_full(error) and getattr(error, "errno", None) != errno.EFBIG:
-            raise
-        print(f"error: the disk is full: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
 
 
 def _dispatch(arguments: list[str]) -> int:

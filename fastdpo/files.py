@@ -36,7 +36,7 @@ def explain(path: Path) -> Iterator[None]:
     except Exception as error:
         text = str(error).lower()
         code = error.errno if isinstance(error, OSError) else None
-        if is_full(error):
+        if code in _FULL or "no space left" in text or "disk quota exceeded" in text:
             problem = "the disk is full"
         elif code is not None:
             problem = f"cannot be written ({os.strerror(code)})"
@@ -47,18 +47,6 @@ def explain(path: Path) -> Iterator[None]:
         raise FastDPOError(
             f"{path}: {problem}; checkpoints and files that were whole before are as they were"
         ) from error
-
-
-def is_full(error: BaseException | None) -> bool:
-    """Whether a full disk or a quota is behind an error, however often it was raised anew."""
-    while error is not None:
-        text = str(error).lower()
-        if getattr(error, "errno", None) in _FULL or "no space left" in text:
-            return True
-        if "disk quota exceeded" in text:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 @contextmanager

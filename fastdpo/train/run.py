@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from tqdm import tqdm
 from transformers import set_seed
@@ -17,8 +16,8 @@ from ..config import TrainConfig
 from ..data.groups import Group, count_comparisons, make_groups
 from ..data.load import load_rows
 from ..data.tokenize import tokenize_dataset
-from ..errors import CheckpointError, ConfigError, DataError, ModelError
-from ..files import cache_root, is_full
+from ..errors import CheckpointError, ConfigError, ModelError
+from ..files import cache_root
 from ..losses import make_loss
 from ..memory.allocator import keep_freed_memory, return_freed_memory
 from ..memory.auto import fit
@@ -203,24 +202,15 @@ def load_data(config: TrainConfig, tokenizer: Any, say: Callable[[str], None]) -
         return made
 
     assert config.dataset_name is not None
-    held_out = config.eval_source
-    try:
-        training = groups(config.dataset_name, config.dataset_train_split)
-        evaluation = groups(*held_out) if held_out else []
-    except Exception as error:
-        if not is_full(error):
-            raise
-        cache = datasets.config.HF_DATASETS_CACHE
-        raise DataError(
-            f"{cache}: the disk is full; HF_DATASETS_CACHE puts the cache of data sets elsewhere"
-        ) from error
+    training = groups(config.dataset_name, config.dataset_train_split)
     length, what = config.max_length, "max_length"
     if length is None:
         length = max(len(g.prompt) + len(response) for g in training for response in g.responses)
         what = "the longest sequence,"
     if warning := beyond_positions(model_config, length, what):
         say(f"note: {warning}")
-    return Data(training, evaluation)
+    held_out = config.eval_source
+    return Data(training, groups(*held_out) if held_out else [])
 
 
 def load_scorer(
