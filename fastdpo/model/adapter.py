@@ -86,6 +86,13 @@ def lora_settings(place: Place) -> Any:
             settings = LoraConfig.from_pretrained(str(place.adapter))
     except Exception as error:  # the file is anybody's, and its values fail in any way
         raise ModelError(f"{place.adapter}/{ADAPTER_CONFIG}: {one_line(error)}") from error
+    for name in ("r", "lora_alpha"):  # peft takes anything, and fails far from here
+        value = getattr(settings, name)
+        if not isinstance(value, int | float) or value <= 0:
+            raise ModelError(
+                f"{place.adapter}/{ADAPTER_CONFIG}: {name}: expected a number above 0, "
+                f"found {value!r}"
+            )
     settings.task_type = "CAUSAL_LM"
     return settings
 
@@ -120,9 +127,9 @@ def load_adapter(model: PreTrainedModel, place: Place, dropout: float = 0.0) -> 
             adapted = PeftModelForCausalLM(model, settings)
             tensors = load_peft_weights(str(file.parent), device="cpu", key_mapping=names)
             found = set_peft_model_state_dict(adapted, tensors)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # as above
         raise ModelError(f"{file}: does not fit {place.name} ({one_line(error)})") from error
     check_adapter(adapted, found, file, place.name)
     return adapted
