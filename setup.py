@@ -44,7 +44,7 @@ setup(
         "datasets>=4.7",
         "peft>=0.19",
         "jinja2>=3.1",
-        "numpy>=1.26",
+        "numpy>=2",
         "pyyaml>=6",
         "safetensors>=0.5",
         "tokenizers",
