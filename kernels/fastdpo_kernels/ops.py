@@ -60,7 +60,7 @@ def linear_logprob(
     """
     _check_options(outputs, backend)
     check_head(hidden, weight, bias, targets, softcap, temperature)
-    options = _head_options(hidden, weight, softcap, logit_scale, temperature, ignore_index)
+    options = _head_options(hidden, weight, bias, softcap, logit_scale, temperature, ignore_index)
     if backend == "reference":
         stats = _reference_stats(hidden, weight, bias, targets, **options)
         values = [stats[name] for name in ("logprob", *outputs)]
@@ -139,7 +139,7 @@ def linear_dpo_loss(
     if isinstance(loss_type, Loss) and loss_type.name is not None:
         beta, label_smoothing = loss_type.beta, loss_type.label_smoothing
         loss_type = loss_type.name
-    options = _head_options(hidden, weight, softcap, logit_scale, 1.0, ignore_index)
+    options = _head_options(hidden, weight, bias, softcap, logit_scale, 1.0, ignore_index)
     scalars = {"beta": beta, "label_smoothing": label_smoothing}
     if backend == "reference":
         loss, logps, stats = _reference_loss(
@@ -175,6 +175,7 @@ def _needs(*tensors: Tensor | None) -> list[bool]:
 def _head_options(
     hidden: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     softcap: float | None,
     logit_scale: float,
     temperature: float,
@@ -182,7 +183,7 @@ def _head_options(
 ) -> dict[str, Any]:
     """What the operators want to know of a head, the dtype that it computes in included."""
     device, dtype = hidden.device.type, hidden.dtype
-    if torch.float64 in (dtype, weight.dtype):
+    if torch.float64 in (dtype, weight.dtype, None if bias is None else bias.dtype):
         dtype = torch.float64
     elif torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
