@@ -125,10 +125,14 @@ def other_texts(dataset: datasets.Dataset) -> list[str]:
     return [
         name
         for name, feature in dataset.features.items()
-        if name not in _OWN
-        and not is_metadata(name)
-        and not (isinstance(feature, datasets.Value) and "string" not in feature.dtype)
+        if name not in _OWN and not is_metadata(name) and not _is_numbers(feature)
     ]
+
+
+def _is_numbers(feature: Any) -> bool:
+    while isinstance(feature, datasets.List | datasets.LargeList):
+        feature = feature.feature
+    return isinstance(feature, datasets.Value) and "string" not in feature.dtype
 
 
 def speaks_of_system(name: str) -> bool:

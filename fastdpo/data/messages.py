@@ -194,22 +194,30 @@ def _check_parts(parts: list[Any], field: str) -> list[dict[str, Any]]:
     return checked
 
 
-def join_parts(message: Mapping[str, Any], field: str) -> dict[str, Any]:
+def content_parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a message's content; none where it is text, or a tool's result of its own."""
+    content = message.get("content")
+    if not isinstance(content, list) or (
+        message["role"] in RESULT_ROLES and not _all_text(content)
+    ):
+        return []
+    return content
+
+
+def join_parts(message: dict[str, Any], field: str) -> dict[str, Any]:
     """The message with text for a content of parts, put together without anything between them.
 
     Raises:
         BadRow: a part that is not text.
     """
-    content = message.get("content")
-    if not isinstance(content, list) or not _all_text(content):
-        for position, part in enumerate(content if isinstance(content, list) else ()):
-            if message["role"] not in RESULT_ROLES and not is_text_part(part):
-                raise BadRow(
-                    f"{field}.content[{position}]: the chat template does not render a part of "
-                    f"type {part['type']}; expected text"
-                )
-        return dict(message)
-    return {**message, "content": "".join(part["text"] for part in content)}
+    parts = content_parts(message)
+    for position, part in enumerate(parts):
+        if not is_text_part(part):
+            raise BadRow(
+                f"{field}.content[{position}]: the chat template does not render a part of type "
+                f"{part['type']}; expected text"
+            )
+    return {**message, "content": "".join(part["text"] for part in parts)} if parts else message
 
 
 def parse_tools(value: Any) -> list[Any] | None:

@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ModelError
-from .messages import CALLS, RESULT_ROLES, BadRow, Text, join_parts
+from .messages import CALLS, RESULT_ROLES, BadRow, Text, content_parts, join_parts
 from .notes import CONTENT_DROPPED, DOUBLE_EOS, EMPTY_RESPONSE, TOOLS_IGNORED
 from .rows import Row
 
@@ -196,8 +196,7 @@ def _reads_parts(row: Row, texts: list[str]) -> bool:
     them.
     """
     for message in _messages(row):
-        content = message.get("content")
-        for part in content if isinstance(content, list) else ():
+        for part in content_parts(message):
             said = [value for key, value in part.items() if key != "type" and value]
             if not all(
                 _holds(texts[-1] + texts[1], said) for said in said if isinstance(said, str)
