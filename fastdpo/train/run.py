@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from ..config import TrainConfig
-from ..data.groups import Group, count_comparisons, make_groups
+from ..data.groups import Group, check_agreement, count_comparisons, make_groups
 from ..data.load import load_rows
 from ..data.tokenize import tokenize_dataset
 from ..errors import CheckpointError, ConfigError, ModelError
@@ -197,7 +197,7 @@ def load_data(config: TrainConfig, tokenizer: Any, say: Callable[[str], None]) -
         made = make_groups(tokens, group_prompts=config.group_prompts)
         say(
             f"data: {report}; {len(made)} groups, {sum(len(g.responses) for g in made)} responses, "
-            f"{count_comparisons(made)} comparisons"
+            f"{count_comparisons(made)} comparisons{check_agreement(made)}"
         )
         return made
 
