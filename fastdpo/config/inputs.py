@@ -23,7 +23,7 @@ class ModelKeys:
         default=None,
         metadata=key(
             "model",
-            "The model to train: a directory or a hub name, of a model or of a LoRA adapter on one. "
+            "The model to train: a directory or a hub name, of a model or a LoRA adapter on one. "
             "Needed by train and precompute.",
             rule=NOT_BLANK,
             path=True,
