@@ -63,17 +63,9 @@ def copied(t: Tensor) -> Tensor:
     return t[:1].expand(t.shape)
 
 
-LAYOUTS: list[Callable[[Tensor], Tensor]] = [
-    torch.clone,
-    pitched,
-    stepped,
-    shifted,
-    turned,
-    repeated,
-    copied,
-]
-layouts = st.sampled_from(LAYOUTS)
-BOTH = st.booleans()
+Layout = Callable[[Tensor], Tensor]
+LAYOUTS: list[Layout] = [torch.clone, pitched, stepped, shifted, turned, repeated, copied]
+BOTH = st.sampled_from([True, False])
 POLICY = ("hidden", "weight", "bias")
 REFERENCE = ("ref_input", "ref_weight", "ref_bias")
 
@@ -109,10 +101,11 @@ def head_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 class Drawing:
-    """Draws tensors of some shape in any dtype and layout."""
+    """Draws tensors of some shape in any dtype, and in one layout or any."""
 
-    def __init__(self, draw: Any, backend: str) -> None:
+    def __init__(self, draw: Any, backend: str, layout: Layout | None) -> None:
         self.draw, self.floats = draw, FLOATS[:3] if backend == "triton" else FLOATS
+        self.layouts = st.sampled_from(LAYOUTS) if layout is None else st.just(layout)
         self.generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
 
     def numbers(self, *shape: int, dtypes: list[torch.dtype] | None = None) -> Tensor:
@@ -126,13 +119,13 @@ class Drawing:
         return self.laid(plain, INDICES)
 
     def laid(self, plain: Tensor, dtypes: list[torch.dtype]) -> Tensor:
-        layout = self.draw(layouts) if plain.ndim else torch.clone
+        layout = self.draw(self.layouts) if plain.ndim else torch.clone
         return layout(plain.to(self.draw(st.sampled_from(dtypes))))
 
     def head(self, *shape: int, names: tuple[str, ...] = POLICY) -> dict[str, Tensor]:
         """Hidden states (*shape, H), weight and, or not, bias."""
         hidden, weight, bias = names
-        width = self.draw(st.integers(1, 20))
+        width = self.draw(st.sampled_from([20, 16, 3, 1]))
         tensors = {hidden: self.numbers(*shape, width), weight: self.numbers(VOCAB, width)}
         if self.draw(st.booleans()):
             tensors[bias] = self.numbers(VOCAB)
@@ -144,9 +137,11 @@ class Drawing:
 
 
 @st.composite
-def tokens(draw: Any, backend: str, shapes: list[tuple[int, ...]]) -> Arguments:
+def tokens(
+    draw: Any, backend: str, layout: Layout | None, shapes: list[tuple[int, ...]]
+) -> Arguments:
     """A head, targets, and a gradient of every log-probability."""
-    some, shape = Drawing(draw, backend), draw(st.sampled_from(shapes))
+    some, shape = Drawing(draw, backend, layout), draw(st.sampled_from(shapes))
     tensors = some.head(*shape)
     tensors["targets"] = some.integers(VOCAB, *shape, ignored=True)
     tensors["upstream"] = some.numbers(*shape, dtypes=FLOATS)
@@ -154,10 +149,10 @@ def tokens(draw: Any, backend: str, shapes: list[tuple[int, ...]]) -> Arguments:
 
 
 @st.composite
-def responses(draw: Any, backend: str) -> Arguments:
+def responses(draw: Any, backend: str, layout: Layout | None) -> Arguments:
     """A head, packed responses, and comparisons of them."""
-    some, count = Drawing(draw, backend), draw(st.integers(0, 6))
-    number, pairs = draw(st.integers(1, 4)), draw(st.integers(0, 3))
+    some, count = Drawing(draw, backend, layout), draw(st.sampled_from([6, 5, 1, 0]))
+    number, pairs = draw(st.sampled_from([4, 2, 1])), draw(st.sampled_from([3, 1, 0]))
     tensors = some.head(count)
     tensors["targets"] = some.integers(VOCAB, count, ignored=True)
     tensors["response_ids"] = some.integers(number, count)
@@ -171,9 +166,10 @@ def responses(draw: Any, backend: str) -> Arguments:
 
 
 @st.composite
-def batches(draw: Any, backend: str) -> Arguments:
+def batches(draw: Any, backend: str, layout: Layout | None) -> Arguments:
     """What Liger's loss is called with."""
-    some, shape = Drawing(draw, backend), (draw(st.sampled_from([2, 4])), draw(st.integers(1, 3)))
+    some = Drawing(draw, backend, layout)
+    shape = (draw(st.sampled_from([4, 2])), draw(st.integers(1, 3)))
     tensors = some.head(*shape)
     tensors |= some.head(*shape, names=REFERENCE)
     tensors["targets"] = some.integers(VOCAB, *shape, ignored=True)
@@ -263,6 +259,11 @@ def examples(count: int) -> Any:
     return settings(max_examples=count, deadline=None, derandomize=True, database=None)
 
 
+all_layouts = pytest.mark.parametrize(
+    "layout", [*LAYOUTS, None], ids=lambda f: "mixed" if f is None else f.__name__
+)
+
+
 def scored(stats: dict[str, Tensor], wide: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     return (stats["logprob"] * wide["upstream"]).sum(), stats
 
@@ -278,10 +279,11 @@ def backward(value: Tensor, upstream: Tensor | None = None) -> None:
         value.backward(None if upstream is None else upstream.to(value.dtype))
 
 
-@examples(30)
+@all_layouts
+@examples(6)
 @given(st.data())
-def test_linear_logprob(backend: str, data: Any) -> None:
-    drawn = data.draw(tokens(backend, [(5,), (0,), (2, 3), (), (2, 1, 2)]))
+def test_linear_logprob(backend: str, layout: Layout | None, data: Any) -> None:
+    drawn = data.draw(tokens(backend, layout, [(5,), (0,), (2, 3), (), (2, 1, 2)]))
     leaves = drawn.leaves()
     found = linear_logprob(
         **leaves, **drawn.rest("targets"), outputs=OUTPUTS, backend=backend, **drawn.options
@@ -292,10 +294,10 @@ def test_linear_logprob(backend: str, data: Any) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@examples(15)
+@examples(10)
 @given(st.data())
 def test_the_function_of_trl(engine: str, data: Any) -> None:
-    drawn = data.draw(tokens(engine, [(5,), (1,)]))
+    drawn = data.draw(tokens(engine, None, [(5,), (1,)]))
     leaves, options = drawn.leaves(), drawn.options
     names = ("logprob", "entropy", "log_sum_sq_prob", "mean_logit", "is_top1")
     with mock.patch.object(call, "choose_backend", lambda *_: engine):
@@ -328,10 +330,11 @@ def compared(beta: float) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
     return value_of
 
 
-@examples(30)
+@all_layouts
+@examples(6)
 @given(st.data())
-def test_linear_dpo_loss(backend: str, data: Any) -> None:
-    drawn = data.draw(responses(backend))
+def test_linear_dpo_loss(backend: str, layout: Layout | None, data: Any) -> None:
+    drawn = data.draw(responses(backend, layout))
     leaves = drawn.leaves()
     rest = {name: t for name, t in drawn.tensors.items() if name not in leaves}
     loss, logps, stats = linear_dpo_loss(
@@ -355,10 +358,10 @@ def of_pairs(stats: dict[str, Tensor], wide: dict[str, Tensor]):
     return loss, {"loss": loss, "chosen": chosen, "rejected": rejected, **rows}
 
 
-@examples(15)
+@examples(5)
 @given(st.data())
 def test_the_loss_of_liger(backend: str, data: Any) -> None:
-    drawn = data.draw(batches(backend))
+    drawn = data.draw(batches(backend, None))
     leaves = drawn.leaves()
     loss, metrics = LinearDPOLoss(beta=0.7, backend=backend)(
         leaves["weight"],
@@ -374,11 +377,11 @@ def test_the_loss_of_liger(backend: str, data: Any) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@examples(15)
+@examples(10)
 @given(st.data())
 def test_operators(engine: str, data: Any) -> None:
     """As a compiler calls them: the backward with statistics and a gradient of any layout."""
-    drawn = data.draw(tokens(engine, [(5,), (1,)]))
+    drawn = data.draw(tokens(engine, None, [(5,), (1,)]))
     inputs = [drawn.tensors.get(name) for name in ("hidden", "weight", "bias", "targets")]
     options = {"softcap": None, "logit_scale": 1.0, "temperature": 1.0, **drawn.options}
     options |= {"ignore_index": IGNORED, "dtype": drawn.dtype, "backend": engine}
@@ -386,7 +389,7 @@ def test_operators(engine: str, data: Any) -> None:
     found = library.linear_logprob(*inputs, **options, outputs="", keep_gradient=False)
     stats = dict(zip(("logprob", *OUTPUTS), found[:-1], strict=True))
     saved = [
-        data.draw(layouts.filter(lambda f: f not in (repeated, copied)))(stats[name])
+        data.draw(st.sampled_from([pitched, stepped, shifted]))(stats[name])
         for name in ("logprob", "lse")
     ]
     truth = exact(drawn, scored)
