@@ -166,7 +166,7 @@ def test_rotation_keeps_the_newest(tmp_path):
     for step in (9, 10, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / checkpoint.MANIFEST).write_text("{}")
-    checkpoint.rotate(tmp_path, None)
+    checkpoint.rotate(tmp_path, None, 100)
     assert len(list(tmp_path.iterdir())) == 3
-    checkpoint.rotate(tmp_path, 2)
+    checkpoint.rotate(tmp_path, 2, 100)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-100"]

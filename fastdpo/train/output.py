@@ -15,7 +15,15 @@ from typing import Any
 
 from ..config import TrainConfig
 from ..errors import CheckpointError, ConfigError
-from ..files import explain, flush, locked, remove_leftovers, temporary_directory, write_text
+from ..files import (
+    explain,
+    flush,
+    is_inside,
+    locked,
+    remove_leftovers,
+    temporary_directory,
+    write_text,
+)
 from ..model.place import find_model
 from . import checkpoint
 from .changes import deciding
@@ -25,6 +33,7 @@ CONFIG = "training_config.yaml"
 METRICS = "metrics.jsonl"
 TRACE = "trace.json"
 _LOGS = (STATE, CONFIG, METRICS, TRACE)
+_WEIGHTS = ".safetensors"
 _WRITTEN = (
     *_LOGS,
     "README.md",
@@ -70,7 +79,7 @@ class Output:
 
     @property
     def _files(self) -> list[str]:
-        return [name for name in self._state.get("files", []) if ".." not in Path(name).parts]
+        return [name for name in self._state.get("files", []) if is_inside(name)]
 
     def holds_this_run(self) -> bool:
         """Whether a finished run wrote there whose configuration decided the same weights."""
@@ -100,13 +109,13 @@ class Output:
             return
         with explain(self.path):
             remove_leftovers(self.path)
+            self._record(False, 0, {*self._files, *_LOGS})
             if config.overwrite_output_dir:
                 for path in checkpoint.checkpoints(self.path):
                     checkpoint.remove(path)
                 self._remove(set(self._files) - {STATE})
-                self._state = {}
+                self._record(False, 0, set(_LOGS))
         self._begun = True
-        self._record(False, 0, {*self._files, *_LOGS})
         self.save_config(config)
 
     def save_config(self, config: TrainConfig) -> None:
@@ -115,18 +124,24 @@ class Output:
             write_text(self.path / CONFIG, config.to_yaml())
 
     def finish(self, config: TrainConfig, step: int, model: Any, tokenizer: Any, card: str) -> None:
-        """Save the trained model and its card; files of an earlier model that it lacks go."""
+        """Save the trained model and its card; files of an earlier model that it lacks go.
+
+        Earlier weights go first and new ones come last, the index of shards after them: at no
+        moment can what lies there be loaded as a mixture of two models.
+        """
         self.begin(config)
         earlier = set(self._files)
-        with explain(self.path), temporary_directory(self.path / "model") as made:
-            checkpoint.save_model(made, model, tokenizer)
-            (made / "README.md").write_text(card, encoding="utf-8")
-            flush(made)
-            names = {f.relative_to(made).as_posix() for f in made.rglob("*") if f.is_file()}
-            self._record(False, step, earlier | names)
-            for name in sorted(names):
-                (self.path / name).parent.mkdir(exist_ok=True)
-                os.replace(made / name, self.path / name)
+        with explain(self.path):
+            with temporary_directory(self.path / "model") as made:
+                checkpoint.save_model(made, model, tokenizer)
+                (made / "README.md").write_text(card, encoding="utf-8")
+                flush(made)
+                names = {f.relative_to(made).as_posix() for f in made.rglob("*") if f.is_file()}
+                self._record(False, step, earlier | names)
+                self._remove({name for name in earlier if _WEIGHTS in name})
+                for name in sorted(names, key=_weights_last):
+                    (self.path / name).parent.mkdir(exist_ok=True)
+                    os.replace(made / name, self.path / name)
             self._remove(earlier - names - set(_LOGS))
             logs = {name for name in _LOGS if (self.path / name).exists()}
             self._record(True, step, names | logs)
@@ -145,6 +160,10 @@ class Output:
                     file.parent.rmdir()
 
 
+def _weights_last(name: str) -> tuple[bool, bool, str]:
+    return _WEIGHTS in name, name.endswith(".json"), name
+
+
 @contextmanager
 def claim(config: TrainConfig) -> Iterator[Output]:
     """The output directory, locked for this run; one that was made for it goes with an early error.
@@ -157,16 +176,17 @@ def claim(config: TrainConfig) -> Iterator[Output]:
     made = _make(path)
     try:
         with locked(path):
-            yield Output(path, config)
+            try:
+                yield Output(path, config)
+            finally:
+                for folder in reversed(made):
+                    with suppress(OSError):  # not empty
+                        folder.rmdir()
     except BlockingIOError as error:
         raise ConfigError(
             f"output_dir: another run is writing to {path}; wait until it ends, or choose another "
             "directory"
         ) from error
-    finally:
-        for folder in reversed(made):
-            with suppress(OSError):  # not empty
-                folder.rmdir()
 
 
 def _make(path: Path) -> list[Path]:
@@ -197,7 +217,7 @@ def _check(path: Path, config: TrainConfig, ours: set[str]) -> None:
     strange = sorted(held - ours)
     if config.overwrite_output_dir:
         _refuse_sources(path, config)
-        strange += [p.name for p in saved if not (p / checkpoint.MANIFEST).exists()]
+        strange += [p.name for p in saved if not _is_ours(p)]
     elif not config.resume_from_checkpoint:
         if ours or saved:
             raise ConfigError(
@@ -211,6 +231,11 @@ def _check(path: Path, config: TrainConfig, ours: set[str]) -> None:
             f"output_dir: {path} holds {_some(strange)}, which no run of fastdpo wrote there; "
             "choose another directory"
         )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a run wrote this checkpoint; a kill may have left it empty."""
+    return (path / checkpoint.MANIFEST).exists() or (path.is_dir() and not any(path.iterdir()))
 
 
 def _check_branch(path: Path, wanted: Path, saved: list[Path], used: bool) -> None:
