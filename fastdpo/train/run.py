@@ -3,7 +3,8 @@ the loop.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ..config import TrainConfig
 from ..data.groups import Group, count_comparisons, make_groups
 from ..data.load import load_rows
 from ..data.tokenize import tokenize_dataset
-from ..errors import CheckpointError, ConfigError, ModelError
+from ..errors import CheckpointError, ConfigError, FastDPOError, ModelError
 from ..files import cache_root
 from ..losses import make_loss
 from ..memory.allocator import keep_freed_memory, return_freed_memory
@@ -42,12 +43,14 @@ from ..reference import (
     model_fingerprint,
     weights_digest,
 )
+from ..terminal import progress_bars
 from .card import model_card
 from .changes import check_keys
 from .checkpoint import read_state
 from .loop import Trainer
 from .optimizer import optimizer_path
 from .output import Output, claim
+from .retry import out_of_memory
 from .step import Objective
 
 _ORDER = ("shared", "packed", "padded")
@@ -69,7 +72,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> dict[
             step.
     """
     config.require("model_name_or_path", "dataset_name")
-    with claim(config) as output:
+    with claim(config) as output, progress_bars(config.disable_tqdm), _enough_memory():
         if output.holds_this_run() and config.resume_from_checkpoint is True:
             say(f"{output.path}: this run is finished (step {output.step}), nothing is left to do")
             return {"output_dir": str(output.path)}
@@ -160,13 +163,35 @@ def _train(config: TrainConfig, output: Output, say: Callable[[str], None]) -> d
 def precompute(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> dict[str, Any]:
     """Run `fastdpo precompute`: fills the reference cache, returns what was found and computed."""
     config.require("model_name_or_path", "dataset_name")
-    device, tokenizer = _device(config), load_tokenizer(config)
-    data = load_data(config, tokenizer, say)
-    autocast = _precision(config, device, say)
-    policy = load_scorer(config, device, autocast, say)
-    max_tokens = config.max_tokens_per_batch or TOKENS_PER_ROW[device.type]
-    report, _ = precompute_reference(config, policy, data, max_tokens, say)
+    with progress_bars(config.disable_tqdm), _enough_memory():
+        device, tokenizer = _device(config), load_tokenizer(config)
+        data = load_data(config, tokenizer, say)
+        autocast = _precision(config, device, say)
+        policy = load_scorer(config, device, autocast, say)
+        max_tokens = config.max_tokens_per_batch or TOKENS_PER_ROW[device.type]
+        report, _ = precompute_reference(config, policy, data, max_tokens, say)
     return {"found": report.found, "computed": report.computed, "cache": str(report.directory)}
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    """Turn memory that is missing outside of steps, which have words of their own, into one line.
+
+    Raises:
+        FastDPOError: there was not enough.
+    """
+    try:
+        yield
+    except FastDPOError:
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise FastDPOError(
+            f"there is not enough memory for model, adapter and reference: {reason}; fastdpo plan "
+            "says what a run needs"
+        ) from error
 
 
 def load_data(config: TrainConfig, tokenizer: Any, say: Callable[[str], None]) -> Data:
