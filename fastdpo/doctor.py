@@ -156,6 +156,7 @@ def _count_parameters(shape: Any, trust_remote_code: bool) -> int:
 
 def _layout_text(config: TrainConfig, needed: int) -> str:
     """The layout that a run's own start-up check chooses; it runs the model, so that has to fit."""
+    from .model.adapter import adopt_adapter
     from .model.precision import choose_precision
     from .train.run import load_scorer
 
@@ -167,6 +168,7 @@ def _layout_text(config: TrainConfig, needed: int) -> str:
         )
     device = _paths().run_device(config)
     autocast = choose_precision(config.bf16, device)[0]
+    config = adopt_adapter(config)
     return load_scorer(config, device, autocast, say=lambda line: None).layout.reason
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import datasets
 
 from ..errors import DataError
-from .readers import read_rows, utf8_problem
-from .rows import PROBLEM_COLUMN, row_kind
+from .columns import PROBLEM_COLUMN, row_kind
+from .readers import may_fail_fast, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ def _load_files(
             raise DataError(f"{path}: is empty; expected at least one row")
     if kind in ("parquet", "arrow"):
         return _attempt(where, _read_fast, kind, chosen, split)
-    if kind == "json" and not any(utf8_problem(path) for path in paths):
+    if kind == "json" and not any(may_fail_fast(path) for path in paths):
         # Whatever makes the fast reader fail, the slow one names it or does not mind.
         with contextlib.suppress(Exception), _quiet():
             rows = _read_fast(kind, chosen, split)

@@ -20,6 +20,7 @@ from ..config import TrainConfig
 from ..data.groups import Group, count_comparisons
 from ..data.plan import compare, make_plan, part_tokens
 from ..model import tiles
+from ..model.adapter import adopt_adapter
 from ..model.head import base_causal_lm
 from ..model.layout import length_dependent_rope
 from ..model.load import load_model_config, load_tokenizer
@@ -181,6 +182,7 @@ def make_planner(
 ) -> Planner:
     """A planner with the data that the configuration names, or with assumed lengths."""
     config.require("model_name_or_path")
+    config = adopt_adapter(config)
     model_config, assumed = load_model_config(config), None
     if config.dataset_name is None:
         groups, assumed = assumed_groups(config)

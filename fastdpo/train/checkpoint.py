@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from ..errors import CheckpointError
 from ..files import atomic_directory, explain
-from ..model.load import original_dropout
+from ..model.save import save_weights
 from . import optimizer_state
 
 logger = logging.getLogger(__name__)
@@ -60,8 +60,7 @@ def save_checkpoint(
 
 def save_model(path: Path, model: Any, tokenizer: Any) -> None:
     """What `AutoModelForCausalLM` (or peft) and `AutoTokenizer` load, as safetensors."""
-    with original_dropout(model):
-        model.save_pretrained(path)
+    save_weights(model, path)
     tokenizer.save_pretrained(path)
 
 

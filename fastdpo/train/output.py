@@ -16,6 +16,7 @@ from typing import Any
 from ..config import TrainConfig
 from ..errors import CheckpointError, ConfigError
 from ..files import explain, flush, locked, remove_leftovers, temporary_directory, write_text
+from ..model.place import find_model
 from . import checkpoint
 from .changes import deciding
 
@@ -244,8 +245,12 @@ def _refuse_sources(path: Path, config: TrainConfig) -> None:
         source = Path(getattr(config, key) or "/").expanduser()
         if not source.exists():
             continue
-        links = source.iterdir() if source.is_dir() else []
-        for place in (source, *links):
+        places = [source]
+        if source.is_dir():
+            places += source.iterdir()  # they may be links
+        if "model" in key:
+            places.append(Path(find_model(config, str(source)).name))  # the base of an adapter
+        for place in places:
             if place.resolve().is_relative_to(path):
                 raise ConfigError(
                     f"overwrite_output_dir: {key} {place} lies in the output_dir {path} that is to "

@@ -3,8 +3,7 @@ the loop.
 """
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from ..config import TrainConfig
-from ..data.groups import Group, count_comparisons, make_groups
+from ..data.groups import Group, check_agreement, count_comparisons, make_groups
 from ..data.load import load_rows
 from ..data.tokenize import tokenize_dataset
-from ..errors import CheckpointError, ConfigError, FastDPOError, ModelError
+from ..errors import CheckpointError, ConfigError, ModelError
 from ..files import cache_root
 from ..losses import make_loss
 from ..memory.allocator import keep_freed_memory, return_freed_memory
@@ -25,12 +24,14 @@ from ..memory.auto import fit
 from ..memory.estimate import REFERENCE_ROWS
 from ..memory.plan import TOKENS_PER_ROW, longest_comparison
 from ..model.activations import recompute_layers
+from ..model.adapter import add_adapter, adopt_adapter, check_targets, load_adapter
 from ..model.compiled import compile_layers
-from ..model.head import check_head, find_head
+from ..model.head import check_causal, check_head, find_head
 from ..model.layout import Layout, beyond_positions, choose_layout
-from ..model.load import add_adapter, load_model, load_model_config, load_tokenizer
+from ..model.load import check_model_files, load_model, load_model_config, load_tokenizer
 from ..model.offload import transfer_of
 from ..model.paths import activations_path, attention_path, head_path, run_device
+from ..model.place import Place, find_model
 from ..model.precision import choose_precision
 from ..model.quantised import is_quantised, packing
 from ..model.scorer import Scorer
@@ -41,6 +42,7 @@ from ..reference import (
     ReferenceReport,
     fill_reference,
     model_fingerprint,
+    trained_parameters,
     weights_digest,
 )
 from ..terminal import progress_bars
@@ -50,7 +52,7 @@ from .checkpoint import read_state
 from .loop import Trainer
 from .optimizer import optimizer_path
 from .output import Output, claim
-from .retry import out_of_memory
+from .retry import enough_memory
 from .step import Objective
 
 _ORDER = ("shared", "packed", "padded")
@@ -72,7 +74,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> dict[
             step.
     """
     config.require("model_name_or_path", "dataset_name")
-    with claim(config) as output, progress_bars(config.disable_tqdm), _enough_memory():
+    with claim(config) as output, progress_bars(config.disable_tqdm), enough_memory():
         if output.holds_this_run() and config.resume_from_checkpoint is True:
             say(f"{output.path}: this run is finished (step {output.step}), nothing is left to do")
             return {"output_dir": str(output.path)}
@@ -86,12 +88,14 @@ def _train(config: TrainConfig, output: Output, say: Callable[[str], None]) -> d
         label_smoothing=config.label_smoothing,
         loss_weights=config.loss_weights,
     )
+    config = adopt_adapter(config)
     optimizer = optimizer_path(config, run_device(config))
     activations, start = activations_path(config), output.checkpoint()
     if start is not None:
         state = read_state(start)
         check_keys(start, state, config)
     set_seed(config.seed)
+    check_model_files(config)
     device, tokenizer = _device(config), load_tokenizer(config)
     data = load_data(config, tokenizer, say)
     autocast = _precision(config, device, say)
@@ -110,16 +114,9 @@ def _train(config: TrainConfig, output: Output, say: Callable[[str], None]) -> d
         identity["reference model"] = weights_digest(reference.scorer.model)
     if config.use_peft:
         if config.ref_model_name_or_path or not config.precompute_ref_log_probs:
-            identity["base model"] = weights_digest(policy.model)
-        policy.model = add_adapter(policy.model, config)
-        policy.head = find_head(policy.model)
-        if config.lora_dropout > 0 and policy.layout.name == "shared":
-            reason = "packed: with lora_dropout, responses must not share what was dropped"
-            policy.layout = Layout("packed", reason)
-            say(f"model: {reason}")
-        reference = reference or (
-            None if config.precompute_ref_log_probs else OnlineReference(policy, adapter_off=True)
-        )
+            identity["starting model"] = weights_digest(policy.model)
+        own = _with_adapter(config, policy, say)
+        reference = reference or (None if config.precompute_ref_log_probs else own)
     say(f"reference: {_describe_reference(config, reference)}")
     say(f"activations: {activations}")
     say(f"optimizer: {optimizer}")
@@ -163,7 +160,9 @@ def _train(config: TrainConfig, output: Output, say: Callable[[str], None]) -> d
 def precompute(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> dict[str, Any]:
     """Run `fastdpo precompute`: fills the reference cache, returns what was found and computed."""
     config.require("model_name_or_path", "dataset_name")
-    with progress_bars(config.disable_tqdm), _enough_memory():
+    with progress_bars(config.disable_tqdm), enough_memory():
+        config = adopt_adapter(config)
+        check_model_files(config)
         device, tokenizer = _device(config), load_tokenizer(config)
         data = load_data(config, tokenizer, say)
         autocast = _precision(config, device, say)
@@ -171,27 +170,6 @@ def precompute(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> 
         max_tokens = config.max_tokens_per_batch or TOKENS_PER_ROW[device.type]
         report, _ = precompute_reference(config, policy, data, max_tokens, say)
     return {"found": report.found, "computed": report.computed, "cache": str(report.directory)}
-
-
-@contextmanager
-def _enough_memory() -> Iterator[None]:
-    """Turn memory that is missing outside of steps, which have words of their own, into one line.
-
-    Raises:
-        FastDPOError: there was not enough.
-    """
-    try:
-        yield
-    except FastDPOError:
-        raise
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise FastDPOError(
-            f"there is not enough memory for model, adapter and reference: {reason}; fastdpo plan "
-            "says what a run needs"
-        ) from error
 
 
 def load_data(config: TrainConfig, tokenizer: Any, say: Callable[[str], None]) -> Data:
@@ -222,7 +200,7 @@ def load_data(config: TrainConfig, tokenizer: Any, say: Callable[[str], None]) -
         made = make_groups(tokens, group_prompts=config.group_prompts)
         say(
             f"data: {report}; {len(made)} groups, {sum(len(g.responses) for g in made)} responses, "
-            f"{count_comparisons(made)} comparisons"
+            f"{count_comparisons(made)} comparisons{check_agreement(made)}"
         )
         return made
 
@@ -248,10 +226,11 @@ def load_scorer(
     """A model with its head, checked against its own logits, and the row layout that is exact for
     it.
     """
-    model = load_model(config, device, path, autocast)
+    model = load_model(config, device, path, autocast, say)
     head, layout = find_head(model), Layout("padded", "", None)
     scorer = Scorer(model, head, layout, autocast, config.head_workspace_mib)
     with scorer.precision():
+        check_causal(model)
         check_head(model, head)
         if config.attn_implementation is None:
             scorer.layout = choose_layout(
@@ -268,6 +247,10 @@ def load_scorer(
     say(f"{'model' if path is None else 'reference model'}: {scorer.layout.reason}")
     if is_quantised(model):
         say(f"weights: {packing(model)}")
+    place = find_model(config, path)
+    if place.adapter is not None and config.use_peft:
+        _put_on(scorer, place, config, path is None)
+        say(f"adapter: {place.adapter}{', trained on' if path is None else ''}")
     if path is None:
         packed = scorer.layout.name != "padded"
         stock = f"{model.config._attn_implementation}: the model's own"
@@ -277,6 +260,16 @@ def load_scorer(
         if config.use_liger_kernel:
             say("layers: liger: use_liger_kernel asks for it")
     return scorer
+
+
+def _put_on(scorer: Scorer, place: Place, config: TrainConfig, trained: bool) -> None:
+    """Put the adapter that lies on disk on a scorer's model; a head with it is checked again."""
+    if trained:
+        check_targets(scorer.model, place, config)
+    scorer.model = load_adapter(scorer.model, place, config.lora_dropout if trained else 0.0)
+    scorer.head = find_head(scorer.model)
+    with scorer.precision():
+        check_head(scorer.model, scorer.head)
 
 
 def precompute_reference(
@@ -335,6 +328,25 @@ def load_weights(model: Any, config: TrainConfig, path: Path) -> None:
         raise CheckpointError(f"{path}: holds another model ({error})") from error
 
 
+def _with_adapter(
+    config: TrainConfig, policy: Scorer, say: Callable[[str], None]
+) -> OnlineReference:
+    """Put the adapter to train on the policy, unless it was loaded with one; the policy as it was
+    before, as a reference.
+    """
+    loaded = hasattr(policy.model, "peft_config")
+    if not loaded:
+        policy.model = add_adapter(policy.model, config)
+        policy.head = find_head(policy.model)
+    if config.lora_dropout > 0 and policy.layout.name == "shared":
+        reason = "packed: with lora_dropout, responses must not share what was dropped"
+        policy.layout = Layout("packed", reason)
+        say(f"model: {reason}")
+    if not loaded:
+        return OnlineReference(policy, adapter_off=True)
+    return OnlineReference(policy, start=trained_parameters(policy.model))
+
+
 def _second_model(config, policy: Scorer, device, autocast, say) -> OnlineReference:
     path = config.ref_model_name_or_path or config.model_name_or_path
     scorer = load_scorer(config, device, autocast, say, path)
@@ -351,6 +363,8 @@ def _second_model(config, policy: Scorer, device, autocast, say) -> OnlineRefere
 def _describe_reference(config: TrainConfig, reference: OnlineReference | None) -> str:
     if reference is None:
         return "precomputed, no reference model during training"
+    if reference.start is not None:
+        return "the policy with its adapter as it was at the start"
     return "the policy with its adapter off" if reference.adapter_off else "a second model, online"
 
 

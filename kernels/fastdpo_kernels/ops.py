@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from . import library, reference
+from .arguments import check_head, check_problem, scored_targets
 from .backends import BACKENDS
-from .call import check_targets, wide
+from .call import wide
 from .head import OUTPUTS, WORKSPACE_MIB
 from .losses import Comparisons
 from .problem import Loss, Problem
@@ -57,8 +58,9 @@ def linear_logprob(
         ValueError: shapes that do not fit, an unknown output or backend, a target outside the
             vocabulary.
     """
-    _check(hidden, weight, targets, bias, outputs, backend)
-    options = _head_options(hidden, weight, softcap, logit_scale, temperature, ignore_index)
+    _check_options(outputs, backend)
+    check_head(hidden, weight, bias, targets, softcap, temperature)
+    options = _head_options(hidden, weight, bias, softcap, logit_scale, temperature, ignore_index)
     if backend == "reference":
         stats = _reference_stats(hidden, weight, bias, targets, **options)
         values = [stats[name] for name in ("logprob", *outputs)]
@@ -130,23 +132,23 @@ def linear_dpo_loss(
     Raises:
         ValueError: as `linear_logprob`, and for an unknown loss.
     """
-    _check(hidden, weight, targets, bias, outputs, backend)
-    if comparisons.ndim != 2 or comparisons.shape[1] != 2:
-        raise ValueError(f"comparisons: expected (C, 2), got {tuple(comparisons.shape)}")
+    _check_options(outputs, backend)
+    check_head(hidden, weight, bias, targets, softcap, 1.0)
+    rest = (response_ids, comparisons, ref_logps, comparison_weights, response_lengths)
+    check_problem(hidden, *rest)
     if isinstance(loss_type, Loss) and loss_type.name is not None:
         beta, label_smoothing = loss_type.beta, loss_type.label_smoothing
         loss_type = loss_type.name
-    options = _head_options(hidden, weight, softcap, logit_scale, 1.0, ignore_index)
-    tensors = (targets, response_ids, comparisons, ref_logps, comparison_weights, response_lengths)
+    options = _head_options(hidden, weight, bias, softcap, logit_scale, 1.0, ignore_index)
     scalars = {"beta": beta, "label_smoothing": label_smoothing}
     if backend == "reference":
         loss, logps, stats = _reference_loss(
-            hidden, weight, bias, *tensors, Loss.find(loss_type, **scalars), options
+            hidden, weight, bias, targets, *rest, Loss.find(loss_type, **scalars), options
         )
     else:
         options |= {"backend": backend, "workspace_mib": workspace_mib}
         options |= {"outputs": ",".join(outputs), "needs": _needs(hidden, weight, bias)}
-        constants = [None if t is None else t.detach() for t in tensors]
+        constants = [None if t is None else t.detach() for t in (targets, *rest)]
         call = library.linear_dpo_loss
         if not isinstance(loss_type, str):  # a decorator would import the compiler with the package
             call = torch.compiler.disable(_with_function)
@@ -173,6 +175,7 @@ def _needs(*tensors: Tensor | None) -> list[bool]:
 def _head_options(
     hidden: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     softcap: float | None,
     logit_scale: float,
     temperature: float,
@@ -180,7 +183,7 @@ def _head_options(
 ) -> dict[str, Any]:
     """What the operators want to know of a head, the dtype that it computes in included."""
     device, dtype = hidden.device.type, hidden.dtype
-    if torch.float64 in (dtype, weight.dtype):
+    if torch.float64 in (dtype, weight.dtype, None if bias is None else bias.dtype):
         dtype = torch.float64
     elif torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -203,16 +206,17 @@ def _reference_stats(
     ignore_index: int,
     **scalars: Any,
 ) -> dict[str, Tensor]:
-    check_targets(targets, weight.shape[0], ignore_index)
+    targets = scored_targets(targets, weight.shape[0], ignore_index)
 
     def rounded(tensor: Tensor) -> Tensor:
         exact = tensor.to(wide(dtype))  # its gradient is not rounded to `dtype` on the way back
-        return exact + (exact.to(dtype).to(exact.dtype) - exact).detach()
+        error = (exact.to(dtype).to(exact.dtype) - exact).detach()
+        return exact + error.nan_to_num(0.0, torch.inf, -torch.inf)  # −∞ − −∞ is no error
 
     b = None if bias is None else rounded(bias)
     with torch.autocast(hidden.device.type, enabled=False):
         logits = reference.logits_of(rounded(hidden), rounded(weight), b, **scalars)
-        return reference.token_stats(logits, targets, ignore_index)
+        return reference.token_stats(logits, targets, -1)
 
 
 def _reference_loss(
@@ -228,9 +232,10 @@ def _reference_loss(
     loss: Loss,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    stats = _reference_stats(hidden, weight, bias, targets, **options)
+    targets = scored_targets(targets, weight.shape[0], options["ignore_index"])
+    stats = _reference_stats(hidden, weight, bias, targets, **options | {"ignore_index": -1})
     problem = Problem.build(
-        targets.masked_fill(targets == options["ignore_index"], -1),
+        targets,
         response_ids.to(targets.device),
         comparisons.to(targets.device),
         ref_logps,
@@ -251,27 +256,9 @@ def _reference_loss(
     return value.to(dtype), logps.detach().to(dtype), stats
 
 
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    outputs: tuple[str, ...],
-    backend: str,
-) -> None:
+def _check_options(outputs: tuple[str, ...], backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
     unknown = set(outputs) - set(OUTPUTS)
     if unknown:
         raise ValueError(f"unknown outputs {sorted(unknown)}; known: {', '.join(OUTPUTS)}")
-    if hidden.shape[:-1] != targets.shape:
-        raise ValueError(
-            f"targets: expected shape {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}"
-        )
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"weight: expected (V, {hidden.shape[-1]}), got {tuple(weight.shape)} for hidden "
-            f"{tuple(hidden.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: expected ({weight.shape[0]},), got {tuple(bias.shape)}")

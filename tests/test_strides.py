@@ -1,0 +1,400 @@
+"""Arguments of any layout, dtype and shape, to every public function and operator on every backend,
+beside plain PyTorch in fp64.
+
+What a layout leaves out in memory is NaN, or an index of nothing, so that a number that is read
+from the wrong place shows. An entry of a gradient may be off by some roundings of the dtype that
+the head computes in, of the sum of the absolute values of what it is a sum of.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+from fastdpo_kernels import LinearDPOLoss, call, library, linear_dpo_loss, linear_logprob, reference
+from fastdpo_kernels.head import OUTPUTS
+from fastdpo_kernels.integrations.trl import LinearLogProb
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+ENGINES = ["torch", "triton"]
+VOCAB = 37
+NOTHING = 99  # an index of no token, response or vocabulary entry here
+IGNORED = -100
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+INDICES = [torch.int64, torch.int32, torch.int16, torch.int8]
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.full(shape, torch.nan if dtype.is_floating_point else NOTHING, dtype=dtype)
+
+
+def pitched(t: Tensor) -> Tensor:
+    """Rows longer than they are read."""
+    wide = empty((*t.shape[:-1], t.shape[-1] + 3), t.dtype)
+    return wide[..., : t.shape[-1]].copy_(t)
+
+
+def stepped(t: Tensor) -> Tensor:
+    """Every other number."""
+    return empty((*t.shape[:-1], 2 * t.shape[-1]), t.dtype)[..., ::2].copy_(t)
+
+
+def shifted(t: Tensor) -> Tensor:
+    """At an address that is a multiple of nothing."""
+    return empty((t.numel() + 1,), t.dtype)[1:].view(t.shape).copy_(t)
+
+
+def turned(t: Tensor) -> Tensor:
+    """The last dimension is the slowest."""
+    order = [t.ndim - 1, *range(t.ndim - 1)]
+    return t.permute(order).contiguous().permute([*range(1, t.ndim), 0])
+
+
+def repeated(t: Tensor) -> Tensor:
+    """One number a row, of stride 0."""
+    return t[..., :1].expand(t.shape)
+
+
+def copied(t: Tensor) -> Tensor:
+    """One row for all, of stride 0; one number if there is but one dimension."""
+    return t[:1].expand(t.shape)
+
+
+LAYOUTS: list[Callable[[Tensor], Tensor]] = [
+    torch.clone,
+    pitched,
+    stepped,
+    shifted,
+    turned,
+    repeated,
+    copied,
+]
+layouts = st.sampled_from(LAYOUTS)
+BOTH = st.booleans()
+POLICY = ("hidden", "weight", "bias")
+REFERENCE = ("ref_input", "ref_weight", "ref_bias")
+
+
+class Arguments(NamedTuple):
+    """Tensors as a function gets them, by name, which gradients are wanted, and the soft cap."""
+
+    tensors: dict[str, Tensor]
+    needs: tuple[bool, bool, bool]
+    options: dict[str, Any]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the head computes in: what the hidden states are, unless something is fp64."""
+        return head_dtype(self.tensors["hidden"], self.tensors["weight"], self.tensors.get("bias"))
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Hidden states, weight and bias in the layouts that they have."""
+        return {
+            name: self.tensors[name].detach().requires_grad_(need)
+            for name, need in zip(POLICY, self.needs, strict=True)
+            if name in self.tensors
+        }
+
+    def rest(self, *names: str) -> dict[str, Tensor]:
+        """The tensors of these names that there are."""
+        return {name: self.tensors[name] for name in names if name in self.tensors}
+
+
+def head_dtype(*tensors: Tensor | None) -> torch.dtype:
+    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if wide or tensors[0] is None else tensors[0].dtype
+
+
+class Drawing:
+    """Draws tensors of some shape in any dtype and layout."""
+
+    def __init__(self, draw: Any, backend: str) -> None:
+        self.draw, self.floats = draw, FLOATS[:3] if backend == "triton" else FLOATS
+        self.generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+
+    def numbers(self, *shape: int, dtypes: list[torch.dtype] | None = None) -> Tensor:
+        plain = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        return self.laid(plain, dtypes or self.floats)
+
+    def integers(self, count: int, *shape: int, ignored: bool = False) -> Tensor:
+        plain = torch.randint(count, shape, generator=self.generator)
+        if ignored:
+            plain[torch.rand(shape, generator=self.generator) < 0.3] = IGNORED
+        return self.laid(plain, INDICES)
+
+    def laid(self, plain: Tensor, dtypes: list[torch.dtype]) -> Tensor:
+        layout = self.draw(layouts) if plain.ndim else torch.clone
+        return layout(plain.to(self.draw(st.sampled_from(dtypes))))
+
+    def head(self, *shape: int, names: tuple[str, ...] = POLICY) -> dict[str, Tensor]:
+        """Hidden states (*shape, H), weight and, or not, bias."""
+        hidden, weight, bias = names
+        width = self.draw(st.integers(1, 20))
+        tensors = {hidden: self.numbers(*shape, width), weight: self.numbers(VOCAB, width)}
+        if self.draw(st.booleans()):
+            tensors[bias] = self.numbers(VOCAB)
+        return tensors
+
+    def arguments(self, tensors: dict[str, Tensor], *, capped: bool = True) -> Arguments:
+        options = {"softcap": 3.0, "logit_scale": 0.7} if capped and self.draw(BOTH) else {}
+        return Arguments(tensors, self.draw(st.tuples(BOTH, BOTH, BOTH)), options)
+
+
+@st.composite
+def tokens(draw: Any, backend: str, shapes: list[tuple[int, ...]]) -> Arguments:
+    """A head, targets, and a gradient of every log-probability."""
+    some, shape = Drawing(draw, backend), draw(st.sampled_from(shapes))
+    tensors = some.head(*shape)
+    tensors["targets"] = some.integers(VOCAB, *shape, ignored=True)
+    tensors["upstream"] = some.numbers(*shape, dtypes=FLOATS)
+    return some.arguments(tensors)
+
+
+@st.composite
+def responses(draw: Any, backend: str) -> Arguments:
+    """A head, packed responses, and comparisons of them."""
+    some, count = Drawing(draw, backend), draw(st.integers(0, 6))
+    number, pairs = draw(st.integers(1, 4)), draw(st.integers(0, 3))
+    tensors = some.head(count)
+    tensors["targets"] = some.integers(VOCAB, count, ignored=True)
+    tensors["response_ids"] = some.integers(number, count)
+    tensors["comparisons"] = some.integers(number, pairs, 2)
+    tensors["ref_logps"] = some.numbers(number, dtypes=FLOATS)
+    if draw(BOTH):
+        tensors["comparison_weights"] = some.numbers(pairs, dtypes=FLOATS)
+    if draw(BOTH):
+        tensors["response_lengths"] = some.integers(9, number)
+    return some.arguments(tensors)
+
+
+@st.composite
+def batches(draw: Any, backend: str) -> Arguments:
+    """What Liger's loss is called with."""
+    some, shape = Drawing(draw, backend), (draw(st.sampled_from([2, 4])), draw(st.integers(1, 3)))
+    tensors = some.head(*shape)
+    tensors |= some.head(*shape, names=REFERENCE)
+    tensors["targets"] = some.integers(VOCAB, *shape, ignored=True)
+    return some.arguments(tensors, capped=False)
+
+
+class Exact(NamedTuple):
+    """Every result by name, the gradients, and what each entry of those is a sum of."""
+
+    values: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    sums: dict[str, Tensor]
+
+
+def widened(tensors: dict[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Contiguous fp64 and int64, `names` being those of a head, which rounds to its own dtype."""
+    dtype = head_dtype(*(tensors.get(name) for name in names))
+    rounded = {n: t.to(dtype) if n in names else t for n, t in tensors.items()}
+    return {
+        name: (t.double() if t.is_floating_point() else t.long()).contiguous()
+        for name, t in rounded.items()
+    }
+
+
+def exact(drawn: Arguments, value_of: Callable[..., tuple[Tensor, dict[str, Tensor]]]) -> Exact:
+    """fp64 results and gradients of what `value_of(stats, tensors)` makes of the tokens."""
+    wide = widened(drawn.tensors, POLICY)
+    wide |= widened(drawn.rest(*REFERENCE), REFERENCE)
+    x, w = wide["hidden"], wide["weight"]
+    product = x @ w.T
+    logits = (product + wide["bias"] if "bias" in wide else product).requires_grad_()
+    stats = reference.token_stats(
+        reference.logits_of(logits, torch.eye(VOCAB, dtype=torch.float64), **drawn.options),
+        wide["targets"],
+        IGNORED,
+    )
+    value, values = value_of(stats, wide)
+    (slope,) = torch.autograd.grad(value, logits)
+    flat, slope = x.reshape(-1, x.shape[-1]), slope.reshape(-1, VOCAB)
+
+    def gradients(x: Tensor, w: Tensor, slope: Tensor) -> dict[str, Tensor]:
+        hidden = (slope @ w).view(wide["hidden"].shape)
+        return {"hidden": hidden, "weight": slope.T @ x, "bias": slope.sum(0)}
+
+    return Exact(
+        {name: value.detach() for name, value in values.items()},
+        gradients(flat, w, slope),
+        gradients(flat.abs(), w.abs(), slope.abs()),
+    )
+
+
+def assert_close(
+    values: dict[str, Tensor], leaves: dict[str, Tensor], drawn: Arguments, truth: Exact
+) -> None:
+    """Results within roundings of fp32 (fp64 for fp64), gradients within some of their dtypes."""
+    computed = [
+        drawn.dtype,
+        *(value.dtype for value in values.values() if value.is_floating_point()),
+    ]
+    if REFERENCE[0] in drawn.tensors:
+        computed.append(head_dtype(*(drawn.tensors.get(name) for name in REFERENCE)))
+    fine = 400 * max(torch.finfo(torch.promote_types(d, torch.float32)).eps for d in computed)
+    for name, value in values.items():
+        expected = truth.values[name].double()
+        largest = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
+        assert value.shape == expected.shape, name
+        off = (value.double() - expected).abs()
+        assert (off <= fine * largest).all(), f"{name}: {value} for {expected}"
+    for name, leaf in leaves.items():
+        if not leaf.requires_grad:
+            continue
+        assert leaf.grad is not None and leaf.grad.dtype == leaf.dtype
+        formats = [torch.finfo(dtype) for dtype in (drawn.dtype, leaf.dtype)]
+        rounding = max(f.eps for f in formats)
+        smallest = max(f.smallest_normal * f.eps for f in formats)
+        off = (leaf.grad.double() - truth.gradients[name]).abs()
+        allowed = (4 * rounding + fine) * truth.sums[name] + fine + smallest
+        assert (off <= allowed).all(), f"gradient of {name}: {leaf.grad}, {truth.gradients[name]}"
+
+
+@pytest.fixture(scope="module", params=[*ENGINES, "reference"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def examples(count: int) -> Any:
+    return settings(max_examples=count, deadline=None, derandomize=True, database=None)
+
+
+def scored(stats: dict[str, Tensor], wide: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    return (stats["logprob"] * wide["upstream"]).sum(), stats
+
+
+def without_ties(values: dict[str, Tensor], drawn: Arguments) -> dict[str, Tensor]:
+    """Which of equal logits is the largest is a matter of rounding."""
+    ties = drawn.tensors["weight"].stride(0) == 0
+    return {name: t for name, t in values.items() if not (ties and name == "is_top1")}
+
+
+def backward(value: Tensor, upstream: Tensor | None = None) -> None:
+    if value.requires_grad:
+        value.backward(None if upstream is None else upstream.to(value.dtype))
+
+
+@examples(30)
+@given(st.data())
+def test_linear_logprob(backend: str, data: Any) -> None:
+    drawn = data.draw(tokens(backend, [(5,), (0,), (2, 3), (), (2, 1, 2)]))
+    leaves = drawn.leaves()
+    found = linear_logprob(
+        **leaves, **drawn.rest("targets"), outputs=OUTPUTS, backend=backend, **drawn.options
+    )
+    backward(found.logprob, drawn.tensors["upstream"])
+    values = without_ties(found._asdict(), drawn)
+    assert_close(values, leaves, drawn, exact(drawn, scored))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@examples(15)
+@given(st.data())
+def test_the_function_of_trl(engine: str, data: Any) -> None:
+    drawn = data.draw(tokens(engine, [(5,), (1,)]))
+    leaves, options = drawn.leaves(), drawn.options
+    names = ("logprob", "entropy", "log_sum_sq_prob", "mean_logit", "is_top1")
+    with mock.patch.object(call, "choose_backend", lambda *_: engine):
+        found = LinearLogProb(torch.autograd.Function).apply(
+            leaves["hidden"],
+            leaves["weight"],
+            leaves.get("bias"),
+            drawn.tensors["targets"],
+            1.0,
+            8,
+            options.get("softcap"),
+            options.get("logit_scale", 1.0),
+        )
+    backward(found[0], drawn.tensors["upstream"])
+    values = without_ties(dict(zip(names, found, strict=True)), drawn)
+    assert_close(values, leaves, drawn, exact(drawn, scored))
+
+
+def compared(beta: float) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+    """DPO's loss with plain indexing."""
+
+    def value_of(stats: dict[str, Tensor], wide: dict[str, Tensor]):
+        ids, pairs, ref = wide["response_ids"], wide["comparisons"], wide["ref_logps"]
+        logps = torch.zeros_like(ref).index_add(0, ids, stats["logprob"])
+        margins = (logps - ref)[pairs[:, 0]] - (logps - ref)[pairs[:, 1]]
+        weights = wide.get("comparison_weights", 1 / max(1, len(pairs)))
+        loss = -(weights * torch.nn.functional.logsigmoid(beta * margins)).sum()
+        return loss, {"loss": loss, "logps": logps, "entropy": stats["entropy"]}
+
+    return value_of
+
+
+@examples(30)
+@given(st.data())
+def test_linear_dpo_loss(backend: str, data: Any) -> None:
+    drawn = data.draw(responses(backend))
+    leaves = drawn.leaves()
+    rest = {name: t for name, t in drawn.tensors.items() if name not in leaves}
+    loss, logps, stats = linear_dpo_loss(
+        **leaves, **rest, beta=0.7, outputs=("entropy",), backend=backend, **drawn.options
+    )
+    backward(loss)
+    values = {"loss": loss, "logps": logps, "entropy": stats.entropy}
+    assert_close(values, leaves, drawn, exact(drawn, compared(0.7)))
+
+
+def of_pairs(stats: dict[str, Tensor], wide: dict[str, Tensor]):
+    """Liger's loss and most of its metrics, chosen responses in the first half of the rows."""
+    other = [wide.get(name) for name in REFERENCE]
+    logits = reference.logits_of(*other)
+    ref = reference.token_stats(logits, wide["targets"], IGNORED)["logprob"].sum(1)
+    logps = stats["logprob"].sum(1)
+    (chosen, rejected), rewards = logps.chunk(2), 0.7 * (logps - ref)
+    margins = rewards.chunk(2)[0] - rewards.chunk(2)[1]
+    loss = -torch.nn.functional.logsigmoid(margins).mean()
+    rows = dict(zip(("chosen reward", "rejected reward"), rewards.chunk(2), strict=True))
+    return loss, {"loss": loss, "chosen": chosen, "rejected": rejected, **rows}
+
+
+@examples(15)
+@given(st.data())
+def test_the_loss_of_liger(backend: str, data: Any) -> None:
+    drawn = data.draw(batches(backend))
+    leaves = drawn.leaves()
+    loss, metrics = LinearDPOLoss(beta=0.7, backend=backend)(
+        leaves["weight"],
+        leaves["hidden"],
+        drawn.tensors["targets"],
+        leaves.get("bias"),
+        **drawn.rest(*REFERENCE),
+    )
+    backward(loss)
+    names = ("chosen", "rejected", "chosen reward", "rejected reward")
+    values = dict(zip(names, (*metrics[:2], *metrics[5:]), strict=True))
+    assert_close(values | {"loss": loss}, leaves, drawn, exact(drawn, of_pairs))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@examples(15)
+@given(st.data())
+def test_operators(engine: str, data: Any) -> None:
+    """As a compiler calls them: the backward with statistics and a gradient of any layout."""
+    drawn = data.draw(tokens(engine, [(5,), (1,)]))
+    inputs = [drawn.tensors.get(name) for name in ("hidden", "weight", "bias", "targets")]
+    options = {"softcap": None, "logit_scale": 1.0, "temperature": 1.0, **drawn.options}
+    options |= {"ignore_index": IGNORED, "dtype": drawn.dtype, "backend": engine}
+    options["workspace_mib"] = 1
+    found = library.linear_logprob(*inputs, **options, outputs="", keep_gradient=False)
+    stats = dict(zip(("logprob", *OUTPUTS), found[:-1], strict=True))
+    saved = [
+        data.draw(layouts.filter(lambda f: f not in (repeated, copied)))(stats[name])
+        for name in ("logprob", "lse")
+    ]
+    truth = exact(drawn, scored)
+    leaves = {name: t.detach() for name, t in drawn.tensors.items() if name in truth.gradients}
+    upstream = drawn.tensors["upstream"]
+    gradients = library.linear_logprob_backward(
+        upstream, *inputs, *saved, **options, needs=[True, True, len(leaves) == 3]
+    )
+    for leaf, gradient in zip(leaves.values(), gradients, strict=False):
+        leaf.requires_grad_().grad = gradient
+    assert_close({"logprob": stats["logprob"]}, leaves, drawn, truth)
