@@ -1,8 +1,8 @@
 """The command line: `fastdpo train | precompute | plan | bench | doctor`.
 
-What a user got wrong is one line on stderr and exit code 2, never a traceback; an interrupted run
-is 130 and a reader of the output that goes away 141, as in a shell. Nothing heavy is imported before it is needed, so that `--help` and mistakes
-answer at once.
+What a user got wrong is one line on stderr and exit code 2, never a traceback. As in a shell, an
+interrupted run is 130, and 141 one whose output nobody reads any more. Nothing heavy is imported
+before it is needed, so that `--help` and mistakes answer at once.
 """
 
 import importlib
@@ -130,7 +130,12 @@ def _dispatch(arguments: list[str]) -> int:
     if help_text and ("--help" in rest or "-h" in rest):
         print(help_text(), end="")
         return 0
-    run(rest)
+    try:
+        run(rest)
+    except SystemExit as done:  # of bench, whose parser and measurements end so
+        if not isinstance(done.code, int):
+            raise
+        return done.code
     return 0
 
 

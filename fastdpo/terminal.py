@@ -8,7 +8,10 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from logging.handlers import MemoryHandler
+
+from .errors import FastDPOError
 
 _CHATTY_IMPORTS = ("bitsandbytes", "torch.utils._pytree", "torchao")
 """Libraries that warn of kernels they lack, or of their own deprecated calls, on being imported."""
@@ -35,6 +38,25 @@ def one_line(text: str) -> str:
 
 
 @contextmanager
+def withheld() -> Iterator[None]:
+    """What transformers warns of, once each, at the end of the block: where it ends with an error
+    of the user's, that line is all there is to read.
+    """
+    logger = logging.getLogger("transformers")
+    handlers, kept = logger.handlers, MemoryHandler(sys.maxsize, sys.maxsize, flushOnClose=False)
+    logger.handlers = [kept]
+    try:
+        yield
+    except FastDPOError:
+        kept.buffer.clear()
+        raise
+    finally:
+        logger.handlers = handlers
+        for record in {record.getMessage(): record for record in kept.buffer}.values():
+            logger.handle(record)
+
+
+@contextmanager
 def progress_bars(disable: bool | None) -> Iterator[None]:
     """With the progress bars of our libraries, or without: as `disable_tqdm` says, and by default
     only where somebody watches.
@@ -44,19 +66,26 @@ def progress_bars(disable: bool | None) -> Iterator[None]:
     import transformers.utils.logging as transformers
 
     libraries = (
-        (datasets.are_progress_bars_disabled, datasets.disable_progress_bars),
-        (hub.are_progress_bars_disabled, hub.disable_progress_bars),
-        (lambda: not transformers.is_progress_bar_enabled(), transformers.disable_progress_bar),
+        (
+            datasets.are_progress_bars_disabled,
+            datasets.disable_progress_bars,
+            datasets.enable_progress_bars,
+        ),
+        (
+            hub.are_progress_bars_disabled,
+            hub.disable_progress_bars,
+            hub.enable_progress_bars,
+        ),
+        (
+            lambda: not transformers.is_progress_bar_enabled(),
+            transformers.disable_progress_bar,
+            transformers.enable_progress_bar,
+        ),
     )
-    again = (datasets.enable_progress_bars, hub.enable_progress_bars, transformers.enable_progress_bar)
     hide = not sys.stderr.isatty() if disable is None else disable
-    shown = []
-    for (hidden, switch_off), switch_on in zip(libraries, again, strict=True):
-        if hide and not hidden():
-            switch_off()
-            shown.append(switch_on)
-    try:
+    with ExitStack() as restored:
+        for hidden, off, on in libraries:
+            if hide and not hidden():
+                off()
+                restored.callback(on)
         yield
-    finally:
-        for switch_on in shown:
-            switch_on()

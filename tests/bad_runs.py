@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from bad_files import CHAT, PAIR, lines
@@ -130,9 +129,21 @@ def _small(path: Path) -> None:
 
 QUANTISED = {"quant_method": "bitsandbytes", "load_in_4bit": True, "_load_in_4bit": True}
 MODELS = [
-    Case("model: missing", "model_name_or_path: ./no does not exist", ("train", "config.yaml", "--model_name_or_path", "./no")),
-    Case("reference: missing", "ref_model_name_or_path: ./no does not exist", ("train", "config.yaml", "--ref_model_name_or_path", "./no")),
-    Case("model: a file", "model_name_or_path: pairs.jsonl is …directory", ("train", "config.yaml", "--model_name_or_path", "pairs.jsonl")),
+    Case(
+        "model: missing",
+        "model_name_or_path: ./no does not exist",
+        ("train", "config.yaml", "--model_name_or_path", "./no"),
+    ),
+    Case(
+        "reference: missing",
+        "ref_model_name_or_path: ./no does not exist",
+        ("train", "config.yaml", "--ref_model_name_or_path", "./no"),
+    ),
+    Case(
+        "model: a file",
+        "model_name_or_path: pairs.jsonl is …directory",
+        ("train", "config.yaml", "--model_name_or_path", "pairs.jsonl"),
+    ),
     model("an empty directory", lambda p: [f.unlink() for f in p.iterdir()], "model: no …"),
     model("no config.json", without("config.json"), "model: no model could be loaded"),
     model("config.json empty", content("config.json", b""), "model/config.json…"),
@@ -153,38 +164,78 @@ MODELS = [
     model("unknown activation", settings(hidden_act="swoosh"), "model: …swoosh"),
     model("unknown rope", settings(rope_parameters={"rope_type": "x"}), "model: …"),
     model("quantised", settings(quantization_config=QUANTISED), "model: …"),
-    model("unknown quantisation", settings(quantization_config={"quant_method": "x"}), "model: …"),
     model("no weights", without("model.safetensors"), "model: …safetensors"),
     model("pickle alone", _pickle, "model: …safetensors"),
     model("weights empty", content("model.safetensors", b""), "model/model.safetensors…"),
     model("weights cut off", content("model.safetensors", _half), "model/model.safetensors…"),
-    model("weights a pointer", content("model.safetensors", POINTER), "model/model.safetensors…LFS"),
-    model("weights garbage", content("model.safetensors", b"\xff" * 999), "model/model.safetensors…"),
+    model(
+        "weights a pointer", content("model.safetensors", POINTER), "model/model.safetensors…LFS"
+    ),
+    model(
+        "weights garbage", content("model.safetensors", b"\xff" * 999), "model/model.safetensors…"
+    ),
     model("weights of JSON", content("model.safetensors", b"{}"), "model/model.safetensors…"),
     model("a tensor missing", weights(lambda t: t.pop("lm_head.weight")), "model: …lm_head.weight"),
-    model("other names", weights(lambda t: [t.update({f"x.{n}": t.pop(n)}) for n in list(t)]), "model: …"),
-    model("not a number", weights(_nan), "…nan"),
+    model(
+        "other names",
+        weights(lambda t: [t.update({f"x.{n}": t.pop(n)}) for n in list(t)]),
+        "model: …",
+    ),
+    model("not a number", weights(_nan), "model: its logits are not finite"),
     model("a shard missing", _shards("model-2-of-2.safetensors"), "model…model-2-of-2.safetensors"),
     model("an empty index", _shards(None, {}), "model…index.json…"),
     model("an index of nothing", _shards(None, {"weight_map": {}}), "model…index.json…"),
     model("an index elsewhere", _shards(None, {"weight_map": {"a": "../x.safetensors"}}), "model…"),
-    model("no tokenizer", without("tokenizer.json", "tokenizer_config.json"), "model: no tokenizer"),
+    model(
+        "no tokenizer", without("tokenizer.json", "tokenizer_config.json"), "model: no tokenizer"
+    ),
     model("tokenizer.json cut off", content("tokenizer.json", _half), "model/tokenizer.json…"),
     model("tokenizer.json empty", content("tokenizer.json", b""), "model/tokenizer.json…"),
-    model("tokenizer.json of another kind", content("tokenizer.json", b'{"a": 1}'), "model: no token"),
-    model("tokenizer config cut off", content("tokenizer_config.json", _half), "model/tokenizer_con"),
-    model("unknown tokenizer", _tokenizer(tokenizer_class="NoTokenizer"), "model: …"),
+    model(
+        "tokenizer.json of another kind", content("tokenizer.json", b'{"a": 1}'), "model: no token"
+    ),
+    model(
+        "tokenizer config cut off", content("tokenizer_config.json", _half), "model/tokenizer_con"
+    ),
     model("no end of text", _tokenizer(eos_token=..., pad_token=...), "…eos_token"),
     model("no template", _no_template, "…chat template", "--dataset_name=rows.jsonl"),
-    model("a broken template", _bad_template, "rows.jsonl, line 1…template", "--dataset_name=rows.jsonl"),
+    model(
+        "a broken template",
+        _bad_template,
+        "rows.jsonl, line 1…template",
+        "--dataset_name=rows.jsonl",
+    ),
     model("small vocabulary", _small, "pairs.jsonl, line 1: …vocabulary"),
-    model("no such target", lambda p: None, "lora_target_modules: …no_proj", "--use_peft", "--lora_target_modules=no_proj"),
-    model("a broken pattern", lambda p: None, "--lora_target_modules: …pattern", "--use_peft", "--lora_target_modules=(q_proj"),
-    model("norms as targets", lambda p: None, "lora_target_modules: …", "--use_peft", "--lora_target_modules=norm"),
-    model("nothing to save", lambda p: None, "lora_modules_to_save: …no_head", "--use_peft", "--lora_target_modules=q_proj", "--lora_modules_to_save=no_head"),
-    model("a huge rank", lambda p: None, "…lora_r", "--use_peft", "--lora_r=100000000000"),
-    Case("model: a GPU is asked for", "plan config.yaml…", ("plan", "config.yaml", "--gpu", "x")),
-]  # fmt: skip
+    model(
+        "no such target",
+        lambda p: None,
+        "lora_target_modules: …no_proj",
+        "--use_peft",
+        "--lora_target_modules=no_proj",
+    ),
+    model(
+        "a broken pattern",
+        lambda p: None,
+        "--lora_target_modules: …pattern",
+        "--use_peft",
+        "--lora_target_modules=(q_proj",
+    ),
+    model(
+        "norms as targets",
+        lambda p: None,
+        "lora_target_modules: …",
+        "--use_peft",
+        "--lora_target_modules=norm",
+    ),
+    model(
+        "nothing to save",
+        lambda p: None,
+        "--lora_modules_to_save: the model has no module no_head",
+        "--use_peft",
+        "--lora_target_modules=q_proj",
+        "--lora_modules_to_save=no_head",
+    ),
+]
 
 
 def checkpoint(
@@ -241,43 +292,160 @@ def _all_broken(out: Path) -> None:
 ONE = "out/checkpoint-1"
 TRUE = ("--output_dir=out",)
 CHECKPOINTS = [
-    checkpoint("missing", lambda out: None, "out/checkpoint-7: there is no such", start="out/checkpoint-7"),
+    checkpoint(
+        "missing", lambda out: None, "out/checkpoint-7: there is no such", start="out/checkpoint-7"
+    ),
     checkpoint("a file", lambda out: None, "out/README.md: …", start="out/README.md"),
-    checkpoint("an empty directory", lambda out: (out / "x").mkdir(), "out/x: manifest.json is missing", start="out/x"),
+    checkpoint(
+        "an empty directory",
+        lambda out: (out / "x").mkdir(),
+        "out/x: manifest.json is missing",
+        start="out/x",
+    ),
     checkpoint("the model", lambda out: None, "out: manifest.json is missing", start="out"),
     checkpoint("a number", lambda out: None, "5: there is no such checkpoint", start="5"),
-    checkpoint("no optimizer", lambda out: (out / "checkpoint-1/optimizer.safetensors").unlink(), f"{ONE}: optimizer.safetensors is missing"),
-    checkpoint("no model", lambda out: (out / "checkpoint-1/model.safetensors").unlink(), f"{ONE}: model.safetensors is missing"),
-    checkpoint("cut off", _saved("optimizer.safetensors", _half), f"{ONE}: optimizer.safetensors has"),
-    checkpoint("changed", _saved("model.safetensors", lambda d: d[:-1] + bytes([d[-1] ^ 1])), f"{ONE}: model.safetensors is not what was written"),
-    checkpoint("no manifest", lambda out: (out / "checkpoint-1/manifest.json").unlink(), f"{ONE}: manifest.json is missing"),
-    checkpoint("manifest cut off", _saved("manifest.json", _half), f"{ONE}: manifest.json is missing or no"),
-    checkpoint("manifest of a list", _saved("manifest.json", b"[]"), f"{ONE}: manifest.json is missing or"),
-    checkpoint("manifest of texts", _saved("manifest.json", b'{"README.md": "x"}'), f"{ONE}: manifest.json…"),
+    checkpoint(
+        "no optimizer",
+        lambda out: (out / "checkpoint-1/optimizer.safetensors").unlink(),
+        f"{ONE}: optimizer.safetensors is missing",
+    ),
+    checkpoint(
+        "no model",
+        lambda out: (out / "checkpoint-1/model.safetensors").unlink(),
+        f"{ONE}: model.safetensors is missing",
+    ),
+    checkpoint(
+        "cut off", _saved("optimizer.safetensors", _half), f"{ONE}: optimizer.safetensors has"
+    ),
+    checkpoint(
+        "changed",
+        _saved("model.safetensors", lambda d: d[:-1] + bytes([d[-1] ^ 1])),
+        f"{ONE}: model.safetensors is not what was written",
+    ),
+    checkpoint(
+        "no manifest",
+        lambda out: (out / "checkpoint-1/manifest.json").unlink(),
+        f"{ONE}: manifest.json is missing",
+    ),
+    checkpoint(
+        "manifest cut off", _saved("manifest.json", _half), f"{ONE}: manifest.json is missing or no"
+    ),
+    checkpoint(
+        "manifest of a list", _saved("manifest.json", b"[]"), f"{ONE}: manifest.json is missing or"
+    ),
+    checkpoint(
+        "manifest of texts",
+        _saved("manifest.json", b'{"config.json": "x"}'),
+        f"{ONE}: manifest.json…",
+    ),
     checkpoint("manifest of nothing", _saved("manifest.json", b"{}"), f"{ONE}: …"),
-    checkpoint("manifest elsewhere", _saved("manifest.json", b'{"../../pairs.jsonl": {}}'), f"{ONE}: manifest.json"),
-    checkpoint("state cut off", _saved("trainer_state.json", _half, True), f"{ONE}: trainer_state.json…"),
-    checkpoint("state of a list", _saved("trainer_state.json", b"[]", True), f"{ONE}: trainer_state.json…"),
-    checkpoint("state of nothing", _saved("trainer_state.json", b"{}", True), f"{ONE}: trainer_state.json…"),
+    checkpoint(
+        "manifest elsewhere",
+        _saved("manifest.json", b'{"../../pairs.jsonl": {}}'),
+        f"{ONE}: manifest.json",
+    ),
+    checkpoint(
+        "state cut off", _saved("trainer_state.json", _half, True), f"{ONE}: trainer_state.json…"
+    ),
+    checkpoint(
+        "state of a list", _saved("trainer_state.json", b"[]", True), f"{ONE}: trainer_state.json…"
+    ),
+    checkpoint(
+        "state of nothing", _saved("trainer_state.json", b"{}", True), f"{ONE}: trainer_state.json…"
+    ),
     checkpoint("step of text", _state(step="one"), f"{ONE}: trainer_state.json…"),
     checkpoint("a negative step", _state(step=-3), f"{ONE}: trainer_state.json…"),
     checkpoint("no optimizer in the state", _state(optimizer=...), f"{ONE}: trainer_state.json…"),
     checkpoint("an empty optimizer", _state(optimizer=[]), f"{ONE}: …"),
-    checkpoint("no random state", _state(python_rng=[3, [1, 2], None]), f"{ONE}: trainer_state.json…"),
-    checkpoint("optimizer garbage", _saved("optimizer.safetensors", b"\x00" * 99, True), f"{ONE}…optimizer.safetensors…"),
-    checkpoint("random garbage", _saved("rng.safetensors", b"\x00" * 99, True), f"{ONE}…rng.safetensors…"),
+    checkpoint(
+        "no random state", _state(python_rng=[3, [1, 2], None]), f"{ONE}: its random state is none"
+    ),
+    checkpoint(
+        "optimizer garbage",
+        _saved("optimizer.safetensors", b"\x00" * 99, True),
+        f"{ONE}…optimizer.safetensors…",
+    ),
+    checkpoint(
+        "random garbage", _saved("rng.safetensors", b"\x00" * 99, True), f"{ONE}…rng.safetensors…"
+    ),
     checkpoint("weights garbage", _saved("model.safetensors", b"\xff" * 99, True), f"{ONE}…"),
-    checkpoint("the model's alone", lambda out: None, f"{ONE}: …", "--use_peft", "--lora_target_modules=q_proj"),
-    checkpoint("another beta", lambda out: None, f"resume_from_checkpoint: {ONE} was made with beta 0.1 (now 0.2)", "--beta=0.2"),
-    checkpoint("another seed", lambda out: None, f"resume_from_checkpoint: {ONE} was made with seed 42 (now 1)", "--seed=1"),
-    checkpoint("another optimizer", lambda out: None, f"resume_from_checkpoint: {ONE} was made with optim", "--optim=sgd"),
-    checkpoint("another optimizer, allowed", lambda out: None, f"{ONE}: made with another optimizer", "--optim=sgd", "--resume_with_changes"),
-    checkpoint("other data", lambda out: (out.parent / "rows.jsonl").write_bytes(lines(*[PAIR | {"prompt": f"{i} "} for i in range(24)])), f"resume_from_checkpoint: {ONE} was made with other data", "--dataset_name=rows.jsonl"),
-    checkpoint("past the end", lambda out: None, "resume_from_checkpoint: out/checkpoint-2 was taken at step 2, after", "--max_steps=1", start="out/checkpoint-2"),
-    checkpoint("an older one", lambda out: None, "resume_from_checkpoint: out holds checkpoint-2 after checkpoint-1", *TRUE),
-    checkpoint("broken ones alone", _all_broken, "resume_from_checkpoint: no checkpoint is whole: out/checkpoint-2: rng", "--max_steps=4", *TRUE, start="true"),
-    checkpoint("another run's directory", lambda out: None, "output_dir: out holds another run than", *TRUE, start="elsewhere/checkpoint-1"),
-]  # fmt: skip
+    checkpoint(
+        "adapters now",
+        lambda out: None,
+        f"resume_from_checkpoint: {ONE} was made with use_peft False",
+        "--use_peft",
+        "--lora_target_modules=q_proj",
+    ),
+    checkpoint(
+        "adapters now, allowed",
+        lambda out: None,
+        f"{ONE}: holds no adapter, but use_peft is set",
+        "--use_peft",
+        "--lora_target_modules=q_proj",
+        "--resume_with_changes",
+    ),
+    checkpoint(
+        "another beta",
+        lambda out: None,
+        f"resume_from_checkpoint: {ONE} was made with beta 0.1 (now 0.2)",
+        "--beta=0.2",
+    ),
+    checkpoint(
+        "another seed",
+        lambda out: None,
+        f"resume_from_checkpoint: {ONE} was made with seed 42 (now 1)",
+        "--seed=1",
+    ),
+    checkpoint(
+        "another optimizer",
+        lambda out: None,
+        f"resume_from_checkpoint: {ONE} was made with optim",
+        "--optim=sgd",
+    ),
+    checkpoint(
+        "another optimizer, allowed",
+        lambda out: None,
+        f"{ONE}: made with another optimizer",
+        "--optim=sgd",
+        "--resume_with_changes",
+    ),
+    checkpoint(
+        "other data",
+        lambda out: (out.parent / "rows.jsonl").write_bytes(
+            lines(*[PAIR | {"prompt": f"{i} "} for i in range(24)])
+        ),
+        f"resume_from_checkpoint: {ONE} was made with other data",
+        "--dataset_name=rows.jsonl",
+    ),
+    checkpoint(
+        "past the end",
+        lambda out: None,
+        "resume_from_checkpoint: out/checkpoint-2 was taken at step 2, after",
+        "--max_steps=1",
+        start="out/checkpoint-2",
+    ),
+    checkpoint(
+        "an older one",
+        lambda out: None,
+        "resume_from_checkpoint: out holds checkpoint-2 after checkpoint-1",
+        *TRUE,
+    ),
+    checkpoint(
+        "broken ones alone",
+        _all_broken,
+        "resume_from_checkpoint: no checkpoint is whole: out/checkpoint-2: rng",
+        "--max_steps=4",
+        *TRUE,
+        start="true",
+    ),
+    checkpoint(
+        "another run's directory",
+        lambda out: None,
+        "output_dir: out holds another run than",
+        *TRUE,
+        start="elsewhere/checkpoint-1",
+    ),
+]
 
 
 def _model_of_another_size(path: Path, patch: pytest.MonkeyPatch) -> None:
@@ -308,7 +476,9 @@ CHECKPOINTS.append(
 )
 
 
-def place(what: str, prepare: Callable[[Path, pytest.MonkeyPatch], object], expected: str, *flags: str) -> Case:
+def place(
+    what: str, prepare: Callable[[Path, pytest.MonkeyPatch], object], expected: str, *flags: str
+) -> Case:
     """A disk, a directory or an environment."""
     return Case(what, expected, ("train", "config.yaml", *flags), prepare)
 
@@ -328,6 +498,20 @@ def refuse(name: str, code: int) -> Callable[[Path, pytest.MonkeyPatch], object]
 def _unwritable(path: Path, patch: pytest.MonkeyPatch) -> None:
     real = os.access
     patch.setattr(os, "access", lambda p, mode, **k: "out" not in str(p) and real(p, mode, **k))
+
+
+def _no_memory(path: Path, patch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1")
+
+    patch.setattr("fastdpo.train.run.add_adapter", fails)
+
+
+def _earlier(state: bytes) -> Callable[[Path, pytest.MonkeyPatch], object]:
+    def prepare(path: Path, patch: pytest.MonkeyPatch) -> None:
+        (path / "out" / "trainer_state.json").write_bytes(state)
+
+    return prepare
 
 
 def _somebodys(path: Path, patch: pytest.MonkeyPatch) -> None:
@@ -388,41 +572,155 @@ def nothing(path: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 DISKS = [
-    place("output_dir is a file", nothing, "output_dir: pairs.jsonl cannot be made", "--output_dir=pairs.jsonl"),
-    place("output_dir below a file", nothing, "output_dir: pairs.jsonl/out cannot be made", "--output_dir=pairs.jsonl/out"),
-    place("output_dir in /proc", nothing, "output_dir: /proc/out cannot be made", "--output_dir=/proc/out"),
+    place(
+        "output_dir is a file",
+        nothing,
+        "output_dir: pairs.jsonl cannot be made",
+        "--output_dir=pairs.jsonl",
+    ),
+    place(
+        "output_dir below a file",
+        nothing,
+        "output_dir: pairs.jsonl/out cannot be made",
+        "--output_dir=pairs.jsonl/out",
+    ),
+    place(
+        "output_dir in /proc",
+        nothing,
+        "output_dir: /proc/out cannot be made",
+        "--output_dir=/proc/out",
+    ),
     place("output_dir is unwritable", _unwritable, "output_dir: out cannot be written to"),
     place("output_dir is held", _holding, "output_dir: another run is writing to out"),
-    place("output_dir holds a run", nothing, "output_dir: out holds another run; choose another", "--no_overwrite_output_dir"),
-    place("output_dir holds a model", _somebodys, "output_dir: mine holds config.json…no run of fastdpo", "--output_dir=mine"),
-    place("output_dir holds the model", nothing, "output_dir: model holds config.json…", "--output_dir=model"),
-    place("the model lies in output_dir", nothing, "overwrite_output_dir: model_name_or_path out lies in", "--model_name_or_path=out"),
-    place("the reference lies in output_dir", nothing, "overwrite_output_dir: ref_model_name_or_path out/check", "--ref_model_name_or_path=out/checkpoint-1"),
-    place("the cache lies in output_dir", lambda path, patch: (path / "out/cache").mkdir(), "overwrite_output_dir: reference_cache_dir out/cache", "--reference_cache_dir=out/cache"),
-    place("a strange checkpoint", _strange_checkpoint, "output_dir: out holds checkpoint-9, which no run"),
+    place(
+        "output_dir holds a run",
+        nothing,
+        "output_dir: out holds another run; choose another",
+        "--no_overwrite_output_dir",
+    ),
+    place(
+        "output_dir holds a model",
+        _somebodys,
+        "output_dir: mine holds chat_template.jinja, config.json…no run of fastdpo",
+        "--output_dir=mine",
+    ),
+    place(
+        "output_dir holds the model",
+        nothing,
+        "overwrite_output_dir: model_name_or_path model lies in the output_dir",
+        "--output_dir=model",
+    ),
+    place(
+        "the model lies in output_dir",
+        nothing,
+        "overwrite_output_dir: model_name_or_path out lies in",
+        "--model_name_or_path=out",
+    ),
+    place(
+        "the reference lies in output_dir",
+        nothing,
+        "overwrite_output_dir: ref_model_name_or_path out/check",
+        "--ref_model_name_or_path=out/checkpoint-1",
+    ),
+    place(
+        "the cache lies in output_dir",
+        lambda path, patch: (path / "out/cache").mkdir(),
+        "overwrite_output_dir: reference_cache_dir out/cache",
+        "--reference_cache_dir=out/cache",
+    ),
+    place(
+        "a strange checkpoint",
+        _strange_checkpoint,
+        "output_dir: out holds checkpoint-9, which no run",
+    ),
     place("the cache is a file", nothing, "pairs.jsonl…", "--reference_cache_dir=pairs.jsonl"),
-    place("XDG_CACHE_HOME is a file", lambda path, patch: patch.setenv("XDG_CACHE_HOME", str(path / "pairs.jsonl")), "…pairs.jsonl/fastdpo/reference…"),
+    place(
+        "XDG_CACHE_HOME is a file",
+        lambda path, patch: patch.setenv("XDG_CACHE_HOME", str(path / "pairs.jsonl")),
+        "…pairs.jsonl/fastdpo/reference…",
+    ),
     place("the disk is full", refuse("fsync", errno.ENOSPC), "…the disk is full"),
+    place(
+        "no memory for an adapter",
+        _no_memory,
+        "there is not enough memory for model, adapter",
+        "--use_peft",
+    ),
+    place(
+        "the state of a run of numbers",
+        _earlier(b'{"files": 5, "step": 1}'),
+        "output_dir: out holds …no run of fastdpo",
+    ),
+    place(
+        "the state of a run elsewhere",
+        _earlier(b'{"files": ["/etc/hosts"], "step": 1}'),
+        "output_dir: out holds …no run of fastdpo",
+    ),
     place("the quota is reached", refuse("replace", errno.EDQUOT), "…the disk is full"),
-    place("the disk is read-only", refuse("mkdir", errno.EROFS), "output_dir: new cannot be made (Read-only", "--output_dir=new"),
-    place("the disk has errors", refuse("fsync", errno.EIO), "…cannot be written (Input/output error)"),
-]  # fmt: skip
+    place(
+        "the disk is read-only",
+        refuse("mkdir", errno.EROFS),
+        "output_dir: new cannot be made (Read-only",
+        "--output_dir=new",
+    ),
+    place(
+        "the disk has errors", refuse("fsync", errno.EIO), "…cannot be written (Input/output error)"
+    ),
+]
 
 ENVIRONMENT = [
-    place("two processes", env(WORLD_SIZE="2", RANK="0"), "WORLD_SIZE …"),
-    place("WORLD_SIZE of text", env(WORLD_SIZE="two"), "WORLD_SIZE: expected a whole number, got two"),
+    place("two processes", env(WORLD_SIZE="2", RANK="0"), "WORLD_SIZE: expected 1, …got 2"),
+    place("WORLD_SIZE of text", env(WORLD_SIZE="two"), "WORLD_SIZE: expected 1, …got two"),
     place("a hub model offline", offline, "…someone/model…", "--model_name_or_path=someone/model"),
-    place("a hub reference offline", offline, "…someone/model…", "--ref_model_name_or_path=someone/model"),
+    place(
+        "a hub reference offline",
+        offline,
+        "…someone/model…",
+        "--ref_model_name_or_path=someone/model",
+    ),
     place("hub data offline", offline, "someone/pairs: …", "--dataset_name=someone/pairs"),
-    place("a hub model without network", no_network, "…someone/model…", "--model_name_or_path=someone/model"),
-    place("hub data without network", no_network, "someone/pairs: …", "--dataset_name=someone/pairs"),
-    place("no such name on any hub", nothing, "model_name_or_path: …a b", "--model_name_or_path=a b"),
+    place(
+        "a hub model without network",
+        no_network,
+        "…someone/model…",
+        "--model_name_or_path=someone/model",
+    ),
+    place(
+        "hub data without network", no_network, "someone/pairs: …", "--dataset_name=someone/pairs"
+    ),
+    place(
+        "no such name on any hub",
+        nothing,
+        "a b (no directory here, so a model of the hub): no model could be loaded",
+        "--model_name_or_path=a b",
+    ),
     place("wandb is missing", absent("wandb"), "report_to: wandb …", "--report_to=wandb"),
     place("trackio is missing", absent("trackio"), "report_to: trackio …", "--report_to=trackio"),
-    place("tensorboard is missing", absent("tensorboard", "torch.utils.tensorboard"), "report_to: tensorboard …", "--report_to=tensorboard"),
-    place("bitsandbytes is missing", absent("bitsandbytes"), "optim: adamw_bnb_8bit needs bitsandbytes: pip install", "--optim=adamw_bnb_8bit"),
-    place("torchao is missing", absent("torchao", "torchao.optim"), "optim: adamw_torch_8bit needs torchao: pip install", "--optim=adamw_torch_8bit"),
-    place("bitsandbytes is missing for a base", absent("bitsandbytes"), "load_in_4bit needs bitsandbytes: pip install", "--load_in_4bit", "--use_peft"),
-]  # fmt: skip
+    place(
+        "tensorboard is missing",
+        absent("tensorboard", "torch.utils.tensorboard"),
+        "report_to: tensorboard …",
+        "--report_to=tensorboard",
+    ),
+    place(
+        "bitsandbytes is missing",
+        absent("bitsandbytes"),
+        "optim: adamw_bnb_8bit needs bitsandbytes: pip install",
+        "--optim=adamw_bnb_8bit",
+    ),
+    place(
+        "torchao is missing",
+        absent("torchao", "torchao.optim"),
+        "optim: adamw_torch_8bit needs torchao: pip install",
+        "--optim=adamw_torch_8bit",
+    ),
+    place(
+        "bitsandbytes is missing for a base",
+        absent("bitsandbytes"),
+        "load_in_4bit needs bitsandbytes: pip install",
+        "--load_in_4bit",
+        "--use_peft",
+    ),
+]
 
 CASES = [*MODELS, *CHECKPOINTS, *DISKS, *ENVIRONMENT]

@@ -1,4 +1,4 @@
-"""Whatever is wrong with a run's inputs is one line, exit code 2, and nothing is changed on disk."""
+"""What is wrong with a run's inputs is one line and exit code 2, and changes nothing on disk."""
 
 import logging
 import os
@@ -85,10 +85,7 @@ def test_a_bad_input_is_one_line(case: Case, prepared, tmp_path, monkeypatch, ca
 def _handlers() -> list[logging.StreamHandler]:
     loggers = [logging.getLogger(), *map(logging.getLogger, list(logging.root.manager.loggerDict))]
     found = [handler for logger in loggers for handler in logger.handlers]
-    found.append(logging.lastResort)
-    return [
-        h for h in found if type(h) is logging.StreamHandler and h.stream is not sys.stderr
-    ]
+    return [h for h in found if type(h) is logging.StreamHandler and h.stream is not sys.stderr]
 
 
 def test_names_are_unique_and_many():

@@ -131,8 +131,8 @@ class TrainConfig(
         for item in value if isinstance(value, list) else [value]:
             if item is None or isinstance(item, dict):
                 continue
-            if expected := limits(item, about["path"]):
-                raise self.error(name, f"expected {expected}, got {show_short(item)}")
+            if limit := limits(item, about["path"]):
+                raise self.error(name, f"expected {limit}, got {show_short(item)}")
             if about["choices"] and item not in about["choices"]:
                 known = ", ".join(about["choices"])
                 one_of = "one of " if len(about["choices"]) > 1 else ""

@@ -64,7 +64,8 @@ class _Loader(yaml.SafeLoader):
             return super().construct_object(node, deep=deep)
         except (ValueError, OverflowError, AttributeError, KeyError, IndexError) as error:
             # A date, a number or a tag that is like one, and none.
-            problem = f"{node.tag.rpartition(':')[2]} that is none: {show_short(str(node.value))}"
+            kind = node.tag.rpartition(":")[2]
+            problem = f"{kind} that cannot be read: {show_short(str(node.value))}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
 

@@ -235,7 +235,7 @@ class MetricsLog:
             return
         kept: list[str] = []
         if self.resumed_step is not None and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if _step(line) <= self.resumed_step]
         write_text(self.path, "".join(line + "\n" for line in kept))
         waiting, self._waiting = self._waiting, None
@@ -254,7 +254,8 @@ class MetricsLog:
 
 
 def _step(line: str) -> float:
+    """Of a line of metrics; infinite where it is none."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
+        return float(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError, RecursionError):
         return float("inf")
