@@ -1,8 +1,8 @@
 """The command line: `fastdpo train | precompute | plan | bench | doctor`.
 
-What a user got wrong is one line on stderr and exit code 2, never a traceback; an interrupted run
-is 130, as in a shell. Nothing heavy is imported before it is needed, so that `--help` and mistakes
-answer at once.
+What a user got wrong is one line on stderr and exit code 2, never a traceback. As in a shell, an
+interrupted run is 130, and 141 one whose output nobody reads any more. Nothing heavy is imported
+before it is needed, so that `--help` and mistakes answer at once.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from . import __version__, terminal
 from .config import TrainConfig
 from .config.text import key_help
 from .errors import ConfigError, FastDPOError
@@ -79,17 +79,37 @@ fit, it says which switches make it fit and what each costs in time.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: the process's own) and return its exit code.
 
-    0 is success, 2 an error of the user's, 130 an interruption. Errors of the program are raised.
+    0 is success, 2 an error of the user's, 130 an interruption, 141 an output that nobody reads any
+    more. Errors of the program are raised.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    terminal.prepare()
     try:
-        return _dispatch(arguments)
+        status = _dispatch(arguments)
+        sys.stdout.flush()
+        return status
     except FastDPOError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {terminal.one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return 141
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of the output has gone, as that of `fastdpo train | head` does; what is
+    still to be written then goes nowhere.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -110,7 +130,12 @@ def _dispatch(arguments: list[str]) -> int:
     if help_text and ("--help" in rest or "-h" in rest):
         print(help_text(), end="")
         return 0
-    run(rest)
+    try:
+        run(rest)
+    except SystemExit as done:  # of bench, whose parser and measurements end so
+        if not isinstance(done.code, int):
+            raise
+        return done.code
     return 0
 
 

@@ -37,7 +37,7 @@ class Group:
         return content.digest()
 
 
-def make_groups(dataset, *, group_prompts: bool = True) -> list[Group]:
+def make_groups(dataset, *, group_prompts: bool = True, source: str = "dataset") -> list[Group]:
     """Groups of a tokenised dataset (columns prompt_ids, response_ids, winners, losers, weights,
     labels).
 
@@ -50,14 +50,14 @@ def make_groups(dataset, *, group_prompts: bool = True) -> list[Group]:
             on.
     """
     if len(dataset) == 0:
-        raise DataError("the dataset has no rows left to train on")
+        raise DataError(f"{source}: has no rows left to train on")
     groups: list[Group] = []
     by_prompt: dict[bytes, int] = {}
     known: list[dict[bytes, int]] = []
     for number, row in enumerate(dataset.with_format("numpy")):
         if len(row["winners"]) == 0:
             raise DataError(
-                f"row {number}: no comparison (prompt/completion/label data needs a KTO loss, "
+                f"{source}, row {number + 1}: no comparison (labels need a KTO loss, "
                 "which is not available)"
             )
         prompt = np.asarray(row["prompt_ids"], np.int32)

@@ -63,7 +63,7 @@ def load_rows(
             rows = _load_files(_file_kind(path), {"train": [path]}, split, skip_bad_rows, name)
         elif path.is_dir():
             rows = _load_directory(path, split, config_name, skip_bad_rows)
-        elif _looks_local(name):
+        elif looks_local(name):
             raise DataError(_not_found(path))
         else:
             rows = _load_hub(name, split, config_name, num_proc)
@@ -83,7 +83,7 @@ def _suffix(path: Path) -> str:
     return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
-def _looks_local(name: str) -> bool:
+def looks_local(name: str) -> bool:
     starts = name.startswith((".", "/", "~"))
     return starts or name.count("/") > 1 or _suffix(Path(name)) in _KINDS
 
@@ -192,7 +192,8 @@ def _take(splits: Mapping[str, datasets.Dataset], split: str, where: str) -> dat
         parts = instruction.to_absolute({key: len(rows) for key, rows in splits.items()})
     except (ValueError, AssertionError):
         raise DataError(_no_split(where, split, list(splits))) from None
-    taken = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    # A range that begins at the end is one that `select` refuses.
+    taken = [splits[p.splitname].select(range(p.from_, p.to) or ()) for p in parts]
     return taken[0] if len(taken) == 1 else datasets.concatenate_datasets(taken)
 
 

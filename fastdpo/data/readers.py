@@ -32,6 +32,7 @@ Numbered: TypeAlias = tuple[int, dict[str, Any] | str]
 
 _TEXT_FIELDS = frozenset({"prompt", "chosen", "rejected", "completion"})
 _CHUNK = 1 << 24
+_UTF_16 = "the text is UTF-16; expected UTF-8"
 # How nesting ends; in a text, it only means that the slow reader reads the file.
 _DEEP = (b"]" * 64, b"}" * 64, b"]}" * 32, b"[" * 64)
 
@@ -195,6 +196,9 @@ def _check_object(value: Any) -> dict[str, Any] | str:
 
 def _iterate_csv(path: Path) -> Iterator[Numbered]:
     csv.field_size_limit(sys.maxsize)
+    with open_binary(path) as start:
+        if start.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise DataError(f"{path}, line 1: {_UTF_16}")
     binary = open_binary(path)
     with io.TextIOWrapper(binary, "utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, strict=True)
@@ -239,5 +243,5 @@ def _decode_cells(header: Sequence[str], cells: Sequence[str]) -> dict[str, Any]
 
 def _invalid_utf8(error: UnicodeDecodeError) -> str:
     if error.start == 0 and error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "the text is UTF-16; expected UTF-8"
+        return _UTF_16
     return f"invalid UTF-8: byte 0x{error.object[error.start]:02x}"

@@ -201,7 +201,7 @@ def _parse_preferences(row: Mapping[str, Any], count: int) -> tuple[Comparison, 
             f"scores: expected a list of {count} numbers, one a response, found {describe(scores)}"
         )
     for i, score in enumerate(scores):
-        if not isinstance(score, int | float) or not _is_finite(score):
+        if isinstance(score, bool) or not isinstance(score, int | float) or not _is_finite(score):
             raise BadRow(f"scores[{i}]: expected a finite number, found {describe(score)}")
     indices = range(count)
     return tuple((i, j, 1.0) for i in indices for j in indices if scores[i] > scores[j])

@@ -24,6 +24,7 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig) -> Any:
 
     Raises:
         ModelError: target modules that the model does not have.
+        ConfigError: modules to save that it does not have.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -37,8 +38,14 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig) -> Any:
         use_dora=config.use_dora,
         task_type="CAUSAL_LM",
     )
+    names = [name for name, _ in model.named_modules()]
+    for wanted in config.lora_modules_to_save or ():
+        if not any(name.endswith(wanted) for name in names):  # peft's own rule
+            raise config.error("lora_modules_to_save", f"the model has no module {wanted}")
     try:
-        return get_peft_model(model, adapter)
+        with warnings.catch_warnings():  # peft's calls of what transformers is to drop
+            warnings.simplefilter("ignore", FutureWarning)
+            return get_peft_model(model, adapter)
     except ValueError as error:
         raise ModelError(f"lora_target_modules: {one_line(error)}") from error
 

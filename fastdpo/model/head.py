@@ -155,7 +155,8 @@ def check_head(model: nn.Module, head: Head) -> None:
         theirs = model(**inputs).logits.to(ours.device)
     if not theirs.isfinite().all():
         raise ModelError(
-            f"{type(base).__name__}: its logits are not finite; a weight is infinite or no number"
+            f"{model.name_or_path or type(base).__name__}: its logits are not finite; a weight is "
+            "infinite or no number"
         )
     dtypes = (compute_dtype(model, head.weight.dtype), theirs.dtype)
     eps, dtype = max(((torch.finfo(d).eps, d) for d in dtypes), key=lambda pair: pair[0])

@@ -3,12 +3,14 @@ the loop.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from fastdpo_kernels.losses import Comparisons
 from tqdm import tqdm
 from transformers import set_seed
 
@@ -18,6 +20,7 @@ from ..data.load import load_rows
 from ..data.tokenize import tokenize_dataset
 from ..errors import CheckpointError, ConfigError, ModelError
 from ..files import cache_root
+from ..hub import reached
 from ..losses import make_loss
 from ..memory.allocator import keep_freed_memory, return_freed_memory
 from ..memory.auto import fit
@@ -45,12 +48,14 @@ from ..reference import (
     trained_parameters,
     weights_digest,
 )
+from ..terminal import progress_bars, withheld
 from .card import model_card
 from .changes import check_keys
 from .checkpoint import read_state
 from .loop import Trainer
 from .optimizer import optimizer_path
 from .output import Output, claim
+from .retry import enough_memory
 from .step import Objective
 
 _ORDER = ("shared", "packed", "padded")
@@ -72,7 +77,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> dict[
             step.
     """
     config.require("model_name_or_path", "dataset_name")
-    with claim(config) as output:
+    with claim(config) as output, _surroundings(config, say):
         if output.holds_this_run() and config.resume_from_checkpoint is True:
             say(f"{output.path}: this run is finished (step {output.step}), nothing is left to do")
             return {"output_dir": str(output.path)}
@@ -80,12 +85,21 @@ def train(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> dict[
 
 
 def _train(config: TrainConfig, output: Output, say: Callable[[str], None]) -> dict[str, Any]:
-    loss = make_loss(
-        config.loss_type,
-        beta=config.beta,
-        label_smoothing=config.label_smoothing,
-        loss_weights=config.loss_weights,
-    )
+    with withheld():
+        trainer = _set_up(config, output, say)
+    if output.finished and trainer.step == trainer.total_steps:
+        say(f"{output.path}: this run is finished (step {trainer.step}), nothing is left to do")
+        return {"output_dir": str(output.path)}
+    result = trainer.train()
+    card = model_card(trainer.config, result)
+    output.finish(trainer.config, trainer.step, trainer.model, trainer.tokenizer, card)
+    return {**result, "output_dir": str(output.path)}
+
+
+def _set_up(config: TrainConfig, output: Output, say: Callable[[str], None]) -> Trainer:
+    """Everything that is loaded, checked and computed before the first step."""
+    loss = _loss(config)
+    attention_path(config)  # a backend that cannot be had here is an error before anything else
     config = adopt_adapter(config)
     optimizer = optimizer_path(config, run_device(config))
     activations, start = activations_path(config), output.checkpoint()
@@ -146,27 +160,41 @@ def _train(config: TrainConfig, output: Output, say: Callable[[str], None]) -> d
         trainer.resume(start, state)
     elif config.resume_from_checkpoint:
         say(f"resume_from_checkpoint: {output.path} holds no checkpoint, starting at step 0")
-    if output.finished and trainer.step == trainer.total_steps:
-        say(f"{output.path}: this run is finished (step {trainer.step}), nothing is left to do")
-        return {"output_dir": str(output.path)}
-    result = trainer.train()
-    card = model_card(trainer.config, result)
-    output.finish(trainer.config, trainer.step, policy.model, tokenizer, card)
-    return {**result, "output_dir": str(output.path)}
+    return trainer
+
+
+def _loss(config: TrainConfig) -> Callable[[Comparisons], torch.Tensor]:
+    try:
+        return make_loss(
+            config.loss_type,
+            beta=config.beta,
+            label_smoothing=config.label_smoothing,
+            loss_weights=config.loss_weights,
+        )
+    except ConfigError as error:  # which does not know where the key stood
+        raise config.error("loss_type", str(error).removeprefix("loss_type: ")) from error
 
 
 def precompute(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> dict[str, Any]:
     """Run `fastdpo precompute`: fills the reference cache, returns what was found and computed."""
     config.require("model_name_or_path", "dataset_name")
-    config = adopt_adapter(config)
-    check_model_files(config)
-    device, tokenizer = _device(config), load_tokenizer(config)
-    data = load_data(config, tokenizer, say)
-    autocast = _precision(config, device, say)
-    policy = load_scorer(config, device, autocast, say)
-    max_tokens = config.max_tokens_per_batch or TOKENS_PER_ROW[device.type]
-    report, _ = precompute_reference(config, policy, data, max_tokens, say)
+    with _surroundings(config, say), withheld():
+        config = adopt_adapter(config)
+        check_model_files(config)
+        device, tokenizer = _device(config), load_tokenizer(config)
+        data = load_data(config, tokenizer, say)
+        autocast = _precision(config, device, say)
+        policy = load_scorer(config, device, autocast, say)
+        max_tokens = config.max_tokens_per_batch or TOKENS_PER_ROW[device.type]
+        report, _ = precompute_reference(config, policy, data, max_tokens, say)
     return {"found": report.found, "computed": report.computed, "cache": str(report.directory)}
+
+
+@contextmanager
+def _surroundings(config: TrainConfig, say: Callable[[str], None]) -> Iterator[None]:
+    """Terminal, network and memory, each of which may be less than what libraries expect."""
+    with progress_bars(config.disable_tqdm), reached(config, say), enough_memory():
+        yield
 
 
 def load_data(config: TrainConfig, tokenizer: Any, say: Callable[[str], None]) -> Data:
@@ -194,7 +222,7 @@ def load_data(config: TrainConfig, tokenizer: Any, say: Callable[[str], None]) -
             vocab_size=vocab_size,
             source=name,
         )
-        made = make_groups(tokens, group_prompts=config.group_prompts)
+        made = make_groups(tokens, group_prompts=config.group_prompts, source=name)
         say(
             f"data: {report}; {len(made)} groups, {sum(len(g.responses) for g in made)} responses, "
             f"{count_comparisons(made)} comparisons{check_agreement(made)}"
@@ -366,8 +394,11 @@ def _describe_reference(config: TrainConfig, reference: OnlineReference | None) 
 
 
 def _device(config: TrainConfig) -> torch.device:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("WORLD_SIZE is above 1: several processes are not supported yet")
+    world = os.environ.get("WORLD_SIZE", "1")
+    if not world.isdecimal() or int(world) > 1:
+        raise ConfigError(
+            f"WORLD_SIZE: expected 1, since several processes are not supported yet, got {world}"
+        )
     if run_device(config).type == "cpu":
         keep_freed_memory()
     if config.tf32 is not None:
