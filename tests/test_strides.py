@@ -15,6 +15,7 @@ import torch
 from fastdpo_kernels import LinearDPOLoss, call, library, linear_dpo_loss, linear_logprob, reference
 from fastdpo_kernels.head import OUTPUTS
 from fastdpo_kernels.integrations.trl import LinearLogProb
+from head_problems import make, small_tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -388,10 +389,7 @@ def test_operators(engine: str, data: Any) -> None:
     options["workspace_mib"] = 1
     found = library.linear_logprob(*inputs, **options, outputs="", keep_gradient=False)
     stats = dict(zip(("logprob", *OUTPUTS), found[:-1], strict=True))
-    saved = [
-        data.draw(st.sampled_from([pitched, stepped, shifted]))(stats[name])
-        for name in ("logprob", "lse")
-    ]
+    saved = [stepped(stats[name]) for name in ("logprob", "lse")]
     truth = exact(drawn, scored)
     leaves = {name: t.detach() for name, t in drawn.tensors.items() if name in truth.gradients}
     upstream = drawn.tensors["upstream"]
@@ -401,3 +399,37 @@ def test_operators(engine: str, data: Any) -> None:
     for leaf, gradient in zip(leaves.values(), gradients, strict=False):
         leaf.requires_grad_().grad = gradient
     assert_close({"logprob": stats["logprob"]}, leaves, drawn, truth)
+
+
+KEPT = [torch.clone, pitched, shifted, turned, copied]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_weight_is_copied_only_where_rows_and_columns_are_torn(
+    engine: str, layout: Layout
+) -> None:
+    """Bytes of V·H beside the weight are not what a caller expects."""
+    x, w, _, y = make(9, dtype=torch.float32, ignore=0)
+    weight = layout(w).requires_grad_()
+    with small_tiles(4) as made:
+        logprob = linear_logprob(x, weight, y, backend=engine)
+        (gradient,) = torch.autograd.grad(logprob.sum(), weight)
+    assert len(made) == 2
+    for tiles in made:
+        assert (tiles.head.weight.data_ptr() == weight.data_ptr()) == (layout in KEPT)
+    assert gradient.stride() == (w.T.contiguous().T if layout is turned else w).stride()
+
+
+def test_tied_tensors_and_views_of_complex_numbers(backend: str) -> None:
+    _, w, _, y = make(6, dtype=torch.float32, ignore=0)
+    leaf, other = w.clone().requires_grad_(), w.double().requires_grad_()
+    found = linear_logprob(leaf[3:9], leaf, y, backend=backend)
+    (expected := linear_logprob(other[3:9], other, y, backend="reference")).sum().backward()
+    found.sum().backward()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(leaf.grad.double(), other.grad, rtol=1e-5, atol=1e-5)
+    lazy = torch.complex(w, -w).conj().imag  # negated where it is read, and of stride 2
+    assert lazy.is_neg()
+    found = linear_logprob(lazy[3:9], lazy, y, backend=backend)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import library, reference
 from .arguments import check_head, check_problem, scored_targets
 from .backends import BACKENDS
-from .call import wide
+from .call import no_autocast, wide
 from .head import OUTPUTS, WORKSPACE_MIB
 from .losses import Comparisons
 from .problem import Loss, Problem
@@ -185,7 +185,7 @@ def _head_options(
     device, dtype = hidden.device.type, hidden.dtype
     if torch.float64 in (dtype, weight.dtype, None if bias is None else bias.dtype):
         dtype = torch.float64
-    elif torch.is_autocast_enabled(device):
+    elif torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     return {
         "softcap": softcap,
@@ -214,7 +214,7 @@ def _reference_stats(
         return exact + error.nan_to_num(0.0, torch.inf, -torch.inf)  # −∞ − −∞ is no error
 
     b = None if bias is None else rounded(bias)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with no_autocast(hidden):
         logits = reference.logits_of(rounded(hidden), rounded(weight), b, **scalars)
         return reference.token_stats(logits, targets, -1)
 
