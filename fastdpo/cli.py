@@ -94,22 +94,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        if not _nobody_reads():
+    except OSError as error:
+        if not terminal.is_lost():
             raise
-        return 141
-
-
-def _nobody_reads() -> bool:
-    """Whether the reader of the output has gone, as that of `fastdpo train | head` does; what is
-    still to be written then goes nowhere.
-    """
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        if isinstance(error, BrokenPipeError):
+            return 141
+        print(f"error: the output cannot be written ({error.strerror})", file=sys.stderr)
+        return 2
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -130,6 +121,12 @@ def _dispatch(arguments: list[str]) -> int:
     if help_text and ("--help" in rest or "-h" in rest):
         print(help_text(), end="")
         return 0
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError(
+            f"the current directory is not there any more ({error.strerror})"
+        ) from error
     try:
         run(rest)
     except SystemExit as done:  # of bench, whose parser and measurements end so

@@ -70,6 +70,14 @@ def _choices(config: TrainConfig) -> list[tuple[str, str]]:
 
 
 def _model(config: TrainConfig) -> list[tuple[str, str]]:
+    from .hub import reached
+    from .terminal import progress_bars
+
+    with progress_bars(config.disable_tqdm), reached(config):
+        return _model_lines(config)
+
+
+def _model_lines(config: TrainConfig) -> list[tuple[str, str]]:
     lines = [("model", str(config.model_name_or_path))]
     try:
         from .model.load import load_model_config

@@ -12,12 +12,13 @@ from huggingface_hub.utils import get_session
 
 from .config import TrainConfig
 from .data.load import looks_local
+from .errors import ModelError
 from .model.place import find_model
 from .terminal import one_line
 
 
 @contextmanager
-def reached(config: TrainConfig, say: Callable[[str], None]) -> Iterator[None]:
+def reached(config: TrainConfig, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
     """Work offline, with what is cached, if something of the configuration lies on the hub and
     nobody answers there.
     """
@@ -37,13 +38,20 @@ def reached(config: TrainConfig, say: Callable[[str], None]) -> Iterator[None]:
 def _needed(config: TrainConfig) -> bool:
     """Whether a model, the base of an adapter, or a data set is not on this machine."""
     for name in (config.model_name_or_path, config.ref_model_name_or_path):
-        if name is not None:
-            here = Path(name).exists()
-            # An adapter that is here says where its base is; nothing is fetched for that.
-            if not Path(find_model(config, name).name if here else name).exists():
-                return True
+        if name is not None and not Path(_base(config, name)).exists():
+            return True
     names = (config.dataset_name, config.eval_source and config.eval_source[0])
     return any(name and not Path(name).exists() and not looks_local(name) for name in names)
+
+
+def _base(config: TrainConfig, name: str) -> str:
+    """The model below an adapter that is on this machine; the model itself in every other case."""
+    if not Path(name).exists():
+        return name
+    try:
+        return find_model(config, name).name
+    except ModelError:  # is told where it is loaded
+        return name
 
 
 def _problem() -> str | None:

@@ -31,6 +31,22 @@ def prepare() -> None:
             logger.setLevel(logging.ERROR)
 
 
+def is_lost() -> bool:
+    """Whether nothing more can be written to the output: its reader has gone, as that of
+    `fastdpo train | head` does, or its disk is full. What still comes then goes nowhere.
+    """
+    try:
+        number = sys.stdout.fileno()
+    except ValueError:  # a stream of a program's own, without a file
+        return False
+    try:
+        os.write(number, b"\n")
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        return True
+    return False
+
+
 def one_line(text: str) -> str:
     """The text in one line, without what a terminal would obey."""
     line = " ".join(text.split())

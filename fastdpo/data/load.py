@@ -59,14 +59,15 @@ def load_rows(
     """
     path = Path(name).expanduser()
     try:
-        if path.is_file():
-            rows = _load_files(_file_kind(path), {"train": [path]}, split, skip_bad_rows, name)
-        elif path.is_dir():
-            rows = _load_directory(path, split, config_name, skip_bad_rows)
-        elif looks_local(name):
-            raise DataError(_not_found(path))
-        else:
-            rows = _load_hub(name, split, config_name, num_proc)
+        with explain_disk(name):
+            if path.is_file():
+                rows = _load_files(_file_kind(path), {"train": [path]}, split, skip_bad_rows, name)
+            elif path.is_dir():
+                rows = _load_directory(path, split, config_name, skip_bad_rows)
+            elif looks_local(name):
+                raise DataError(_not_found(path))
+            else:
+                rows = _load_hub(name, split, config_name, num_proc)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{name}: damaged gzip file: {error}") from error
     if len(rows) == 0:
@@ -77,6 +78,23 @@ def load_rows(
         if unread:
             logger.warning("%s: %d rows cannot be read and are skipped", name, unread)
     return rows
+
+
+@contextlib.contextmanager
+def explain_disk(name: str) -> Iterator[None]:
+    """Turn what the disk refuses while a data set is read, or written to the library's cache, into
+    an error of one line.
+    """
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile):
+        raise
+    except OSError as error:
+        cache = str(datasets.config.HF_DATASETS_CACHE)
+        place = str(error.filename or cache)
+        hint = "; HF_DATASETS_CACHE names another cache" if place.startswith(cache) else ""
+        reason = error.strerror or str(error)
+        raise DataError(f"{name}: {place}: cannot be read or written ({reason}){hint}") from error
 
 
 def _suffix(path: Path) -> str:

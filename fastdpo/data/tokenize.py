@@ -21,6 +21,7 @@ from .columns import (
     row_kind,
 )
 from .encode import FEATURES, KEPT, Encoder
+from .load import explain_disk
 from .prompts import repeats_prompt
 from .report import TokenizeReport, make_report
 
@@ -94,17 +95,18 @@ def tokenize_dataset(
         watched=watched,
         repeated=repeats_prompt(dataset, kind),
     )
-    encoded = dataset.with_format(None).map(
-        encoder,
-        batched=True,
-        batch_size=_BATCH_SIZE,
-        with_indices=True,
-        num_proc=num_proc,
-        remove_columns=dataset.column_names,
-        features=FEATURES,
-        new_fingerprint=_cache_key(dataset, encoder),
-        desc=f"Tokenizing {source}",
-    )
+    with explain_disk(source):
+        encoded = dataset.with_format(None).map(
+            encoder,
+            batched=True,
+            batch_size=_BATCH_SIZE,
+            with_indices=True,
+            num_proc=num_proc,
+            remove_columns=dataset.column_names,
+            features=FEATURES,
+            new_fingerprint=_cache_key(dataset, encoder),
+            desc=f"Tokenizing {source}",
+        )
     report = make_report(encoded, source)
     if report.skipped and not skip_bad_rows:
         raise DataError(report.reasons[0])

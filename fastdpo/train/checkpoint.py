@@ -181,18 +181,20 @@ def damage(path: Path) -> str | None:
     manifest = _manifest(path)
     if manifest is None:
         return f"{MANIFEST} is missing or no JSON, so the checkpoint is incomplete"
+    if not manifest:
+        return f"{MANIFEST} names no files, so the checkpoint is incomplete"
     for name, expected in manifest.items():
         file = path / name
-        if not file.exists():
+        if not file.is_file():
             return f"{name} is missing"
         size = file.stat().st_size
         if size != expected["bytes"]:
             return f"{name} has {size} bytes where {expected['bytes']} were written"
         try:
-            found = _fingerprint(file)
+            same = _fingerprint(file) == expected
         except OSError as error:
-            return f"{name} cannot be read ({os.strerror(error.errno or 0)})"
-        if found != expected:
+            return f"{name} cannot be read ({error.strerror})"
+        if not same:
             return f"{name} is not what was written (digest differs)"
     return None
 
@@ -249,7 +251,7 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]] | None:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    known = isinstance(manifest, dict) and bool(manifest) and are_inside(manifest)
+    known = isinstance(manifest, dict) and are_inside(manifest)
     if not known or not all(map(_is_fingerprint, manifest.values())):
         return None
     return manifest
