@@ -1,14 +1,18 @@
 # make demo   train a small real model with DPO, on a CPU, in a few minutes
 # make test   every test that this machine can run
+# make test-newest   the same on the newest releases that setup.py admits, beside the pinned ones
 # make lint   ruff and mypy
+# make constraints   write the pins of all of these (ARGS=--upgrade: on the newest releases)
 # make readme   tables and charts of the README from bench/results (ARGS=--check: do they agree?)
 # make gpu-check   tests and figures that need a GPU, in nine minutes, with the interpreter PYTHON
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet
+RELEASES ?= --constraint constraints.txt
 
-.PHONY: demo test lint readme gpu-check clean
+.PHONY: demo test test-newest lint constraints readme gpu-check clean
 # An interrupted or failed install must not look like a finished one.
 .DELETE_ON_ERROR:
 
@@ -16,12 +20,23 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python -m fastdpo.demo $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+test-newest:
+	rm -f $(VENV)-newest/.installed-test
+	$(MAKE) VENV=$(VENV)-newest RELEASES='--upgrade --upgrade-strategy eager' test
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Without the packages of setup.py, whose ranges may have left the pins behind.
+constraints: | $(BIN)/python
+	$(PIP_INSTALL) --constraint constraints.txt uv
+	$(BIN)/uv pip compile setup.py --extra dev --universal --python-version 3.11 \
+		--quiet --no-emit-index-url --no-annotate --custom-compile-command 'make constraints' \
+		--output-file constraints.txt $(ARGS)
 
 readme: $(VENV)/.installed-dev
 	$(BIN)/python -m bench.readme $(ARGS)
@@ -30,15 +45,17 @@ readme: $(VENV)/.installed-dev
 gpu-check:
 	$(PYTHON) -m bench.gpu_check $(ARGS)
 
-$(VENV)/.installed-%: setup.py | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+# The build's own environment would take the newest setuptools, pinned or not.
+$(VENV)/.installed-%: setup.py pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) $(RELEASES) setuptools
+	$(PIP_INSTALL) $(RELEASES) --no-build-isolation --editable '.[$*]'
 	touch $@
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || { \
-		echo "$(PYTHON): expected Python 3.10, 3.11 or 3.12; choose one: make PYTHON=python3.12 ..." >&2; \
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || { \
+		echo "$(PYTHON): expected Python 3.11 or 3.12; choose one: make PYTHON=python3.12 ..." >&2; \
 		exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) build outputs *.egg-info
+	rm -rf $(VENV) $(VENV)-newest build outputs *.egg-info

@@ -6,17 +6,19 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+DEMO = ["gguf>=0.17"]
+GPU = ['liger-kernel>=0.8.5,<0.9; platform_system == "Linux"']
 MEMORY = ["bitsandbytes>=0.50", "torchao>=0.18"]
 
 TEST = [
+    *DEMO,
+    *GPU,
     *MEMORY,
-    "gguf>=0.17",
-    "hatchling",
-    "hypothesis",
-    'liger-kernel>=0.8.5,<0.9; platform_system == "Linux"',
+    "hatchling>=1.27",
+    "hypothesis>=6.100",
     "pytest>=8",
-    "pytest-benchmark",
-    "pytest-xdist",
+    "pytest-benchmark>=5",
+    "pytest-xdist>=3.6",
     "trl==1.16.0",
 ]
 
@@ -27,7 +29,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10,<3.13",
+    python_requires=">=3.11,<3.13",
     packages=find_packages(include=["fastdpo", "fastdpo.*"]) + find_packages("kernels"),
     package_dir={"fastdpo_kernels": "kernels/fastdpo_kernels"},
     package_data={
@@ -41,18 +43,21 @@ setup(
         "transformers>=5.17,<6",
         "datasets>=4.7",
         "peft>=0.19",
-        "safetensors",
-        "pyyaml",
-        "xxhash",
-        "tqdm",
+        "jinja2>=3.1",
+        "numpy>=2",
+        "pyyaml>=6",
+        "safetensors>=0.5",
+        "tokenizers",
+        "tqdm>=4.66",
+        "xxhash>=3.4",
     ],
     extras_require={
-        "demo": ["gguf>=0.17"],
+        "demo": DEMO,
         "flash": ["flash-attn"],
-        "gpu": ["liger-kernel"],
+        "gpu": GPU,
         "memory": MEMORY,
         "test": TEST,
-        "dev": [*TEST, "mypy", "ruff", "types-PyYAML"],
+        "dev": [*TEST, "mypy>=1.15", "ruff>=0.9", "types-PyYAML", "uv"],
     },
     entry_points={"console_scripts": ["fastdpo=fastdpo.cli:main"]},
 )

@@ -19,6 +19,7 @@ import importlib
 import os
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
+from typing import NoReturn
 
 COMMANDS = {
     "heads": "bench.heads",
@@ -30,6 +31,13 @@ COMMANDS = {
     "readme": "bench.readme",
 }
 _QUICK = ("heads", "trainers", "convergence")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other command does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {self.prog}: {message} ({self.prog} --help)\n")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .cli import Parser
 from .rows import LOSS_TOLERANCE, Row, case_key, failure, read_file, runs, values
 from .tables import head_label, markdown, number, spread, trainer_label
 
@@ -151,7 +152,7 @@ def select(name: str) -> list[Row]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the comparison; the exit status, 2 where a file cannot be read."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fastdpo bench compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

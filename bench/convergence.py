@@ -32,6 +32,7 @@ from fastdpo.demo.model import demo_model_path
 from fastdpo.memory.allocator import keep_freed_memory
 
 from . import record
+from .cli import Parser
 from .first_model import FirstModel
 from .held_out import Split, read_pairs, split_pairs
 
@@ -199,8 +200,10 @@ def report(curves: Mapping[str, Curve], eval_pairs: int) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options; sizes that are not given are those of a whole run, or of --quick."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="fastdpo bench convergence",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--data", default="dpo_en_demo", help="dpo_en_demo, gsm8k or a file")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from . import record, tables
-from .cli import split_lists
+from .cli import Parser, split_lists
 from .head_cases import HEADS, REGIMES, Inputs, Problem
 from .head_measure import call, clock, examine, failure, memory_as_errors, own_graphs
 from .head_peers import PROVIDERS
@@ -90,8 +90,10 @@ def run_case(
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="fastdpo bench heads",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     known = {"heads": list(HEADS), "regimes": list(REGIMES), "providers": list(PROVIDERS)}

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from . import charts, tables
 from .charts import Bar
+from .cli import Parser
 from .rows import (
     Row,
     Run,
@@ -302,7 +303,7 @@ def outputs(root: Path) -> dict[Path, str | None]:
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """Write what differs, or with --check name it; the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fastdpo bench readme",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -139,10 +139,11 @@ def run_fastdpo(
 
 @provider("trl")
 def run_trl(
-    rows: list[Row], model: Path, steps: int, per_step: int, batch: int, **options: Any
+    rows: list[Row], model: Any, steps: int, per_step: int, batch: int, **options: Any
 ) -> Clock:
     """TRL's `DPOTrainer` with its fused head: `per_step / batch` accumulated batches a step;
     `options` are keys of its `DPOConfig`, or of the LoRA configuration, as `fastdpo` has them.
+    `model` is a path, or a model that has been loaded and is trained in place.
     """
     try:
         from datasets import Dataset
@@ -198,7 +199,7 @@ def run_trl(
             **settings,
         )
         trainer = InOrder(
-            model=str(model),
+            model=str(model) if isinstance(model, Path) else model,
             args=args,
             train_dataset=Dataset.from_list(rows),
             callbacks=[Timer()],

@@ -29,7 +29,7 @@ import torch
 from fastdpo.train.metrics import peak_tflops
 
 from . import peers, record, tables
-from .cli import split_lists
+from .cli import Parser, split_lists
 from .trainer_cases import SWITCH, Workload, workloads
 from .trainer_providers import PROVIDERS
 from .workloads import LENGTHS, MODEL_CONFIGS, TEXTS, Row
@@ -43,7 +43,7 @@ QUICK = (
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fastdpo bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

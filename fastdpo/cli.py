@@ -1,8 +1,8 @@
 """The command line: `fastdpo train | precompute | plan | bench | doctor`.
 
-What a user got wrong is one line on stderr and exit code 2, never a traceback; an interrupted run
-is 130, as in a shell. Nothing heavy is imported before it is needed, so that `--help` and mistakes
-answer at once.
+What a user got wrong is one line on stderr and exit code 2, never a traceback. As in a shell, an
+interrupted run is 130, and 141 one whose output nobody reads any more. Nothing heavy is imported
+before it is needed, so that `--help` and mistakes answer at once.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from . import __version__, terminal
 from .config import TrainConfig
 from .config.text import key_help
 from .errors import ConfigError, FastDPOError
@@ -79,17 +79,28 @@ fit, it says which switches make it fit and what each costs in time.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: the process's own) and return its exit code.
 
-    0 is success, 2 an error of the user's, 130 an interruption. Errors of the program are raised.
+    0 is success, 2 an error of the user's, 130 an interruption, 141 an output that nobody reads any
+    more. Errors of the program are raised.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    terminal.prepare()
     try:
-        return _dispatch(arguments)
+        status = _dispatch(arguments)
+        sys.stdout.flush()
+        return status
     except FastDPOError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {terminal.one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except OSError as error:
+        if not terminal.is_lost():
+            raise
+        if isinstance(error, BrokenPipeError):
+            return 141
+        print(f"error: the output cannot be written ({error.strerror})", file=sys.stderr)
+        return 2
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -110,7 +121,18 @@ def _dispatch(arguments: list[str]) -> int:
     if help_text and ("--help" in rest or "-h" in rest):
         print(help_text(), end="")
         return 0
-    run(rest)
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError(
+            f"the current directory is not there any more ({error.strerror})"
+        ) from error
+    try:
+        run(rest)
+    except SystemExit as done:  # of bench, whose parser and measurements end so
+        if not isinstance(done.code, int):
+            raise
+        return done.code
     return 0
 
 

@@ -70,6 +70,14 @@ def _choices(config: TrainConfig) -> list[tuple[str, str]]:
 
 
 def _model(config: TrainConfig) -> list[tuple[str, str]]:
+    from .hub import reached
+    from .terminal import progress_bars
+
+    with progress_bars(config.disable_tqdm), reached(config):
+        return _model_lines(config)
+
+
+def _model_lines(config: TrainConfig) -> list[tuple[str, str]]:
     lines = [("model", str(config.model_name_or_path))]
     try:
         from .model.load import load_model_config
@@ -156,6 +164,7 @@ def _count_parameters(shape: Any, trust_remote_code: bool) -> int:
 
 def _layout_text(config: TrainConfig, needed: int) -> str:
     """The layout that a run's own start-up check chooses; it runs the model, so that has to fit."""
+    from .model.adapter import adopt_adapter
     from .model.precision import choose_precision
     from .train.run import load_scorer
 
@@ -167,6 +176,7 @@ def _layout_text(config: TrainConfig, needed: int) -> str:
         )
     device = _paths().run_device(config)
     autocast = choose_precision(config.bf16, device)[0]
+    config = adopt_adapter(config)
     return load_scorer(config, device, autocast, say=lambda line: None).layout.reason
 
 

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from .errors import FastDPOError
 
@@ -147,9 +148,12 @@ def _leave_locks() -> None:
 os.register_at_fork(after_in_child=_leave_locks)
 
 
-def is_inside(name: str) -> bool:
-    """Whether a relative name stays inside the directory that it is of."""
-    return not Path(name).is_absolute() and ".." not in Path(name).parts
+def are_inside(names: Any) -> bool:
+    """Whether these are names of files below the directory that names them."""
+    if not isinstance(names, list | dict) or not all(isinstance(name, str) for name in names):
+        return False
+    paths = [Path(name) for name in names]
+    return not any(path.is_absolute() or ".." in path.parts for path in paths)
 
 
 def flush(folder: Path) -> None:

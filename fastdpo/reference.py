@@ -35,7 +35,10 @@ logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_WRITES = 20.0
 _FORMAT = "2"
-_NOT_IN_THE_NUMBERS = {"_name_or_path", "name_or_path", "transformers_version", "use_cache"}
+_NOT_IN_THE_NUMBERS = {
+    *("_name_or_path", "name_or_path", "transformers_version", "use_cache"),
+    *("base_model_name_or_path", "revision", "peft_version", "inference_mode", "lora_dropout"),
+}
 
 
 def weights_digest(model: torch.nn.Module) -> str:
@@ -49,16 +52,24 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 
 def model_fingerprint(model: torch.nn.Module, autocast: torch.dtype | None, weights: str) -> str:
-    """32 hex digits of the weights (their `weights_digest`), the architecture's configuration and
-    the precision.
+    """32 hex digits of the weights (their `weights_digest`), the configurations of the architecture
+    and its adapters, and the precision.
     """
     content = xxhash.xxh3_128(f"{_FORMAT} {weights}".encode())
     config = getattr(model, "config", None)
     if config is not None:
         known = {k: v for k, v in config.to_dict().items() if k not in _NOT_IN_THE_NUMBERS}
         content.update(json.dumps(known, sort_keys=True, default=str).encode())
+    for name, adapter in sorted(getattr(model, "peft_config", {}).items()):
+        known = {k: v for k, v in adapter.to_dict().items() if k not in _NOT_IN_THE_NUMBERS}
+        content.update(json.dumps([name, known], sort_keys=True, default=_plain).encode())
     content.update(str(autocast).encode())
     return content.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """A set in an order that is the same in every process, anything else as text."""
+    return sorted(value) if isinstance(value, set) else str(value)
 
 
 class LogpStore:
@@ -231,22 +242,45 @@ def _compute(groups, digests, rows: list[Row], scorer: Scorer, store, progress) 
 @dataclass
 class OnlineReference:
     """A reference that is evaluated at every step: a second model, or the policy with its adapter
-    switched off.
+    switched off or as it was at the start.
     """
 
     scorer: Scorer
     adapter_off: bool = False
+    start: dict[str, torch.Tensor] | None = None
+    """Trained parameters by name as they were, see `trained_parameters`."""
 
     def response_logps(self, batch) -> torch.Tensor:
         """Log-probability (R,) of every response of the batch, nats; no gradient."""
         model: Any = self.scorer.model
-        off: AbstractContextManager[Any] = (
-            model.disable_adapter() if self.adapter_off else nullcontext()
-        )
+        switched: AbstractContextManager[Any] = nullcontext()
+        if self.adapter_off:
+            switched = model.disable_adapter()
+        elif self.start is not None:
+            switched = _parameters_of(model, self.start)
         training = model.training
         model.eval()
         try:
-            with off:
+            with switched:
                 return self.scorer.response_logps(batch)
         finally:
             model.train(training)
+
+
+def trained_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the parameters that training will change, by name."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@contextmanager
+def _parameters_of(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> Iterator[None]:
+    """`values` in place of the parameters' own; nothing is copied."""
+    own = {name: model.get_parameter(name) for name in values}
+    now = {name: parameter.data for name, parameter in own.items()}
+    try:
+        for name, parameter in own.items():
+            parameter.data = values[name]
+        yield
+    finally:
+        for name, parameter in own.items():
+            parameter.data = now[name]

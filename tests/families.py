@@ -78,9 +78,9 @@ SHARED: dict[str, dict[str, Any]] = {
     "opt": _LLAMA | _OPT,
     "starcoder2": _LLAMA | {"sliding_window": 4, "residual_dropout": 0.0, "embedding_dropout": 0.0},
 }
-"""Architectures whose prompts can be shared, by model_type."""
+"""Architectures whose prompts are shared with every release that setup.py admits, by model_type."""
 
-PADDED: dict[str, dict[str, Any]] = {
+OTHERS: dict[str, dict[str, Any]] = {
     "bloom": _BLOOM | _STILL,
     "falcon": _LLAMA | _STILL | {"alibi": False},
     "mpt": {"vocab_size": VOCABULARY, "d_model": 32, "n_heads": 4, "n_layers": 2},
@@ -97,7 +97,7 @@ PADDED: dict[str, dict[str, Any]] = {
     "recurrent_gemma": _LLAMA
     | {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 4, "head_dim": 8},
 }
-"""Architectures that need padded batches, as many sequences in each as one likes."""
+"""Architectures that are shared where the release of transformers allows it, and else padded."""
 
 ALONE: dict[str, dict[str, Any]] = {
     "phi3+longrope": _LLAMA
@@ -118,7 +118,7 @@ def build(
     name: str, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides: Any
 ) -> PreTrainedModel:
     """A random model whose logits spread enough for mistakes to show; the same each time."""
-    known = SHARED | PADDED | ALONE | OTHER_HEADS
+    known = SHARED | OTHERS | ALONE | OTHER_HEADS
     fields = copy.deepcopy(known[name]) | overrides
     config = AutoConfig.for_model(name.partition("+")[0], **fields)
     with torch.random.fork_rng(), torch.no_grad():
@@ -216,13 +216,18 @@ def row_logps(model: Any, row: PackedRow, **inputs: Any) -> Tensor:
     return logps[torch.arange(len(row.targets)), row.targets]
 
 
-def separate_logps(model: Any, groups: list[Group]) -> Tensor:
-    """(T,) the same from one forward for each response, through whatever attention is set."""
+def separate_logps(model: Any, groups: list[Group], *, trailing: int = 0) -> Tensor:
+    """(T,) the same from one forward for each response, through whatever attention is set.
+
+    With `trailing`, so many tokens follow each response, which a causal model does not look at.
+    """
     parts = []
     for prompt, responses in groups:
         for response in responses:
-            logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0]
-            logps = logits[len(prompt) - 1 : -1].double().log_softmax(-1)
+            ids = torch.tensor([prompt + response + [1] * trailing])
+            logits = model(input_ids=ids, use_cache=False).logits[0]
+            logps = logits[len(prompt) - 1 : len(prompt) + len(response) - 1]
+            logps = logps.double().log_softmax(-1)
             parts.append(logps[torch.arange(len(response)), response])
     return torch.cat(parts)
 
@@ -234,3 +239,53 @@ def gradients(model: Any, logps: Tensor) -> dict[str, Tensor]:
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What separate sequences give, and how exactly the model itself can say it twice.
+
+    Some models round to fp32 inside whatever their dtype (norms, routers, softmax), others never:
+    which ones is the library's business. So a model is asked for the same numbers in other ways,
+    through its own attention, and may be as far from them elsewhere as it then is from itself.
+    """
+
+    logps: Tensor
+    gradients: dict[str, Tensor]
+    logps_tolerance: float
+    """Absolute, for one token."""
+    gradients_tolerance: float
+    """Relative, for one parameter as `relative_error` measures it."""
+
+    @classmethod
+    def of(cls, model: Any, groups: list[Group]) -> Truth:
+        """From one forward for each response of `model`, as it is."""
+        logps = separate_logps(model, groups)
+        expected = gradients(model, logps)
+        eps = torch.finfo(model(torch.tensor([[1]]), use_cache=False).logits.dtype).eps
+        noise, gradient_noise = eps * logps.abs().max().item(), 16 * eps
+        for trailing in (0, 1, 8, 9):
+            again = separate_logps(model, groups, trailing=trailing)
+            noise = max(noise, (again - logps).abs().max().item())
+            # Linear in the loss, so only rounding can tell; 3 is not a power of two.
+            thrice = {name: g / 3 for name, g in gradients(model, 3 * again).items()}
+            gradient_noise = max(gradient_noise, relative_error(thrice, expected))
+        return cls(logps.detach(), expected, FACTOR * noise, FACTOR * gradient_noise)
+
+    def check(self, model: Any, logps: Tensor) -> None:
+        """Raise AssertionError where `logps`, or their gradients in `model`, are others."""
+        torch.testing.assert_close(logps.detach(), self.logps, rtol=0, atol=self.logps_tolerance)
+        assert relative_error(gradients(model, logps), self.gradients) <= self.gradients_tolerance
+
+
+FACTOR = 8
+"""How many times its own repeatability another layout may be away: it rounds in more places."""
+
+
+def relative_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The largest of all parameters' errors of the gradient, as a share of the gradient."""
+    assert ours.keys() == theirs.keys()
+    total = torch.stack([g.norm() for g in theirs.values()]).norm()
+    # A key bias has gradient 0 but for rounding, hence the share of the whole.
+    errors = [(ours[n] - g).norm() / (g.norm() + 1e-6 * total) for n, g in theirs.items()]
+    return torch.stack(errors).max().item()

@@ -163,9 +163,10 @@ def test_atomic_files_appear_whole_or_not_at_all(tmp_path):
 
 
 def test_rotation_keeps_the_newest(tmp_path):
+    manifest = json.dumps({"config.json": {"bytes": 2, "xxh3_128": "0"}})
     for step in (9, 10, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / checkpoint.MANIFEST).write_text("{}")
+        (tmp_path / f"checkpoint-{step}" / checkpoint.MANIFEST).write_text(manifest)
     checkpoint.rotate(tmp_path, None, 100)
     assert len(list(tmp_path.iterdir())) == 3
     checkpoint.rotate(tmp_path, 2, 100)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+from fastdpo_kernels.triton.compile import TENSOR_CORE
+
 KERNELS = Path(__file__).parents[1] / "kernels"
 
 
@@ -29,12 +31,12 @@ def test_no_spills_shared_memory_fits_and_tensor_cores_are_used(arch):
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(rows) > 15
     limit = {80: 99, 90: 227, 100: 227}[arch] << 10  # 99: the smallest of Ampere and Ada
-    instruction = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[arch]
+    instruction = TENSOR_CORE[arch]
     for row in rows:
         assert row["spilled"] == 0, row
         assert row["shared"] <= limit, row
         assert row["registers"] <= 255, row
         if row["dtype"] == "fp32":  # split in tf32 products
-            assert row["tensor_core"] in ("HMMA", "HGMMA", "UTCHMMA"), row
+            assert row["tensor_core"] in TENSOR_CORE.values(), row
         else:
             assert row["tensor_core"] == instruction, row

@@ -89,11 +89,7 @@ def test_csv_keeps_every_text_as_written(tmp_path: Path) -> None:
     assert [{name: row[name] for name in rows[0]} for row in loaded] == rows
 
 
-def test_csv_holds_messages_and_lists_as_json(tmp_path: Path) -> None:
-    encoded = [{name: json.dumps(value) for name, value in row.items()} for row in MESSAGES]
-    loaded = load_rows(str(write_csv(tmp_path / "pairs.csv", encoded)), "train")
-    assert [{name: row[name] for name in MESSAGES[0]} for row in loaded] == MESSAGES
-
+def test_csv_holds_lists_as_json(tmp_path: Path) -> None:
     group = {"prompt": "p", "responses": '["a", "b"]', "scores": "[1, 0.5]"}
     loaded = load_rows(str(write_csv(tmp_path / "groups.csv", [group])), "train")
     assert loaded[0]["responses"] == ["a", "b"]
@@ -207,6 +203,11 @@ def test_a_file_of_broken_lines_only(tmp_path: Path) -> None:
         ("a.csv", b"prompt,chosen,rejected\na,b,c\nd,e\n", ", line 3: found 2 fields; expected 3"),
         ("a.csv", b"prompt,chosen,rejected\na,b,\xff\n", ", line 2: rejected: invalid UTF-8"),
         ("a.csv", b'prompt,chosen,rejected\n"a"b,c,d\n', ", line 2: invalid CSV: "),
+        (
+            "a.csv",
+            b"prompt,chosen,rejected,chosen\na,b,c,d\n",
+            ", line 1: column 'chosen' is there tw",
+        ),
         ("a.csv", b"prompt,responses,scores\na,b,c\n", ", line 2: responses: expected JSON"),
     ],
 )
@@ -214,6 +215,18 @@ def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes, reaso
     path = tmp_path / name
     path.write_bytes(content)
     assert load_error(path).startswith(str(path) + reason)
+
+
+def test_nesting_that_overruns_the_stack_is_named(tmp_path: Path) -> None:
+    """The library's reader ends the process at some 20,000 lists within each other."""
+    for start, end in (("[", "]"), ('{"a":', "}"), ('[{"a":', "}]")):
+        value = start * 50_000 + "1" + end * 50_000
+        path = write_lines(tmp_path / "a.jsonl", GOOD, f'{{"prompt": {value}}}')
+        assert load_error(path).startswith(f"{path}, line 2: JSON that is too large")
+        assert load_rows(str(path), "train", skip_bad_rows=True)["prompt"][:] == ["p0", None]
+    number = '{"prompt": ' + "1" * 5000 + ', "chosen": [1], "rejected": 1}'
+    path = write_lines(tmp_path / "a.jsonl", GOOD, number, '{"prompt": "\\ud800"}')
+    assert load_error(path).startswith(f"{path}, line 2: JSON that is too large")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import OTHER_HEADS, PADDED, SHARED, build
+from families import OTHER_HEADS, OTHERS, SHARED, build
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaModel, T5Config
 from transformers import T5ForConditionalGeneration as T5
@@ -17,7 +17,7 @@ from fastdpo.model.head import Head, check_head, effective_weight, find_head, hi
 from fastdpo.model.layout import choose_layout
 
 TOKENS = torch.tensor([[5, 9, 33, 2, 17, 40], [1, 2, 3, 4, 5, 6]])
-FAMILIES = [*SHARED, *PADDED, *OTHER_HEADS]
+FAMILIES = [*SHARED, *OTHERS, *OTHER_HEADS]
 SCALARS = {
     "llama": (1.0, None),
     "cohere": (0.25, None),

@@ -146,6 +146,10 @@ def test_what_a_run_reads_is_not_overwritten(go, tmp_path, tiny_model, pairs_fil
     ):
         text = refused("lies in the output_dir", **changes)
         assert next(iter(changes)) in text
+    adapter = tmp_path / "adapter"
+    go(adapter, model_name_or_path=str(out), max_steps=1, **LORA)
+    text = refused("lies in the output_dir", model_name_or_path=str(adapter))
+    assert str(out) in text
     with pytest.raises(ConfigError, match="cannot go with resume_from_checkpoint"):
         go(out, overwrite_output_dir=True, resume_from_checkpoint=str(out / "checkpoint-2"))
     go(tmp_path / "next", model_name_or_path=str(out), max_steps=1)

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdpo.config import TrainConfig
 from fastdpo.errors import ConfigError, ModelError
+from fastdpo.model.adapter import add_adapter
 from fastdpo.model.head import check_head, effective_weight, find_head
-from fastdpo.model.load import add_adapter, load_model
+from fastdpo.model.load import load_model
 from fastdpo.model.quantised import count_weights
 from fastdpo.reference import weights_digest
 from fastdpo.train import checkpoint

@@ -1,7 +1,6 @@
 """Tokenising: token for token what TRL 1.16 makes of the same rows, and what bad rows get."""
 
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,10 +20,10 @@ from data_samples import (
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from like_trl import assert_like_trl, trl_pairs, trl_rows
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from trl import DPOTrainer, KTOTrainer
+from trl import KTOTrainer
 from trl.data_utils import extract_prompt
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from bench.data import gsm8k_groups, gsm8k_pairs, shared_file
 from fastdpo.data.rows import parse_row
@@ -48,59 +47,6 @@ def text_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
     if request.param == "smollm2":
         return request.getfixturevalue("smollm2_tokenizer")
     return make_tokenizer(bos=request.param == "bos")
-
-
-def trl_rows(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, trainer: Any
-) -> list[dict[str, Any]]:
-    """What TRL's trainer makes of the rows before it batches them."""
-    bare = trainer.__new__(trainer)
-    bare._tokenizer = tokenizer
-    bare.calculate_KL = False
-    args = SimpleNamespace(
-        dataset_num_proc=None, max_length=max_length, truncation_mode="keep_start"
-    )
-    return bare._prepare_dataset(rows, tokenizer, args, "eval").to_list()
-
-
-def trl_pairs(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
-) -> list[dict[str, Any]]:
-    """TRL's batches of one pair each, as our rows: what its model sees, cut and masked."""
-    collate = DataCollatorForPreference(pad_token_id=0, max_length=max_length)
-    pairs = []
-    for row in trl_rows(rows, tokenizer, max_length, DPOTrainer):
-        batch = collate.torch_call([row])
-        sequences = []
-        for i in range(2):
-            real = batch["attention_mask"][i].bool()
-            answer = batch["completion_mask"][i].bool()
-            sequences.append(batch["input_ids"][i][real & answer].tolist())
-            prompt = batch["input_ids"][i][real & ~answer].tolist()
-        pairs.append({"prompt_ids": prompt, "response_ids": sequences})
-    return pairs
-
-
-def assert_like_trl(
-    rows: Dataset | list[dict[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None = None,
-) -> list[dict[str, Any]]:
-    dataset = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
-    made, expected = (
-        tokenize_rows(dataset, tokenizer, max_length),
-        trl_pairs(dataset, tokenizer, max_length),
-    )
-    assert len(made) == len(expected)
-    for row, pair in zip(made, expected, strict=True):
-        assert {name: row[name] for name in pair} == pair
-        assert (row["winners"], row["losers"], row["weights"], row["labels"]) == (
-            [0],
-            [1],
-            [1.0],
-            [],
-        )
-    return made
 
 
 def test_messages_like_trl(chat_tokenizer: PreTrainedTokenizerBase) -> None:

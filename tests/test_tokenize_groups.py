@@ -12,6 +12,7 @@ from data_samples import (
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from fastdpo.data.groups import check_agreement, make_groups
 from fastdpo.data.tokenize import tokenize_dataset
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -90,3 +91,30 @@ def test_sampled_comparisons_depend_on_seed_and_content(tokenizer: PreTrainedTok
     assert len({tuple(pairs) for pairs in first}) > 1
     assert sampled(rows[::-1], 0) == first[::-1]
     assert sampled(rows, 1) != first
+
+
+@pytest.mark.parametrize("group_prompts", [True, False])
+def test_comparisons_that_repeat_and_contradict_others(
+    tokenizer: PreTrainedTokenizerBase, group_prompts: bool
+) -> None:
+    long = "The quick brown fox " * 9
+
+    def agreement(pairs: list[tuple[str, str, str]]) -> tuple[int, int, str]:
+        rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in pairs]
+        made, _ = tokenize_dataset(Dataset.from_list(rows), tokenizer, max_length=24)
+        found = check_agreement(make_groups(made, group_prompts=group_prompts))
+        return found.repeated, found.contradicted, str(found)
+
+    assert agreement([("p", "a", "b"), ("q", "b", "a"), ("p", "b", "c")]) == (0, 0, "")
+    several = [
+        ("p", "a", "b"),
+        ("p", "a", "b"),
+        ("p", "b", "a</s>"),
+        ("p", "b", "a"),
+        ("q", "a", "b"),
+    ]
+    line = "; 2 comparisons repeat another one; 1 pairs are stated both ways round"
+    assert agreement(several) == (2, 1, line)
+    # What is cut off may be the difference: between two rows, or within one.
+    assert agreement([("p", long + "a", "b"), ("p", "b", long + "c")]) == (0, 1, line[34:])
+    assert agreement([("p", long + "a", long + "b")] * 2) == (0, 0, "")

@@ -18,6 +18,8 @@ from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.data.load import load_rows
+from fastdpo.data.messages import BadRow
+from fastdpo.data.rows import parse_row
 from fastdpo.data.tokenize import COLUMNS, TokenizeReport, tokenize_dataset
 from fastdpo.errors import ConfigError, DataError, ModelError
 
@@ -50,6 +52,18 @@ BAD_ROWS = [
     (TALK, {"tools": '{"a": 1}'}, "tools: expected a list of tool definitions"),
     (TALK, {"chat_template_kwargs": "[]"}, "chat_template_kwargs: expected an object"),
     (TALK, {"chat_template_kwargs": '{"tokenize": 1}'}, "chat_template_kwargs: tokenize cannot"),
+    (TALK, {"prompt": [{"role": ["user"], "content": "a"}]}, "prompt[0].role: unknown role ["),
+    (
+        TALK,
+        {"prompt": [user("a") | {"content": {"a": 1}}]},
+        "prompt[0].content: expected text, fou",
+    ),
+    (
+        TALK,
+        {"prompt": [[[user("a")]]]},
+        "prompt[0]: expected a message with role and content, foun",
+    ),
+    (TALK, {"tools": "[" * 5000}, "tools: expected JSON, found text that is none"),
     (GROUP, {"responses": "ab"}, "responses: expected a list"),
     (GROUP, {"responses": []}, "responses: expected a list"),
     (GROUP, {"responses": ["a", 1]}, "responses[1]: expected text"),
@@ -62,10 +76,14 @@ BAD_ROWS = [
     (GROUP, {"comparisons": [[0, 0]]}, "comparisons[0]: compares response 0 with itself"),
     (GROUP, {"comparisons": [[0]]}, "comparisons[0]: expected [winner, loser]"),
     (GROUP, {"comparisons": [[0, 1, -1]]}, "comparisons[0]: expected a finite weight"),
+    (GROUP, {"comparisons": [[0, 1, 10**400]]}, "comparisons[0]: expected a finite weight of at l"),
     (GROUP, {"comparisons": [{"winner": 1}]}, "comparisons[0]: expected indices of responses from"),
     (SCORED, {"scores": [1]}, "scores: expected a list of 2 numbers"),
     (SCORED, {"scores": [1, None]}, "scores[1]: expected a finite number, found null"),
     (SCORED, {"scores": [1, float("nan")]}, "scores[1]: expected a finite number"),
+    (SCORED, {"scores": ["1", "0"]}, "scores[0]: expected a finite number, found text"),
+    (SCORED, {"scores": [10**400, 1]}, "scores[0]: expected a finite number, found the number inf"),
+    (LABELLED, {"label": "False"}, "label: expected true or false, found text"),
     (LABELLED, {"label": "yes"}, "label: expected true or false, found text"),
     (LABELLED, {"label": 2}, "label: expected true or false, found the number 2"),
 ]
@@ -94,6 +112,12 @@ def test_a_bad_row_is_named_by_its_line_or_skipped(
     assert report.identical_pairs == int("identical" in reason)
     assert report.reasons[0].startswith(f"{path}, line 3: {reason}")
     assert made.column_names == list(COLUMNS)
+
+
+def test_integers_that_no_float_can_hold() -> None:
+    for row in (SCORED | {"scores": [10**400, 1]}, GROUP | {"comparisons": [[0, 1, 10**400]]}):
+        with pytest.raises(BadRow, match="expected a finite"):
+            parse_row(row, "group")
 
 
 def test_a_part_of_a_file_has_rows_but_no_lines(

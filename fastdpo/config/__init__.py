@@ -23,7 +23,7 @@ from .peers import PEER_KEYS
 from .schedule import EvaluationKeys, LoggingKeys, SavingKeys, TrainingKeys
 from .source import Given, check_foreign_key, read_flags, read_yaml
 from .text import as_yaml, table
-from .values import convert, members_of, show
+from .values import convert, limits, members_of, show_short
 
 __all__ = ["TrainConfig"]
 
@@ -121,18 +121,24 @@ class TrainConfig(
         try:
             value = convert(value, declared.type)
         except ValueError as error:
-            raise self.error(name, f"expected {error}, got {show(raw)}") from None
+            raise self.error(name, f"expected {error}, got {show_short(raw)}") from None
         if about["path"] and isinstance(value, str) and value.startswith("~"):
-            value = str(Path(value).expanduser())
+            try:
+                value = str(Path(value).expanduser())
+            except RuntimeError:
+                expected = f"a path, since {value.split('/')[0]} is nobody's home directory here"
+                raise self.error(name, f"expected {expected}, got {show_short(raw)}") from None
         for item in value if isinstance(value, list) else [value]:
             if item is None or isinstance(item, dict):
                 continue
+            if limit := limits(item, about["path"]):
+                raise self.error(name, f"expected {limit}, got {show_short(item)}")
             if about["choices"] and item not in about["choices"]:
                 known = ", ".join(about["choices"])
                 one_of = "one of " if len(about["choices"]) > 1 else ""
-                raise self.error(name, f"expected {one_of}{known}, got {show(item)}")
+                raise self.error(name, f"expected {one_of}{known}, got {show_short(item)}")
             if about["rule"] and not about["rule"].holds(item):
-                raise self.error(name, f"expected {about['rule'].expected}, got {show(item)}")
+                raise self.error(name, f"expected {about['rule'].expected}, got {show_short(item)}")
         return value
 
     def error(self, name: str, problem: str) -> ConfigError:

@@ -1,9 +1,13 @@
 """Conditions between several keys, and settings that have no effect in this combination."""
 
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Any
 
+from ..errors import ConfigError
+from .declare import Rule
 from .optimizer import check_optimizer
-from .schedule import SCHEDULERS
+from .schedule import SCHEDULE_OPTIONS, SCHEDULERS
+from .values import show_short
 
 if TYPE_CHECKING:
     from . import TrainConfig
@@ -30,6 +34,7 @@ def check_together(config: "TrainConfig") -> None:
         )
     _check_schedule(config)
     check_optimizer(config)
+    _check_targets(config)
     if config.load_in_4bit and not config.use_peft:
         raise config.error("load_in_4bit", "needs use_peft: 4-bit weights cannot be trained")
     if config.activation_offloading and not config.gradient_checkpointing:
@@ -56,20 +61,58 @@ def check_together(config: "TrainConfig") -> None:
             )
 
 
+def _check_targets(config: "TrainConfig") -> None:
+    pattern = config.lora_targets
+    if isinstance(pattern, str):
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise config.error(
+                "lora_target_modules", f"expected a regular expression, got {pattern} ({error})"
+            ) from error
+
+
 def _check_schedule(config: "TrainConfig") -> None:
-    name, options = config.lr_scheduler_type, config.lr_scheduler_kwargs or {}
-    for option in options:
+    name = config.lr_scheduler_type
+    options = {k: v for k, v in (config.lr_scheduler_kwargs or {}).items() if v is not None}
+
+    def error(problem: str) -> ConfigError:
+        key = "lr_scheduler_kwargs" if config.lr_scheduler_kwargs else "lr_scheduler_type"
+        return config.error(key, problem)
+
+    for option, value in options.items():
         if option not in SCHEDULERS[name]:
             known = ", ".join(SCHEDULERS[name]) or "no options"
-            raise config.error(
-                "lr_scheduler_kwargs", f"the {name} schedule takes {known}, not {option}"
-            )
+            raise error(f"the {name} schedule takes {known}, not {option}")
+        if expected := _unfit(SCHEDULE_OPTIONS[option], value):
+            raise error(f"{option}: expected {expected}, got {show_short(value)}")
     if name == "warmup_stable_decay" and "num_decay_steps" not in options:
-        raise config.error("lr_scheduler_kwargs", f"the {name} schedule needs num_decay_steps")
+        raise error(f"the {name} schedule needs num_decay_steps")
     if "min_lr" in SCHEDULERS[name] and ("min_lr" in options) == ("min_lr_rate" in options):
+        raise error(f"the {name} schedule needs either min_lr or min_lr_rate")
+    # transformers' default, and what it divides by.
+    least = options.get("lr_end", 1e-7) if name == "polynomial" else None
+    if "min_lr" in options:
+        least = 0
+    if least is not None and config.learning_rate <= least:
         raise config.error(
-            "lr_scheduler_kwargs", f"the {name} schedule needs either min_lr or min_lr_rate"
+            "learning_rate",
+            f"the {name} schedule needs one above {least}, got {config.learning_rate}",
         )
+
+
+def _unfit(wanted: Rule | tuple[str, ...], value: Any) -> str | None:
+    """What was expected of an option of a schedule; None if `value` is it."""
+    if isinstance(wanted, tuple):
+        return None if value in wanted else f"one of {', '.join(wanted)}"
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if (
+        is_number
+        and wanted.holds(value)
+        and ("whole" not in wanted.expected or value == int(value))
+    ):
+        return None
+    return wanted.expected
 
 
 def idle_settings(config: "TrainConfig") -> list[str]:

@@ -42,6 +42,7 @@ SEED = Rule("a whole number from 0 to 4294967295", lambda v: 0 <= v < 2**32)
 STEPS_OR_UNSET = Rule(
     "a whole number of at least 1, or -1 for no limit", lambda v: v == -1 or v >= 1
 )
+EPOCHS = Rule("a number greater than 0 and at most 1e9", lambda v: 0 < v <= 1e9)
 NOT_BLANK = Rule("a text that is not empty", lambda v: bool(v.strip()))
 INTERVAL = Rule(
     "a whole number of steps of at least 1, or a share of the run between 0 and 1",

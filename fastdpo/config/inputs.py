@@ -23,7 +23,8 @@ class ModelKeys:
         default=None,
         metadata=key(
             "model",
-            "The model to train: a directory or a hub name. Needed by train and precompute.",
+            "The model to train, or a LoRA adapter on one: a directory or a hub name. "
+            "Needed by train and precompute.",
             rule=NOT_BLANK,
             path=True,
         ),

@@ -5,6 +5,7 @@ from typing import Any
 
 from .declare import (
     AT_LEAST_ONE,
+    EPOCHS,
     INTERVAL,
     NOT_BLANK,
     NOT_NEGATIVE,
@@ -12,6 +13,7 @@ from .declare import (
     SEED,
     STEPS_OR_UNSET,
     WARMUP,
+    Rule,
     key,
     trackers,
     yaml_no,
@@ -38,6 +40,24 @@ SCHEDULERS: dict[str, tuple[str, ...]] = {
 }
 """transformers' learning-rate schedules that follow the step alone, with the options of each."""
 
+_SHARE_OR_ALL = Rule("a number from 0 to 1", lambda v: 0 <= v <= 1)
+_SHAPE = ("linear", "cosine", "1-sqrt")
+SCHEDULE_OPTIONS: dict[str, Rule | tuple[str, ...]] = {
+    "num_cycles": POSITIVE,
+    "lr_end": NOT_NEGATIVE,
+    "power": POSITIVE,
+    "timescale": AT_LEAST_ONE,
+    "min_lr": NOT_NEGATIVE,
+    "min_lr_rate": _SHARE_OR_ALL,
+    "warmup_lr_rate": _SHARE_OR_ALL,
+    "num_decay_steps": AT_LEAST_ONE,
+    "num_stable_steps": Rule("a whole number of at least 0", lambda v: v >= 0),
+    "warmup_type": _SHAPE,
+    "decay_type": _SHAPE,
+    "min_lr_ratio": _SHARE_OR_ALL,
+}
+"""What each option takes: a number within a rule, or one of some words."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingKeys:
@@ -46,7 +66,7 @@ class TrainingKeys:
     num_train_epochs: float = field(
         default=3.0,
         metadata=key(
-            "training", "Passes over the data, where max_steps sets no limit.", rule=POSITIVE
+            "training", "Passes over the data, where max_steps sets no limit.", rule=EPOCHS
         ),
     )
     max_steps: int = field(

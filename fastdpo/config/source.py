@@ -11,6 +11,7 @@ import yaml
 from ..errors import ConfigError
 from .peers import PEER_KEYS
 from .replaced import OTHER_NAMES, REPLACED_KEYS
+from .values import show_short
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,9 @@ def read_yaml(path: str | Path) -> dict[str, Given]:
     """
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot read the configuration file ({error.strerror})"
-        ) from error
+    except (OSError, RuntimeError) as error:  # the latter for ~name without such a user
+        reason = getattr(error, "strerror", error)
+        raise ConfigError(f"{path}: cannot read the configuration file ({reason})") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: expected UTF-8 text ({error.reason})") from error
     try:
@@ -42,10 +42,35 @@ def read_yaml(path: str | Path) -> dict[str, Given]:
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "a character that YAML does not allow"
         raise ConfigError(f"{path}{line}: expected YAML ({problem})") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: expected YAML (lists nested too deep to be read)") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose aliases stand for single values: no key takes more, and aliases of lists of
+    aliases are a few bytes that unfold to gigabytes, or without end.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        mark = self.peek_event().start_mark if self.check_event(yaml.AliasEvent) else None
+        node = super().compose_node(parent, index)
+        if mark is not None and not isinstance(node, yaml.ScalarNode):
+            problem = "an alias of a list or a mapping, which is not read"
+            raise yaml.composer.ComposerError(None, None, problem, mark)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        except (ValueError, OverflowError, AttributeError, KeyError, IndexError) as error:
+            # A date, a number or a tag that is like one, and none.
+            kind = node.tag.rpartition(":")[2]
+            problem = f"{kind} that cannot be read: {show_short(str(node.value))}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
 
 def _mapping_with_lines(text: str, path: str) -> dict[str, Given]:
-    loader = yaml.SafeLoader(text)
+    loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
@@ -55,7 +80,10 @@ def _mapping_with_lines(text: str, path: str) -> dict[str, Given]:
         found: dict[str, Given] = {}
         for key_node, value_node in node.value:
             place = f"{path}, line {key_node.start_mark.line + 1}"
-            name = str(loader.construct_object(key_node)).replace("-", "_")
+            name = loader.construct_object(key_node, deep=True)
+            if not isinstance(name, str):
+                raise ConfigError(f"{place}: expected the name of a key, got {show_short(name)}")
+            name = name.replace("-", "_")
             if name in found:
                 raise ConfigError(f"{place}: {name} was already given at {found[name].place}")
             found[name] = Given(loader.construct_object(value_node, deep=True), place)

@@ -13,6 +13,9 @@ from typing import Any, get_args, get_origin
 TRUE_WORDS = frozenset({"true", "yes", "on", "1"})
 FALSE_WORDS = frozenset({"false", "no", "off", "0"})
 NONE_WORDS = frozenset({"none", "null"})
+LARGEST = 2**63 - 1
+"""The largest whole number that a key takes, since those of tensors and files end there."""
+_LONGEST = 100
 
 
 def convert(value: Any, annotation: Any) -> Any:
@@ -29,9 +32,26 @@ def convert(value: Any, annotation: Any) -> Any:
             continue
         try:
             return _reader(member)(value)
-        except (ValueError, OverflowError):
+        except (ValueError, OverflowError, RecursionError):
             continue
     raise ValueError(describe_type(annotation))
+
+
+def limits(value: Any, is_path: bool) -> str | None:
+    """What was expected of a value that no key can take; None where it is within all limits."""
+    if isinstance(value, int):
+        return f"a whole number of at most {LARGEST}" if abs(value) > LARGEST else None
+    if not isinstance(value, str):
+        return None
+    if "\0" in value:
+        return "a text without NUL characters"
+    try:
+        parts = [len(part) for part in value.encode().split(b"/")]
+    except UnicodeEncodeError:
+        return "a text of valid Unicode"
+    if is_path and (max(parts) > 255 or sum(parts) + len(parts) > 4096):
+        return "a path of at most 4095 bytes, and 255 between two slashes"
+    return None
 
 
 def members_of(annotation: Any) -> tuple[Any, ...]:
@@ -52,9 +72,20 @@ def show(value: Any) -> str:
     """A value the way a configuration file writes it, for messages and tables."""
     if isinstance(value, str):
         return value if value.strip() == value and value else json.dumps(value)
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return f"[{', '.join(show(item) for item in value)}]"
-    return json.dumps(value, ensure_ascii=False, default=str)
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{show(name)}: {show(item)}' for name, item in value.items())}}}"
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    except ValueError:  # a number of more than 4300 digits
+        return "a number of thousands of digits"
+
+
+def show_short(value: Any) -> str:
+    """`show` for a message of one line, whatever was given."""
+    text = show(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _name(member: Any) -> str:
@@ -101,7 +132,7 @@ def _boolean(value: Any) -> bool:
 def _whole(value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    if isinstance(value, str):
+    if isinstance(value, str) and value.isascii():
         try:
             return int(value)
         except ValueError:
@@ -114,6 +145,8 @@ def _whole(value: Any) -> int:
 
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError
+    if isinstance(value, str) and not value.isascii():  # float() reads every script's digits
         raise ValueError
     number = float(value)
     if not math.isfinite(number):

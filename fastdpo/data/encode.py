@@ -8,31 +8,38 @@ row's responses, so a token merged across the boundary belongs to the completion
 """
 
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import datasets
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import DataError, ModelError
-from .messages import BadRow, Text, template_roles
-from .readers import row_label
-from .rows import (
-    LINE_COLUMN,
-    PROBLEM_COLUMN,
-    Row,
-    RowKind,
-    limit_comparisons,
-    parse_row,
+from ..errors import DataError
+from .columns import LINE_COLUMN, PROBLEM_COLUMN, RowKind, speaks_of_system, unread_columns
+from .messages import BadRow, plain_message, template_roles
+from .notes import (
+    BOUNDARY_MOVED,
+    DOUBLE_BOS,
+    EMPTY_PROMPT,
+    IDENTICAL_AFTER_TRUNCATION,
+    TRUNCATED,
+    UNREAD_COLUMN,
 )
+from .readers import row_label
+from .rows import Row, limit_comparisons, parse_row
+from .template import Renderer
 
 Ids: TypeAlias = list[int]
 
 # What became of a row; stored with it, so that a cached data set can still be reported on.
 KEPT, BAD, IDENTICAL, PROMPT_TOO_LONG, NO_COMPARISON = range(5)
 
+_UNREAD = (
+    "holds text that is in none of prompt and responses, and would not be trained on; expected it "
+    "in prompt: rename the column to prompt, put its text there, or remove it (this layout is not "
+    "read yet)"
+)
 _IDS = datasets.List(datasets.Value("int32"))
 FEATURES = datasets.Features(
     {
@@ -45,9 +52,7 @@ FEATURES = datasets.Features(
         "outcome": datasets.Value("int8"),
         "reason": datasets.Value("string"),
         "line": datasets.Value("int64"),
-        "truncated": datasets.Value("bool"),
-        "boundary_moved": datasets.Value("bool"),
-        "identical_after_truncation": datasets.Value("bool"),
+        "notes": datasets.List(datasets.Value("string")),
     }
 )
 _NOTHING: dict[str, Any] = {
@@ -60,9 +65,7 @@ _NOTHING: dict[str, Any] = {
     "outcome": KEPT,
     "reason": None,
     "line": None,
-    "truncated": False,
-    "boundary_moved": False,
-    "identical_after_truncation": False,
+    "notes": [],
 }
 
 
@@ -88,6 +91,8 @@ class Encoder:
         max_comparisons: at most so many comparisons a group, or None.
         seed: of the choice among a group's comparisons.
         skip_bad_rows: note a bad row in `reason` instead of raising.
+        watched: columns that are not read, but may hold a part of the prompt.
+        repeated: whether texts begin with their prompt, see `fastdpo.data.prompts`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -99,6 +104,8 @@ class Encoder:
     max_comparisons: int | None
     seed: int
     skip_bad_rows: bool
+    watched: tuple[str, ...] = ()
+    repeated: bool = False
 
     def __call__(
         self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]
@@ -106,60 +113,78 @@ class Encoder:
         columns = {name: batch[name] for name in batch}
         lines = columns.pop(LINE_COLUMN, [None] * len(indices))
         problems = columns.pop(PROBLEM_COLUMN, [None] * len(indices))
-        rows: list[Row | BadRow] = []
-        for position, problem in enumerate(problems):
-            raw = {name: values[position] for name, values in columns.items()}
-            rows.append(BadRow(problem) if problem else self._parse(raw))
+        raws = [
+            {name: values[position] for name, values in columns.items()}
+            for position in range(len(indices))
+        ]
+        labels = [
+            functools.partial(row_label, self.source, index, self.num_rows, line)
+            for index, line in zip(indices, lines, strict=True)
+        ]
+        rows: list[Row | BadRow] = [
+            BadRow(problem) if problem else self._parse(raw, label)
+            for raw, problem, label in zip(raws, problems, labels, strict=True)
+        ]
         outputs = []
-        for position, (row, ids) in enumerate(zip(rows, self._tokenize(rows), strict=True)):
-            output = self._finish(row, ids)
+        for position, (row, tokens) in enumerate(zip(rows, self._tokenize(rows), strict=True)):
+            output = self._finish(row, tokens)
             output["line"] = lines[position]
             if output["outcome"] in (BAD, IDENTICAL) and not self.skip_bad_rows:
-                label = row_label(self.source, indices[position], self.num_rows, lines[position])
-                raise DataError(f"{label}: {output['reason']}")
+                raise DataError(f"{labels[position]()}: {output['reason']}")
             outputs.append(output)
         return {name: [output[name] for output in outputs] for name in FEATURES}
 
-    def _parse(self, raw: Mapping[str, Any]) -> Row | BadRow:
+    def _parse(self, raw: Mapping[str, Any], label: Callable[[], str]) -> Row | BadRow:
         try:
-            return parse_row(raw, self.kind, self._roles)
+            row = parse_row(raw, self.kind, self._roles, repeated=self.repeated)
         except BadRow as problem:
             return problem
+        unread = unread_columns(raw, self.watched, row.prompt, row.responses)
+        if not unread:
+            return row
+        asked = "prompt" in raw and EMPTY_PROMPT not in row.notes
+        if wrong := [name for name in unread if not asked or speaks_of_system(name)]:
+            # Not a row that could be skipped: the data set is laid out in another way.
+            raise DataError(f"{label()}: {', '.join(wrong)}: {_UNREAD}")
+        return replace(row, notes=row.notes | {UNREAD_COLUMN})
 
     @functools.cached_property
     def _roles(self) -> frozenset[str]:
         return template_roles(self.tokenizer.chat_template)
 
     @functools.cached_property
-    def _renders_to_text(self) -> bool:
-        """Whether `apply_chat_template` is transformers' own, which tokenises what it renders."""
-        method = type(self.tokenizer).apply_chat_template
-        return method is PreTrainedTokenizerBase.apply_chat_template
+    def _renderer(self) -> Renderer:
+        return Renderer(self.tokenizer, self.source)
 
-    def _tokenize(self, rows: list[Row | BadRow]) -> list[list[Ids] | BadRow]:
-        """For every row the ids of its prompt and of prompt and response, for each response."""
+    def _tokenize(self, rows: list[Row | BadRow]) -> list[tuple[list[Ids], set[str]] | BadRow]:
+        """For every row the ids of its prompt and of prompt and response, for each response; and
+        what there is to note of it.
+        """
         texts: dict[bool, list[str]] = {False: [], True: []}
-        places: list[tuple[bool, slice] | list[Ids] | BadRow] = []
+        places: list[tuple[bool, slice, set[str]] | tuple[list[Ids], set[str]] | BadRow] = []
         for row in rows:
             if isinstance(row, BadRow):
                 places.append(row)
                 continue
             try:
-                rendered = self._render(row)
+                rendered, notes = self._renderer.render(row)
             except BadRow as problem:
                 places.append(problem)
                 continue
-            if row.conversational and not self._renders_to_text:
-                places.append(rendered)
+            if row.conversational and not self._renderer.to_text:
+                places.append((rendered, notes))
                 continue
             waiting = texts[row.conversational]
-            places.append((row.conversational, slice(len(waiting), len(waiting) + len(rendered))))
+            span = slice(len(waiting), len(waiting) + len(rendered))
+            places.append((row.conversational, span, notes))
             waiting += rendered
         ids = {
             conversational: self._ids(waiting, add_special_tokens=not conversational)
             for conversational, waiting in texts.items()
         }
-        return [ids[p[0]][p[1]] if isinstance(p, tuple) else p for p in places]
+        return [
+            (ids[p[0]][p[1]], p[2]) if isinstance(p, tuple) and len(p) == 3 else p for p in places
+        ]
 
     def _ids(self, texts: list[str], *, add_special_tokens: bool) -> list[Ids]:
         if not texts:
@@ -175,45 +200,12 @@ class Encoder:
         )["input_ids"]
         return [tokenised[distinct[text]] for text in texts]
 
-    def _render(self, row: Row) -> list[Any]:
-        """The texts to tokenise (or, of a tokenizer with its own way, their ids)."""
-        prompt, responses = row.prompt, row.responses
-        if isinstance(prompt, str):
-            return [prompt, *(prompt + self._end(response) for response in responses)]
-        apply = functools.partial(self._apply_template, row)
-        return [apply(prompt, True), *(apply([*prompt, *r], False) for r in responses)]
-
-    def _end(self, response: Text) -> str:
-        eos = self.tokenizer.eos_token
-        if eos is None:
-            raise ModelError(
-                "the tokenizer has no eos_token, which ends every response of plain text; set one, "
-                "or use a tokenizer that has it"
-            )
-        text = str(response)
-        return text if text.endswith(eos) else text + eos
-
-    def _apply_template(self, row: Row, messages: list[Any], generate: bool) -> Any:
-        as_text = self._renders_to_text
-        has_template = self.tokenizer.chat_template or "chat_template" in row.template_kwargs
-        if as_text and not has_template:
-            raise ModelError(
-                f"{self.source} holds messages, but the tokenizer has no chat template; use the "
-                "tokenizer of a chat model, or give prompt and responses as text"
-            )
-        kwargs: dict[str, Any] = {"tools": row.tools, **row.template_kwargs}
-        if generate:
-            kwargs["add_generation_prompt"] = True
-        try:
-            rendered = self.tokenizer.apply_chat_template(messages, tokenize=not as_text, **kwargs)
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise BadRow(f"the chat template cannot render it: {error}") from error
-        return rendered if as_text else rendered["input_ids"]
-
-    def _finish(self, row: Row | BadRow, ids: list[Ids] | BadRow) -> dict[str, Any]:
-        if isinstance(row, BadRow) or isinstance(ids, BadRow):
-            return _NOTHING | {"outcome": BAD, "reason": str(ids)}
-        prompt, *sequences = ids
+    def _finish(
+        self, row: Row | BadRow, tokens: tuple[list[Ids], set[str]] | BadRow
+    ) -> dict[str, Any]:
+        if isinstance(row, BadRow) or isinstance(tokens, BadRow):
+            return _NOTHING | {"outcome": BAD, "reason": str(tokens)}
+        (prompt, *sequences), notes = tokens
         start = min(common_prefix_length(prompt, full) for full in sequences)
         comparisons = limit_comparisons(row, self.max_comparisons, self.seed)
         if self.max_length is not None and start >= self.max_length:
@@ -224,10 +216,15 @@ class Encoder:
             return _NOTHING | {"outcome": BAD, "reason": reason}
         for winner, loser, _ in comparisons:
             if sequences[winner] == sequences[loser]:
-                names = f"{row.names[winner]} and {row.names[loser]}"
-                reason = f"{names}: are identical; expected two different responses"
-                return _NOTHING | {"outcome": IDENTICAL, "reason": reason}
+                return _NOTHING | {"outcome": IDENTICAL, "reason": _identical(row, winner, loser)}
         cut = [full[: self.max_length] for full in sequences]
+        bos = self.tokenizer.bos_token_id
+        found = {
+            BOUNDARY_MOVED: start < len(prompt),
+            DOUBLE_BOS: bos is not None and any(full[:2] == [bos, bos] for full in sequences),
+            TRUNCATED: cut != sequences,
+            IDENTICAL_AFTER_TRUNCATION: any(cut[w] == cut[loser] for w, loser, _ in comparisons),
+        }
         return _NOTHING | {
             "prompt_ids": prompt[:start],
             "response_ids": [full[start:] for full in cut],
@@ -235,9 +232,7 @@ class Encoder:
             "losers": [loser for _, loser, _ in comparisons],
             "weights": [weight for _, _, weight in comparisons],
             "labels": [] if row.label is None else [row.label],
-            "boundary_moved": start < len(prompt),
-            "truncated": cut != sequences,
-            "identical_after_truncation": any(cut[w] == cut[loser] for w, loser, _ in comparisons),
+            "notes": sorted(notes | {note for note, holds in found.items() if holds}),
         }
 
     def _unusable(self, row: Row, sequences: list[Ids], start: int) -> str | None:
@@ -252,3 +247,19 @@ class Encoder:
                     f"{self.vocab_size}; expected the model's own tokenizer"
                 )
         return None
+
+
+def _identical(row: Row, winner: int, loser: int) -> str:
+    """Why two responses have the same tokens: they say the same, or differ in what is dropped."""
+    names = f"{row.names[winner]} and {row.names[loser]}"
+    one, other = row.responses[winner], row.responses[loser]
+    if isinstance(one, str) or isinstance(other, str):
+        return f"{names}: are identical; expected two different responses"
+    for position, (a, b) in enumerate(zip(one, other, strict=False)):
+        a, b = plain_message(a), plain_message(b)
+        if keys := sorted(key for key in {*a, *b} if a.get(key) != b.get(key)):
+            return (
+                f"{names}: differ in [{position}].{keys[0]}, but the chat template drops the part "
+                "in which they differ; expected a template that renders it"
+            )
+    return f"{names}: are identical; expected two different responses"

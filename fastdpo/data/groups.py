@@ -6,6 +6,7 @@ token, become one group in which the prompt and every distinct response are comp
 many comparisons name them.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -36,7 +37,7 @@ class Group:
         return content.digest()
 
 
-def make_groups(dataset, *, group_prompts: bool = True) -> list[Group]:
+def make_groups(dataset, *, group_prompts: bool = True, source: str = "dataset") -> list[Group]:
     """Groups of a tokenised dataset (columns prompt_ids, response_ids, winners, losers, weights,
     labels).
 
@@ -49,14 +50,14 @@ def make_groups(dataset, *, group_prompts: bool = True) -> list[Group]:
             on.
     """
     if len(dataset) == 0:
-        raise DataError("the dataset has no rows left to train on")
+        raise DataError(f"{source}: has no rows left to train on")
     groups: list[Group] = []
     by_prompt: dict[bytes, int] = {}
     known: list[dict[bytes, int]] = []
     for number, row in enumerate(dataset.with_format("numpy")):
         if len(row["winners"]) == 0:
             raise DataError(
-                f"row {number}: no comparison (prompt/completion/label data needs a KTO loss, "
+                f"{source}, row {number + 1}: no comparison (labels need a KTO loss, "
                 "which is not available)"
             )
         prompt = np.asarray(row["prompt_ids"], np.int32)
@@ -85,3 +86,39 @@ def make_groups(dataset, *, group_prompts: bool = True) -> list[Group]:
 def count_comparisons(groups: Sequence[Group]) -> int:
     """Number of comparisons in all groups."""
     return sum(len(group.comparisons) for group in groups)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What comparisons say about each other, token for token.
+
+    Attributes:
+        repeated: comparisons that state again what another one has stated.
+        contradicted: pairs of responses to one prompt of which each wins somewhere.
+    """
+
+    repeated: int
+    contradicted: int
+
+    def __str__(self) -> str:
+        """What is to be added to a line that counts the comparisons: nothing where all is well."""
+        repeated = f"; {self.repeated} comparisons repeat another one" if self.repeated else ""
+        both = (
+            f"; {self.contradicted} pairs are stated both ways round" if self.contradicted else ""
+        )
+        return repeated + both
+
+
+def check_agreement(groups: Sequence[Group]) -> Agreement:
+    """Count comparisons that are stated again, and those that are stated the other way round.
+
+    Responses that are equal once they are cut to `max_length` say nothing about each other.
+    """
+    stated = Counter[tuple[bytes, bytes]]()
+    for group in groups:
+        digests = [group.digest(response) for response in range(len(group.responses))]
+        for winner, loser, _ in group.comparisons:
+            if digests[winner] != digests[loser]:
+                stated[digests[winner], digests[loser]] += 1
+    both = sum((loser, winner) in stated for winner, loser in stated)
+    return Agreement(stated.total() - len(stated), both // 2)

@@ -18,8 +18,8 @@ from typing import Any
 import datasets
 
 from ..errors import DataError
-from .readers import read_rows, utf8_problem
-from .rows import PROBLEM_COLUMN, row_kind
+from .columns import PROBLEM_COLUMN, row_kind
+from .readers import may_fail_fast, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -59,14 +59,15 @@ def load_rows(
     """
     path = Path(name).expanduser()
     try:
-        if path.is_file():
-            rows = _load_files(_file_kind(path), {"train": [path]}, split, skip_bad_rows, name)
-        elif path.is_dir():
-            rows = _load_directory(path, split, config_name, skip_bad_rows)
-        elif _looks_local(name):
-            raise DataError(_not_found(path))
-        else:
-            rows = _load_hub(name, split, config_name, num_proc)
+        with explain_disk(name):
+            if path.is_file():
+                rows = _load_files(_file_kind(path), {"train": [path]}, split, skip_bad_rows, name)
+            elif path.is_dir():
+                rows = _load_directory(path, split, config_name, skip_bad_rows)
+            elif looks_local(name):
+                raise DataError(_not_found(path))
+            else:
+                rows = _load_hub(name, split, config_name, num_proc)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{name}: damaged gzip file: {error}") from error
     if len(rows) == 0:
@@ -79,11 +80,28 @@ def load_rows(
     return rows
 
 
+@contextlib.contextmanager
+def explain_disk(name: str) -> Iterator[None]:
+    """Turn what the disk refuses while a data set is read, or written to the library's cache, into
+    an error of one line.
+    """
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile):
+        raise
+    except OSError as error:
+        cache = str(datasets.config.HF_DATASETS_CACHE)
+        place = str(error.filename or cache)
+        hint = "; HF_DATASETS_CACHE names another cache" if place.startswith(cache) else ""
+        reason = error.strerror or str(error)
+        raise DataError(f"{name}: {place}: cannot be read or written ({reason}){hint}") from error
+
+
 def _suffix(path: Path) -> str:
     return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
-def _looks_local(name: str) -> bool:
+def looks_local(name: str) -> bool:
     starts = name.startswith((".", "/", "~"))
     return starts or name.count("/") > 1 or _suffix(Path(name)) in _KINDS
 
@@ -140,7 +158,7 @@ def _load_files(
             raise DataError(f"{path}: is empty; expected at least one row")
     if kind in ("parquet", "arrow"):
         return _attempt(where, _read_fast, kind, chosen, split)
-    if kind == "json" and not any(utf8_problem(path) for path in paths):
+    if kind == "json" and not any(may_fail_fast(path) for path in paths):
         # Whatever makes the fast reader fail, the slow one names it or does not mind.
         with contextlib.suppress(Exception), _quiet():
             rows = _read_fast(kind, chosen, split)
@@ -192,7 +210,8 @@ def _take(splits: Mapping[str, datasets.Dataset], split: str, where: str) -> dat
         parts = instruction.to_absolute({key: len(rows) for key, rows in splits.items()})
     except (ValueError, AssertionError):
         raise DataError(_no_split(where, split, list(splits))) from None
-    taken = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    # A range that begins at the end is one that `select` refuses.
+    taken = [splits[p.splitname].select(range(p.from_, p.to) or ()) for p in parts]
     return taken[0] if len(taken) == 1 else datasets.concatenate_datasets(taken)
 
 

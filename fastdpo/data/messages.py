@@ -12,6 +12,19 @@ from typing import Any, TypeAlias
 Text: TypeAlias = str | list[dict[str, Any]]
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
+# Fields of a message that call tools: today's, and the one before it.
+CALLS = ("tool_calls", "function_call")
+# Roles of what a tool answered.
+RESULT_ROLES = frozenset({"tool", "function", "ipython"})
+_AS_JSON = """expected JSON such as [{"role": "user", "content": "Hi"}]"""
+# What Python, NumPy and pandas print of messages, or JSON that was cut off. A text that only
+# speaks of messages does not begin with one and name a known role.
+_LIKE_MESSAGES = re.compile(
+    r"""\s*(?:array\(\s*)?[\[(]*\s*\{\s*(['"])(?:role|content|from|value)\1\s*:"""
+)
+_LIKE_ROLE = re.compile(
+    r"""(['"])(?:role|from)\1\s*:\s*(['"])(?:system|developer|user|assistant|tool|human|gpt)\2"""
+)
 # Arguments of `apply_chat_template` that decide how ids are made, not what the template sees.
 RESERVED_TEMPLATE_KWARGS = frozenset(
     {
@@ -45,13 +58,15 @@ def describe(value: Any) -> str:
     if isinstance(value, str):
         return "text"
     if isinstance(value, Mapping):
-        return f"an object with {', '.join(map(str, value)) or 'no fields'}"
+        names = ", ".join(str(name)[:40] for name in list(value)[:8])
+        return f"an object with {names or 'no fields'}"
     if isinstance(value, list):
         if not value:
             return "an empty list"
         if all(isinstance(item, Mapping) for item in value):
             return "a list of messages" if "role" in value[0] else "a list of objects"
-        return f"a list of {len(value)} that begins with {describe(value[0])}"
+        first = "a list" if isinstance(value[0], list) else describe(value[0])
+        return f"a list of {len(value)} that begins with {first}"
     return type(value).__name__
 
 
@@ -63,8 +78,35 @@ def template_roles(template: str | Mapping[str, str] | None) -> frozenset[str]:
     return ROLES | frozenset(re.findall(r"""['"]([A-Za-z_][\w-]*)['"]""", source))
 
 
+def written_messages(text: str) -> list[Any] | str | None:
+    """The messages that a text holds as JSON.
+
+    Returns:
+        The messages; or why a text that is meant to be messages cannot be read; or None where it
+        is a text like any other, JSON that is no messages included.
+    """
+    if text[:100].lstrip()[:1] not in ("[", "{", "a"):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        if _LIKE_MESSAGES.match(text) and _LIKE_ROLE.search(text):
+            return (
+                f"is text that begins {text.strip()[:24]!r}, messages that are no JSON; {_AS_JSON}"
+            )
+        return None
+    items = value if isinstance(value, list) else [value]
+    if not items or not all(isinstance(item, Mapping) for item in items):
+        return None
+    if all("role" in item for item in items) and isinstance(value, list):
+        return value
+    if all({"role", "content"} <= set(item) or {"from", "value"} <= set(item) for item in items):
+        return f"is {describe(value)}, as JSON; {_AS_JSON}"
+    return None
+
+
 def check_text(value: Any, field: str, roles: Collection[str]) -> Text:
-    """Return `value` unchanged where it is text or a list of messages.
+    """Return `value` where it is text or a list of messages, the parts of its contents tidied.
 
     Raises:
         BadRow: naming `field` (and the message within it) and what was expected.
@@ -75,12 +117,13 @@ def check_text(value: Any, field: str, roles: Collection[str]) -> Text:
         raise BadRow(f"{field}: expected text or a list of messages, found {describe(value)}")
     if not value:
         raise BadRow(f"{field}: expected at least one message, found an empty list")
-    for position, message in enumerate(value):
+    return [
         _check_message(message, f"{field}[{position}]", roles)
-    return value
+        for position, message in enumerate(value)
+    ]
 
 
-def _check_message(message: Any, field: str, roles: Collection[str]) -> None:
+def _check_message(message: Any, field: str, roles: Collection[str]) -> dict[str, Any]:
     role = message.get("role") if isinstance(message, Mapping) else None
     if role is None:
         expected = "expected a message with role and content"
@@ -88,36 +131,93 @@ def _check_message(message: Any, field: str, roles: Collection[str]) -> None:
         if isinstance(message, Mapping) and "from" in message:
             hint = "; ShareGPT's from and value are not read"
         raise BadRow(f"{field}: {expected}, found {describe(message)}{hint}")
-    if role not in roles:
+    if not isinstance(role, str) or role not in roles:
         known = ", ".join(sorted(ROLES))
         raise BadRow(f"{field}.role: unknown role {role!r}; expected one of {known}")
     content = message.get("content")
-    if content is None and not message.get("tool_calls"):
+    is_result = role in RESULT_ROLES
+    if isinstance(content, list) and not (is_result and not _all_text(content)):
+        content = _check_parts(content, f"{field}.content")
+        message = {**message, "content": content or None}
+    _check_calls(message, field)
+    if not content and content != "" and not any(message.get(name) for name in CALLS):
         raise BadRow(f"{field}.content: missing; expected text")
     # A tool's result may be an object: what a template makes of it is the template's business.
-    if content is not None and not isinstance(content, str | list | Mapping):
+    allowed = (str, list, Mapping) if is_result else (str, list)
+    if content is not None and not isinstance(content, allowed):
         raise BadRow(f"{field}.content: expected text, found {describe(content)}")
+    return dict(message)
 
 
-def implicit_prompt_length(chosen: Text, rejected: Text) -> int:
-    """How many characters or messages the prompt of a row without `prompt` has.
+def _check_calls(message: Mapping[str, Any], field: str) -> None:
+    calls, call = message.get("tool_calls"), message.get("function_call")
+    if calls is not None and not isinstance(calls, list):
+        raise BadRow(f"{field}.tool_calls: expected a list of calls, found {describe(calls)}")
+    listed = [(f"{field}.tool_calls[{i}]", item) for i, item in enumerate(calls or ())]
+    for where, item in listed + ([] if call is None else [(f"{field}.function_call", call)]):
+        function = item.get("function") or item if isinstance(item, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise BadRow(f"{where}: expected a call with a function's name, found {describe(item)}")
 
-    The longest common prefix, less a space at its end (which belongs to the completions' first
-    word), and never all of the shorter one: its last element stays its completion. TRL's
-    `extract_prompt` does the same but where the first characters differ already and chosen ends
-    in a space: there it takes all of chosen but that space for the prompt, and we take nothing.
+
+def plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as it is compared with others: without nulls, its parts joined to text."""
+    present = {key: value for key, value in message.items() if value is not None}
+    content = present.get("content")
+    if isinstance(content, list) and _all_text(content):
+        present["content"] = "".join(part["text"] for part in content)
+    return present
+
+
+def _all_text(content: list[Any]) -> bool:
+    return all(isinstance(part, Mapping) and is_text_part(part) for part in content)
+
+
+def is_text_part(part: Mapping[str, Any]) -> bool:
+    """Whether a part of a message's content is text, as in `{"type": "text", "text": "Hi"}`."""
+    return part.get("type") in ("text", None) and isinstance(part.get("text"), str)
+
+
+def _check_parts(parts: list[Any], field: str) -> list[dict[str, Any]]:
+    """The parts without the nulls that a table adds for the fields of other parts."""
+    checked = []
+    for position, part in enumerate(parts):
+        where = f"{field}[{position}]"
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if isinstance(kind, str) and re.search("image|video|audio|file", kind):
+            raise BadRow(f"{where}: is a part of type {kind}; only text can be trained on")
+        known = isinstance(kind, str) and kind != "text"
+        if not isinstance(part, Mapping) or not (known or is_text_part(part)):
+            expected = 'a part such as {"type": "text", "text": "Hi"}'
+            raise BadRow(f"{where}: expected {expected}, found {describe(part)}")
+        checked.append({key: value for key, value in part.items() if value is not None})
+    return checked
+
+
+def content_parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a message's content; none where it is text, or a tool's result of its own."""
+    content = message.get("content")
+    if not isinstance(content, list) or (
+        message["role"] in RESULT_ROLES and not _all_text(content)
+    ):
+        return []
+    return content
+
+
+def join_parts(message: dict[str, Any], field: str) -> dict[str, Any]:
+    """The message with text for a content of parts, put together without anything between them.
 
     Raises:
-        BadRow: where one of the two is empty.
+        BadRow: a part that is not text.
     """
-    shorter = min(len(chosen), len(rejected))
-    if shorter == 0:
-        empty = "chosen" if not chosen else "rejected"
-        raise BadRow(f"{empty}: is empty; expected it to begin with the prompt")
-    start = next((i for i in range(shorter) if chosen[i] != rejected[i]), None)
-    if start is None:
-        return shorter - 1
-    return start - 1 if start > 0 and chosen[start - 1] == " " else start
+    parts = content_parts(message)
+    for position, part in enumerate(parts):
+        if not is_text_part(part):
+            raise BadRow(
+                f"{field}.content[{position}]: the chat template does not render a part of type "
+                f"{part['type']}; expected text"
+            )
+    return {**message, "content": "".join(part["text"] for part in parts)} if parts else message
 
 
 def parse_tools(value: Any) -> list[Any] | None:
@@ -156,5 +256,5 @@ def _from_json(value: Any, field: str) -> Any:
         return value
     try:
         return json.loads(value)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRow(f"{field}: expected JSON, found text that is none: {error}") from None

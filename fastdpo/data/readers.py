@@ -16,6 +16,7 @@ import gzip
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
@@ -23,14 +24,17 @@ from typing import Any, BinaryIO, TypeAlias, cast
 import datasets
 
 from ..errors import DataError
+from .columns import FIELDS, LINE_COLUMN, PROBLEM_COLUMN, may_hold_prompt, row_kind
 from .messages import describe
-from .rows import FIELDS, LINE_COLUMN, PROBLEM_COLUMN, row_kind
 
 # A line's number (0: the file has no lines to speak of) and its row, or why it could not be read.
 Numbered: TypeAlias = tuple[int, dict[str, Any] | str]
 
 _TEXT_FIELDS = frozenset({"prompt", "chosen", "rejected", "completion"})
 _CHUNK = 1 << 24
+_UTF_16 = "the text is UTF-16; expected UTF-8"
+# How nesting ends; in a text, it only means that the slow reader reads the file.
+_DEEP = (b"]" * 64, b"}" * 64, b"]}" * 32, b"[" * 64)
 
 
 def open_binary(path: Path) -> BinaryIO:
@@ -39,21 +43,22 @@ def open_binary(path: Path) -> BinaryIO:
     return cast(BinaryIO, opener(path, "rb"))
 
 
-def utf8_problem(path: Path) -> str | None:
-    """Where a file stops being UTF-8, or None: one pass at about a gigabyte a second."""
+def may_fail_fast(path: Path) -> bool:
+    """Whether the library's reader must not see a JSON file: text that is no UTF-8, which it
+    mangles, or lists in so many lists that it overruns its stack. A pass at a gigabyte a second.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    line = 1
     with open_binary(path) as file:
         while True:
             chunk = file.read(_CHUNK)
             try:
                 decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                line += error.object.count(b"\n", 0, error.start)
-                return f"{path}, line {line}: {_invalid_utf8(error)}"
+            except UnicodeDecodeError:
+                return True
+            if any(run in chunk for run in _DEEP):
+                return True
             if not chunk:
-                return None
-            line += chunk.count(b"\n")
+                return False
 
 
 def row_label(source: str, row: int, num_rows: int, line: int | None = None) -> str:
@@ -76,8 +81,9 @@ def row_label(source: str, row: int, num_rows: int, line: int | None = None) -> 
 def read_rows(paths: Sequence[Path], kind: str, *, skip_bad_rows: bool) -> datasets.Dataset:
     """Read JSON, JSONL (`kind="json"`) or CSV (`kind="csv"`) files into one cached data set.
 
-    Only the columns that training reads are kept, and `fastdpo_line`; columns that hold anything
-    but text are stored as JSON, so that rows need not agree in their types.
+    Only the columns that training reads are kept, those that may hold the prompt, and
+    `fastdpo_line`; columns that hold anything but text are stored as JSON, so that rows need not
+    agree in their types.
 
     Raises:
         DataError: naming the file and line of the first row that cannot be read; where there is
@@ -98,7 +104,11 @@ def read_rows(paths: Sequence[Path], kind: str, *, skip_bad_rows: bool) -> datas
     if not only_text:
         raise DataError(problems[0] if problems else f"{where}: has no rows")
     row_kind(only_text, where)
-    fields = tuple((name, only_text[name]) for name in FIELDS if name in only_text)
+    # Without a prompt, any column of text may turn out to be it, and is there to be named.
+    others = [name for name in only_text if name not in FIELDS]
+    implicit = "prompt" not in only_text
+    kept = [name for name in others if may_hold_prompt(name) or (implicit and only_text[name])]
+    fields = tuple((name, only_text[name]) for name in (*FIELDS, *kept) if name in only_text)
     features: dict[str, Any] = {
         name: datasets.Value("string") if text else datasets.Json() for name, text in fields
     }
@@ -149,6 +159,8 @@ def _decode_line(raw: bytes) -> dict[str, Any] | str:
         return _invalid_utf8(error)
     except json.JSONDecodeError as error:
         return f"invalid JSON at column {error.colno}: {error.msg}"
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, lists in 1000 lists
+        return f"JSON that is too large: {error}"
     return _check_object(value)
 
 
@@ -164,6 +176,8 @@ def _iterate_list(path: Path) -> Iterator[Numbered]:
     except json.JSONDecodeError as error:
         where = f"{path}, line {error.lineno}"
         raise DataError(f"{where}: invalid JSON at column {error.colno}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: JSON that is too large: {error}") from None
     for item in items:
         yield 0, _check_object(item)
 
@@ -173,6 +187,8 @@ def _check_object(value: Any) -> dict[str, Any] | str:
         return f"expected a JSON object, found {describe(value)}"
     try:
         json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        return "lists or objects within each other too deep to be read"
     except UnicodeEncodeError:
         return "a text with half a surrogate pair (\\ud800 to \\udfff); expected valid Unicode"
     return value
@@ -180,6 +196,9 @@ def _check_object(value: Any) -> dict[str, Any] | str:
 
 def _iterate_csv(path: Path) -> Iterator[Numbered]:
     csv.field_size_limit(sys.maxsize)
+    with open_binary(path) as start:
+        if start.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise DataError(f"{path}, line 1: {_UTF_16}")
     binary = open_binary(path)
     with io.TextIOWrapper(binary, "utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, strict=True)
@@ -194,6 +213,11 @@ def _iterate_csv(path: Path) -> Iterator[Numbered]:
                 raise DataError(f"{path}, line {line}: invalid CSV: {error}") from None
             if header is None:
                 header = cells
+                if twice := sorted(name for name, n in Counter(cells).items() if n > 1):
+                    raise DataError(
+                        f"{path}, line {line}: column {twice[0]!r} is there twice; expected each "
+                        "name once"
+                    )
             elif cells:
                 yield line, _decode_cells(header, cells)
 
@@ -207,31 +231,17 @@ def _decode_cells(header: Sequence[str], cells: Sequence[str]) -> dict[str, Any]
             cell.encode()
         except UnicodeEncodeError:
             return f"{name}: invalid UTF-8"
-        if name in _TEXT_FIELDS:
-            row[name] = _messages_or_text(cell)
-        elif name not in FIELDS:
+        if name in _TEXT_FIELDS or name not in FIELDS:
             row[name] = cell
         else:
             try:
                 row[name] = json.loads(cell.lower() if name == "label" else cell) if cell else None
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 return f"{name}: expected JSON, found text that is none: {error}"
     return row
 
 
-def _messages_or_text(cell: str) -> Any:
-    """A cell is messages where it is JSON of a list of objects that have a role, else text."""
-    if not cell.lstrip().startswith("["):
-        return cell
-    try:
-        value = json.loads(cell)
-    except json.JSONDecodeError:
-        return cell
-    is_messages = value and all(isinstance(item, dict) and "role" in item for item in value)
-    return value if is_messages else cell
-
-
 def _invalid_utf8(error: UnicodeDecodeError) -> str:
     if error.start == 0 and error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "the text is UTF-16; expected UTF-8"
+        return _UTF_16
     return f"invalid UTF-8: byte 0x{error.object[error.start]:02x}"

@@ -6,6 +6,8 @@ Four layouts are read. Pairs and labels mean what they mean in TRL; groups are o
 - `chosen`, `rejected`: a pair whose prompt is what both begin with;
 - `prompt`, `responses` and `comparisons` or `scores`: N responses to one prompt;
 - `prompt`, `completion`, `label`: one labelled response (KTO).
+
+Messages may be written as JSON in a column of text.
 """
 
 import json
@@ -13,46 +15,25 @@ import math
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import xxhash
 
-from ..errors import DataError
+from .columns import RowKind
 from .messages import (
     ROLES,
     BadRow,
     Text,
     check_text,
     describe,
-    implicit_prompt_length,
     parse_template_kwargs,
     parse_tools,
+    written_messages,
 )
+from .notes import EMPTY_PROMPT, NOT_THE_ASSISTANT
+from .prompts import split_explicit, split_implicit
 
-RowKind: TypeAlias = Literal["pair", "group", "label"]
 Comparison: TypeAlias = tuple[int, int, float]
-
-# Every column that is read; any other is left alone.
-FIELDS = (
-    "prompt",
-    "chosen",
-    "rejected",
-    "responses",
-    "comparisons",
-    "scores",
-    "completion",
-    "label",
-    "tools",
-    "chat_template_kwargs",
-)
-# Columns of our own readers: the line a row began on, and why it could not be read.
-LINE_COLUMN = "fastdpo_line"
-PROBLEM_COLUMN = "fastdpo_problem"
-
-_EXPECTED_COLUMNS = (
-    "prompt, chosen, rejected; or chosen, rejected; or prompt, responses and comparisons or "
-    "scores; or prompt, completion, label"
-)
 
 
 @dataclass(frozen=True)
@@ -67,6 +48,7 @@ class Row:
         label: whether the only response is a good one (KTO); None where responses are compared.
         tools: what the chat template is given as tools.
         template_kwargs: further variables of the chat template.
+        notes: what there is to say of the row, of `fastdpo.data.notes`.
     """
 
     prompt: Text
@@ -76,6 +58,7 @@ class Row:
     label: bool | None
     tools: list[Any] | None
     template_kwargs: Mapping[str, Any]
+    notes: frozenset[str] = frozenset()
 
     @property
     def conversational(self) -> bool:
@@ -83,58 +66,50 @@ class Row:
         return not isinstance(self.prompt, str)
 
 
-def row_kind(columns: Collection[str], where: str) -> RowKind:
-    """The layout that these columns hold; a pair where they hold more than one.
-
-    Raises:
-        DataError: where columns are missing, naming those found and those expected.
-    """
-    names = set(columns)
-    if names & {"image", "images"}:
-        raise DataError(f"{where}: has a column of images; only text can be trained on")
-    if {"chosen", "rejected"} <= names:
-        return "pair"
-    if {"prompt", "responses"} <= names and names & {"comparisons", "scores"}:
-        return "group"
-    if {"prompt", "completion", "label"} <= names:
-        return "label"
-    found = ", ".join(sorted(names - {LINE_COLUMN, PROBLEM_COLUMN})) or "none"
-    raise DataError(f"{where}: missing columns: found {found}; expected {_EXPECTED_COLUMNS}")
-
-
-def parse_row(row: Mapping[str, Any], kind: RowKind, roles: Collection[str] = ROLES) -> Row:
+def parse_row(
+    row: Mapping[str, Any],
+    kind: RowKind,
+    roles: Collection[str] = ROLES,
+    *,
+    repeated: bool = False,
+) -> Row:
     """Check one row of the given layout.
+
+    Args:
+        row: its fields.
+        kind: the layout.
+        roles: that a message may have.
+        repeated: whether the data set's texts begin with their prompt, see `repeats_prompt`.
 
     Raises:
         BadRow: naming the field and what was expected.
     """
-    comparisons: tuple[Comparison, ...] = ()
-    label = None
-    if kind == "pair":
-        prompt, responses = _parse_pair(row, roles)
-        comparisons = ((0, 1, 1.0),)
+    implicit = kind == "pair" and "prompt" not in row
+    prompt: Text = "" if implicit else check_text(_decode(row.get("prompt")), "prompt", roles)
+    responses = _parse_responses(row, kind, roles)
+    note = None
+    if implicit:
+        prompt, *rest = split_implicit(*responses.values())
+        responses = dict(zip(responses, rest, strict=True))
     else:
-        prompt = check_text(row.get("prompt"), "prompt", roles)
-        if kind == "group":
-            responses = _parse_responses(row.get("responses"), roles)
-            comparisons = _parse_preferences(row, len(responses))
-        else:
-            responses = {"completion": check_text(row.get("completion"), "completion", roles)}
-            label = _parse_label(row.get("label"))
+        prompt, responses, note = split_explicit(prompt, responses, repeated=repeated)
     for name, response in responses.items():
-        if isinstance(prompt, str) != isinstance(response, str):
-            raise BadRow(
-                f"{name}: is {describe(response)} where prompt is {describe(prompt)}; expected "
-                'both to be text, or both messages such as [{"role": "assistant", "content": ""}]'
-            )
+        _check_response(name, response, prompt)
+    notes = {note} if note else set()
+    if any(map(_leaves_the_assistant, responses.values())):
+        notes.add(NOT_THE_ASSISTANT)
+    if not _says_something(prompt):
+        notes.add(EMPTY_PROMPT)
+    comparisons: tuple[Comparison, ...] = ((0, 1, 1.0),) if kind == "pair" else ()
     return Row(
         prompt,
         tuple(responses.values()),
         tuple(responses),
-        comparisons,
-        label,
+        _parse_preferences(row, len(responses)) if kind == "group" else comparisons,
+        _parse_label(row.get("label")) if kind == "label" else None,
         parse_tools(row.get("tools")),
         parse_template_kwargs(row.get("chat_template_kwargs")),
+        frozenset(notes),
     )
 
 
@@ -152,33 +127,63 @@ def limit_comparisons(row: Row, limit: int | None, seed: int) -> tuple[Compariso
     return tuple(row.comparisons[i] for i in sorted(choice.sample(range(count), limit)))
 
 
-def _parse_pair(row: Mapping[str, Any], roles: Collection[str]) -> tuple[Text, dict[str, Text]]:
-    chosen = check_text(row.get("chosen"), "chosen", roles)
-    rejected = check_text(row.get("rejected"), "rejected", roles)
-    if "prompt" in row:
-        prompt = check_text(row["prompt"], "prompt", roles)
-        return prompt, {"chosen": chosen, "rejected": rejected}
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise BadRow(
-            f"rejected: is {describe(rejected)} where chosen is {describe(chosen)}; "
-            "expected the same of both"
-        )
-    start = implicit_prompt_length(chosen, rejected)
-    if not isinstance(chosen, str) and start == 0:
-        raise BadRow(
-            "chosen: shares no first message with rejected; expected both to begin with the "
-            "prompt's messages, or a field prompt"
-        )
-    return chosen[:start], {"chosen": chosen[start:], "rejected": rejected[start:]}
+def _decode(value: Any) -> Any:
+    messages = written_messages(value) if isinstance(value, str) else None
+    if isinstance(messages, str):
+        raise BadRow(f"prompt: {messages}")
+    return value if messages is None else messages
 
 
-def _parse_responses(value: Any, roles: Collection[str]) -> dict[str, Text]:
-    if not isinstance(value, list) or not value:
+def _parse_responses(
+    row: Mapping[str, Any], kind: RowKind, roles: Collection[str]
+) -> dict[str, Text]:
+    if kind == "group":
+        value = row.get("responses")
+        if not isinstance(value, list) or not value:
+            raise BadRow(
+                "responses: expected a list of texts or of lists of messages, found "
+                + describe(value)
+            )
+        named = {f"responses[{position}]": item for position, item in enumerate(value)}
+    else:
+        fields = ("chosen", "rejected") if kind == "pair" else ("completion",)
+        named = {name: row.get(name) for name in fields}
+    written = {
+        name: written_messages(value) if isinstance(value, str) else None
+        for name, value in named.items()
+    }
+    # One response among others may well be a text that shows messages; all of them are not.
+    if all(value is not None for value in written.values()):
+        for name, value in written.items():
+            if isinstance(value, str):
+                raise BadRow(f"{name}: {value}")
+        named = written
+    return {name: check_text(value, name, roles) for name, value in named.items()}
+
+
+def _check_response(name: str, response: Text, prompt: Text) -> None:
+    if isinstance(prompt, str) != isinstance(response, str):
         raise BadRow(
-            "responses: expected a list of texts or of lists of messages, found " + describe(value)
+            f"{name}: is {describe(response)} where prompt is {describe(prompt)}; expected "
+            'both to be text, or both messages such as [{"role": "assistant", "content": ""}]'
         )
-    names = [f"responses[{position}]" for position in range(len(value))]
-    return {name: check_text(item, name, roles) for name, item in zip(names, value, strict=True)}
+    if not isinstance(response, str) and response[0]["role"] in ("system", "developer"):
+        raise BadRow(
+            f"{name}[0]: is a {response[0]['role']} message, after the prompt; expected the "
+            "assistant's, or the prompt's messages"
+        )
+
+
+def _leaves_the_assistant(response: Text) -> bool:
+    ends = () if isinstance(response, str) else (response[0]["role"], response[-1]["role"])
+    return "user" in ends or "system" in ends or "developer" in ends
+
+
+def _says_something(text: Text) -> bool:
+    if isinstance(text, str):
+        return bool(text.strip())
+    contents = [message.get("content") for message in text]
+    return any(c.strip() if isinstance(c, str) else c for c in contents)
 
 
 def _parse_preferences(row: Mapping[str, Any], count: int) -> tuple[Comparison, ...]:
@@ -196,7 +201,7 @@ def _parse_preferences(row: Mapping[str, Any], count: int) -> tuple[Comparison, 
             f"scores: expected a list of {count} numbers, one a response, found {describe(scores)}"
         )
     for i, score in enumerate(scores):
-        if not isinstance(score, int | float) or not math.isfinite(score):
+        if isinstance(score, bool) or not isinstance(score, int | float) or not _is_finite(score):
             raise BadRow(f"scores[{i}]: expected a finite number, found {describe(score)}")
     indices = range(count)
     return tuple((i, j, 1.0) for i in indices for j in indices if scores[i] > scores[j])
@@ -216,9 +221,16 @@ def _parse_comparison(item: Any, position: int, count: int) -> Comparison:
         raise BadRow(f"{field}: compares response {winner} with itself; expected two responses")
     weight = 1.0 if parts[2] is None else parts[2]
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not is_number or not 0 <= weight < math.inf:
+    if not is_number or not _is_finite(weight) or weight < 0:
         raise BadRow(f"{field}: expected a finite weight of at least 0, found {describe(weight)}")
     return winner, loser, float(weight)
+
+
+def _is_finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False
 
 
 def _response_index(value: Any, field: str, count: int) -> int:

@@ -2,9 +2,6 @@
 
 import copy
 import json
-import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -15,71 +12,24 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, DataError
-from .encode import (
-    BAD,
-    FEATURES,
-    IDENTICAL,
-    KEPT,
-    NO_COMPARISON,
-    PROMPT_TOO_LONG,
-    Encoder,
+from .columns import (
+    FIELDS,
+    LINE_COLUMN,
+    PROBLEM_COLUMN,
+    may_hold_prompt,
+    other_texts,
+    row_kind,
 )
-from .readers import row_label
-from .rows import FIELDS, LINE_COLUMN, PROBLEM_COLUMN, row_kind
-
-logger = logging.getLogger(__name__)
+from .encode import FEATURES, KEPT, Encoder
+from .load import explain_disk
+from .prompts import repeats_prompt
+from .report import TokenizeReport, make_report
 
 COLUMNS = ("prompt_ids", "response_ids", "winners", "losers", "weights", "labels")
 # To be raised whenever the same arguments give other tokens than before: it is part of every
 # cache key.
-_VERSION = 1
+_VERSION = 2
 _BATCH_SIZE = 512
-_REASONS = 5
-
-
-@dataclass(frozen=True)
-class TokenizeReport:
-    """What became of the rows; `rows_in` is the sum of `rows_out`, the dropped and the skipped.
-
-    Attributes:
-        source: what the rows came from.
-        rows_in: rows before.
-        rows_out: rows after.
-        dropped_prompt_too_long: rows whose prompt alone reaches `max_length`.
-        dropped_no_comparison: groups whose scores are all equal or that state no comparison.
-        skipped: rows that cannot be trained on, those with identical responses among them.
-        identical_pairs: skipped rows that compare two identical responses.
-        truncated: rows with a response cut to `max_length`.
-        identical_after_truncation: rows kept although two compared responses differ only in what
-            was cut off; they have no gradient.
-        boundary_moved: rows whose tokenised prompt is not how the full sequence begins.
-        reasons: the first few reasons for skipping, each with its row.
-    """
-
-    source: str
-    rows_in: int
-    rows_out: int
-    dropped_prompt_too_long: int = 0
-    dropped_no_comparison: int = 0
-    skipped: int = 0
-    identical_pairs: int = 0
-    truncated: int = 0
-    identical_after_truncation: int = 0
-    boundary_moved: int = 0
-    reasons: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        """One line that names only what happened."""
-        counts = {
-            "dropped, the prompt alone reaching max_length": self.dropped_prompt_too_long,
-            "dropped without a comparison": self.dropped_no_comparison,
-            "skipped as bad": self.skipped - self.identical_pairs,
-            "skipped with identical responses": self.identical_pairs,
-            "truncated to max_length": self.truncated,
-            "identical once truncated": self.identical_after_truncation,
-        }
-        notes = "".join(f"; {count} {what}" for what, count in counts.items() if count)
-        return f"{self.source}: {self.rows_out} of {self.rows_in} rows kept{notes}"
 
 
 def tokenize_dataset(
@@ -128,11 +78,13 @@ def tokenize_dataset(
     _check_settings(max_length, truncation_mode, max_comparisons_per_group)
     if len(dataset) == 0:
         raise DataError(f"{source}: has no rows")
-    wanted = (*FIELDS, LINE_COLUMN, PROBLEM_COLUMN)
+    kind, others = row_kind(dataset.column_names, source), other_texts(dataset)
+    watched = tuple(filter(may_hold_prompt, others))
+    wanted = (*FIELDS, LINE_COLUMN, PROBLEM_COLUMN, *watched)
     dataset = dataset.select_columns([name for name in dataset.column_names if name in wanted])
     encoder = Encoder(
         tokenizer=tokenizer,
-        kind=row_kind(dataset.column_names, source),
+        kind=kind,
         num_rows=len(dataset),
         source=source,
         max_length=max_length,
@@ -140,22 +92,33 @@ def tokenize_dataset(
         max_comparisons=max_comparisons_per_group,
         seed=seed,
         skip_bad_rows=skip_bad_rows,
+        watched=watched,
+        repeated=repeats_prompt(dataset, kind),
     )
-    encoded = dataset.with_format(None).map(
-        encoder,
-        batched=True,
-        batch_size=_BATCH_SIZE,
-        with_indices=True,
-        num_proc=num_proc,
-        remove_columns=dataset.column_names,
-        features=FEATURES,
-        new_fingerprint=_cache_key(dataset, encoder),
-        desc=f"Tokenizing {source}",
-    )
-    report = _make_report(encoded, source)
+    with explain_disk(source):
+        encoded = dataset.with_format(None).map(
+            encoder,
+            batched=True,
+            batch_size=_BATCH_SIZE,
+            with_indices=True,
+            num_proc=num_proc,
+            remove_columns=dataset.column_names,
+            features=FEATURES,
+            new_fingerprint=_cache_key(dataset, encoder),
+            desc=f"Tokenizing {source}",
+        )
+    report = make_report(encoded, source)
     if report.skipped and not skip_bad_rows:
         raise DataError(report.reasons[0])
-    _log(report, max_length)
+    report.warn(watched)
+    if report.rows_out == 0:
+        hint = f" (max_length is {max_length})" if report.dropped_prompt_too_long else ""
+        raise DataError(f"{report}{hint}; expected at least one")
+    if report.empty_prompt == report.rows_out and others:
+        raise DataError(
+            f"{source}: no row has a prompt, and the text of {', '.join(others)} is not read; "
+            "expected the prompt in a column named prompt, or at the start of chosen and rejected"
+        )
     return _keep(encoded, num_proc), report
 
 
@@ -211,48 +174,6 @@ def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "template": tokenizer.chat_template,
         "split_special_tokens": getattr(tokenizer, "split_special_tokens", False),
     }
-
-
-def _make_report(encoded: datasets.Dataset, source: str) -> TokenizeReport:
-    table: Mapping[str, Any] = encoded.data
-    outcome = table["outcome"].to_numpy()
-    counts = np.bincount(outcome, minlength=NO_COMPARISON + 1)
-    reasons = []
-    for index in np.flatnonzero((outcome == BAD) | (outcome == IDENTICAL))[:_REASONS].tolist():
-        label = row_label(source, index, len(outcome), table["line"][index].as_py())
-        reasons.append(f"{label}: {table['reason'][index].as_py()}")
-    return TokenizeReport(
-        source=source,
-        rows_in=len(outcome),
-        rows_out=int(counts[KEPT]),
-        dropped_prompt_too_long=int(counts[PROMPT_TOO_LONG]),
-        dropped_no_comparison=int(counts[NO_COMPARISON]),
-        skipped=int(counts[BAD] + counts[IDENTICAL]),
-        identical_pairs=int(counts[IDENTICAL]),
-        reasons=tuple(reasons),
-        **{
-            name: int(table[name].to_numpy().sum())
-            for name in ("truncated", "identical_after_truncation", "boundary_moved")
-        },
-    )
-
-
-def _log(report: TokenizeReport, max_length: int | None) -> None:
-    for reason in report.reasons:
-        logger.warning("skipped: %s", reason)
-    if report.boundary_moved:
-        logger.warning(
-            "%s: in %d of %d rows the tokenised prompt is not how prompt and response begin "
-            "(tokens merge across the boundary, or the chat template renders a prompt alone "
-            "differently); the response starts where they part, so it trains on a context that "
-            "generation never sees",
-            report.source,
-            report.boundary_moved,
-            report.rows_in,
-        )
-    if report.rows_out == 0:
-        hint = f" (max_length is {max_length})" if report.dropped_prompt_too_long else ""
-        raise DataError(f"{report}{hint}; expected at least one")
 
 
 def _keep(encoded: datasets.Dataset, num_proc: int | None) -> datasets.Dataset:

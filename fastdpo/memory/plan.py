@@ -19,12 +19,15 @@ import torch
 from ..config import TrainConfig
 from ..data.groups import Group, count_comparisons
 from ..data.plan import compare, make_plan, part_tokens
+from ..hub import reached
 from ..model import tiles
+from ..model.adapter import adopt_adapter
 from ..model.head import base_causal_lm
 from ..model.layout import length_dependent_rope
 from ..model.load import load_model_config, load_tokenizer
 from ..model.paths import run_device
 from ..model.precision import choose_precision
+from ..terminal import progress_bars, withheld
 from .devices import Device, at_hand, named
 from .estimate import Estimate, Run, estimate
 from .layer import Probe
@@ -181,6 +184,7 @@ def make_planner(
 ) -> Planner:
     """A planner with the data that the configuration names, or with assumed lengths."""
     config.require("model_name_or_path")
+    config = adopt_adapter(config)
     model_config, assumed = load_model_config(config), None
     if config.dataset_name is None:
         groups, assumed = assumed_groups(config)
@@ -222,5 +226,6 @@ def plan(config: TrainConfig, gpu: str | None = None, as_json: bool = False) -> 
     from . import report
 
     device = named(gpu) if gpu is not None else at_hand(run_device(config))
-    planner = make_planner(config, device)
+    with progress_bars(config.disable_tqdm), reached(config), withheld():
+        planner = make_planner(config, device)
     return report.as_json(planner) if as_json else report.as_text(planner)

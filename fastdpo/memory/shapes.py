@@ -16,8 +16,8 @@ from ..config import TrainConfig
 from ..data.groups import Group
 from ..data.plan import Row, Step
 from ..errors import ModelError
+from ..model.adapter import add_adapter
 from ..model.head import Head, base_causal_lm, find_head
-from ..model.load import add_adapter
 
 _BLOCK_4BIT, _BLOCK_NESTED = 64, 256
 

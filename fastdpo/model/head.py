@@ -125,6 +125,20 @@ def _decoder(base: Any) -> nn.Module:
     return next(child for child in base.children() if isinstance(child, PreTrainedModel))
 
 
+def check_causal(model: nn.Module) -> None:
+    """Raise ModelError if a token changes the hidden states before it, as in an encoder."""
+    tokens = probe_tokens(model, 9)
+    pair = torch.stack([tokens[:8], torch.cat([tokens[:7], tokens[8:]])])
+    with frozen_state(model):
+        one, other = hidden_states(model, input_ids=pair)[:, :7].double()
+    eps = torch.finfo(compute_dtype(model, next(model.parameters()).dtype)).eps
+    if (one - other).abs().max().item() > 64 * eps * one.abs().max().item():
+        raise ModelError(
+            f"{type(base_causal_lm(model)).__name__}: expected a causal language model, and here a "
+            "token changes the hidden states before it, as in an encoder"
+        )
+
+
 def check_head(model: nn.Module, head: Head) -> None:
     """Compare `head` with the model's own logits on a few tokens, once per model.
 
@@ -139,6 +153,11 @@ def check_head(model: nn.Module, head: Head) -> None:
     with frozen_state(model):
         ours = head.logits(hidden_states(model, **inputs))
         theirs = model(**inputs).logits.to(ours.device)
+    if not theirs.isfinite().all():
+        raise ModelError(
+            f"{model.name_or_path or type(base).__name__}: its logits are not finite; a weight is "
+            "infinite or no number"
+        )
     dtypes = (compute_dtype(model, head.weight.dtype), theirs.dtype)
     eps, dtype = max(((torch.finfo(d).eps, d) for d in dtypes), key=lambda pair: pair[0])
     tolerance = 0.5 * eps**0.5 * theirs.abs().max().item()

@@ -1,7 +1,6 @@
 """Loading a tokenizer and a causal language model, with messages for what can be wrong there."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,45 +10,88 @@ from transformers.integrations.liger import apply_liger_kernel
 
 from ..config import TrainConfig
 from ..errors import ConfigError, ModelError
+from .adapter import check_adapter_file, merge_adapter
+from .dropout import switch_off
+from .messages import one_line
+from .place import ADAPTER_CONFIG, Place, find_model, tokenizer_place
 from .quantised import check_packed, compute_in, is_quantised, quantisation
+from .weights import (
+    TOKENIZER_FILES,
+    check_file,
+    check_files,
+    check_loaded,
+    no_report,
+    read_json,
+)
 
 
 def load_tokenizer(config: TrainConfig) -> Any:
     """The tokenizer of the model; its pad token defaults to its EOS token, as in TRL.
 
     Raises:
-        ModelError: there is none at that place.
+        ModelError: there is none at that place, or its files are damaged.
     """
-    path = _path(config.model_name_or_path)
+    place = find_model(config)
+    path, revision = tokenizer_place(place, config)
+    files = [Path(path) / name for name in TOKENIZER_FILES]
+    files = [file for file in files if file.exists() or file.is_symlink()]
+    for file in files:
+        check_file(file)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            path,
-            revision=config.model_revision,
-            trust_remote_code=config.trust_remote_code,
+            path, revision=revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path}: no tokenizer could be loaded ({_first_line(error)})") from error
+    except Exception as error:  # a damaged file fails in any way
+        for file in files:
+            if file.suffix == ".json":
+                read_json(file)
+        reason = one_line(error)
+        if Path(path).is_dir() and not files:
+            reason = f"it holds none of {', '.join(TOKENIZER_FILES[:2])}"
+        raise ModelError(f"{_where(path)}: no tokenizer could be loaded ({reason})") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_model_config(config: TrainConfig, path: str | None = None) -> Any:
-    """The model's configuration.
+    """The model's configuration; an adapter's is that of its base.
 
     Raises:
-        ModelError: there is none at that place.
+        ModelError: there is none at that place, or none that transformers knows.
     """
-    path = _path(path or config.model_name_or_path)
+    place = find_model(config, path)
+    if place.directory is not None:
+        file = place.directory / "config.json"
+        if not (file.exists() or file.is_symlink()):
+            raise ModelError(
+                f"{place.directory}: no model could be loaded (it has neither {file.name} nor "
+                f"{ADAPTER_CONFIG})"
+            )
+        read_json(file)
     try:
-        model_config = AutoConfig.from_pretrained(
-            path,
-            revision=config.model_revision,
-            trust_remote_code=config.trust_remote_code,
+        return AutoConfig.from_pretrained(
+            place.name, revision=place.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path}: no model could be loaded ({_first_line(error)})") from error
-    return model_config
+    except Exception as error:  # what config.json says reaches the classes of any architecture
+        raise ModelError(
+            f"{_where(place.name)}: no model could be loaded ({one_line(error)})"
+        ) from error
+
+
+def check_model_files(config: TrainConfig) -> None:
+    """Look at the files of policy and reference before anything heavy is done.
+
+    Raises:
+        ModelError: one that is missing, cut off, damaged, or a pointer of Git LFS.
+    """
+    for path in (None, config.ref_model_name_or_path):
+        place = find_model(config, path)
+        load_model_config(config, path)
+        if place.directory is not None:
+            check_files(place.directory)
+        if place.adapter is not None:
+            check_adapter_file(place)
 
 
 def load_model(
@@ -57,46 +99,72 @@ def load_model(
     device: torch.device,
     path: str | None = None,
     autocast: torch.dtype | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> PreTrainedModel:
     """The causal language model at `path` (default: the policy's), without dropout, from
     safetensors alone; its 4-bit weights, where it has any, multiply in the type of `autocast`.
 
+    An adapter at `path` is merged into its base, or left out with `use_peft`.
+
     Raises:
-        ModelError: no such model, no safetensors, no causal language model, or a quantised one
-            without adapters to train.
+        ModelError: no such model, no safetensors, damaged files, weights that are not there, no
+            causal language model, or a quantised one without adapters to train.
         ConfigError: `load_in_4bit` or `use_liger_kernel` without what they need.
     """
-    model_config = load_model_config(config, path)
-    dropouts = _dropouts(model_config)
-    _set(model_config, dict.fromkeys(dropouts, 0.0))
-    path = _path(path or config.model_name_or_path)
-    dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=model_config,
-            revision=config.model_revision,
-            dtype=dtype,
-            trust_remote_code=config.trust_remote_code,
-            use_safetensors=True,
-            attn_implementation=config.attn_implementation,
-            **quantisation(config, device),
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"{path}: no causal language model in safetensors could be loaded "
-            f"({_first_line(error)})"
-        ) from error
+    place, model_config = find_model(config, path), load_model_config(config, path)
+    dropouts = switch_off(model_config)
+    model = _from_files(config, device, place, model_config, say)
     model.fastdpo_dropouts = dropouts
     if config.use_liger_kernel:
         _use_liger_layers(model, device)
     if not is_quantised(model):
-        return model.to(device)
+        model = model.to(device)
+        if place.adapter is None or config.use_peft:
+            return model
+        say(f"adapter: {place.adapter}, merged into {place.name}")
+        return merge_adapter(model, place)
     if not config.use_peft:
-        raise ModelError(f"{path}: its weights are quantised: set use_peft to train adapters on it")
+        raise ModelError(
+            f"{place.name}: its weights are quantised: set use_peft to train adapters on it"
+        )
     compute_in(model, autocast)
     if config.load_in_4bit:
         check_packed(model)
+    return model
+
+
+def _from_files(
+    config: TrainConfig,
+    device: torch.device,
+    place: Place,
+    model_config: Any,
+    say: Callable[[str], None],
+) -> PreTrainedModel:
+    """The model that transformers makes, all of whose weights came from its files."""
+    types = check_files(place.directory) if place.directory is not None else {}
+    dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    try:
+        with no_report():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                place.name,
+                config=model_config,
+                revision=place.revision,
+                dtype=dtype,
+                trust_remote_code=config.trust_remote_code,
+                use_safetensors=True,
+                attn_implementation=config.attn_implementation,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told by check_loaded, with their names
+                **quantisation(config, device),
+            )
+    except (torch.OutOfMemoryError, MemoryError, ConfigError):
+        raise
+    except Exception as error:  # any architecture's own code, given anybody's files
+        raise ModelError(
+            f"{_where(place.name)}: no causal language model in safetensors could be loaded "
+            f"({one_line(error)})"
+        ) from error
+    check_loaded(model, info, types, place.name, say)
     return model
 
 
@@ -111,74 +179,8 @@ def _use_liger_layers(model: PreTrainedModel, device: torch.device) -> None:
     try:
         apply_liger_kernel(model, {"fused_linear_cross_entropy": False, "cross_entropy": False})
     except ImportError as error:
-        raise ConfigError(f"use_liger_kernel: {_first_line(error)}") from error
+        raise ConfigError(f"use_liger_kernel: {one_line(error)}") from error
 
 
-@contextmanager
-def original_dropout(model: Any) -> Iterator[None]:
-    """The configuration with the dropouts it was loaded with, while the model is being saved."""
-    dropouts = getattr(model, "fastdpo_dropouts", {})
-    _set(model.config, dropouts)
-    try:
-        yield
-    finally:
-        _set(model.config, dict.fromkeys(dropouts, 0.0))
-
-
-def _parts(model_config: Any) -> list[Any]:
-    text = model_config.get_text_config()
-    return [model_config] if text is model_config else [model_config, text]
-
-
-def _dropouts(model_config: Any) -> dict[tuple[int, str], float]:
-    """Every dropout of a configuration, by the part that holds it and its name."""
-    return {
-        (number, name): value
-        for number, part in enumerate(_parts(model_config))
-        for name, value in part.to_dict().items()
-        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float)
-    }
-
-
-def _set(model_config: Any, dropouts: dict[tuple[int, str], float]) -> None:
-    parts = _parts(model_config)
-    for (number, name), value in dropouts.items():
-        setattr(parts[number], name, value)
-
-
-def add_adapter(model: PreTrainedModel, config: TrainConfig) -> Any:
-    """The model with a new LoRA or DoRA adapter to train.
-
-    Raises:
-        ModelError: target modules that the model does not have.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    adapter = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.lora_targets,
-        modules_to_save=config.lora_modules_to_save,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        return get_peft_model(model, adapter)
-    except ValueError as error:
-        raise ModelError(f"lora_target_modules: {_first_line(error)}") from error
-
-
-def _path(name: str | None) -> str:
-    if not name:
-        raise ModelError("model_name_or_path: expected a local directory or a hub name")
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    path = Path(name).expanduser()
-    if looks_local and not path.exists():
-        raise ModelError(f"model_name_or_path: {name} does not exist")
-    return str(path) if path.exists() else name
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _where(name: str) -> str:
+    return name if Path(name).is_dir() else f"{name} (no directory here, so a model of the hub)"

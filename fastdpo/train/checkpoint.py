@@ -20,17 +20,28 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
 from ..errors import CheckpointError
-from ..files import explain, flush, is_inside, sync, temporary_directory
-from ..model.load import original_dropout
+from ..files import are_inside, explain, flush, sync, temporary_directory
+from ..model.messages import one_line
+from ..model.save import save_weights
 from . import optimizer_state
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "trainer_state.json"
+_STATE_TYPES = {
+    "step": int,
+    "num_tokens": int,
+    "pending": dict,
+    "config": dict,
+    "identity": dict,
+    "optimizer": list,
+    "python_rng": list,
+}
 
 
 def save_checkpoint(
@@ -53,7 +64,7 @@ def save_checkpoint(
                 "optimizer": rest,
                 "python_rng": random.getstate(),
             }
-            (temporary / "trainer_state.json").write_text(json.dumps(full), encoding="utf-8")
+            (temporary / STATE).write_text(json.dumps(full), encoding="utf-8")
         files = sorted(f for f in temporary.rglob("*") if f.is_file())
         manifest = {f.relative_to(temporary).as_posix(): _fingerprint(f) for f in files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -79,8 +90,7 @@ def _appear(made: Path, path: Path) -> None:
 
 def save_model(path: Path, model: Any, tokenizer: Any) -> None:
     """What `AutoModelForCausalLM` (or peft) and `AutoTokenizer` load, as safetensors."""
-    with original_dropout(model):
-        model.save_pretrained(path)
+    save_weights(model, path)
     tokenizer.save_pretrained(path)
 
 
@@ -93,12 +103,22 @@ def read_state(path: Path) -> dict[str, Any]:
     problem = damage(path)
     if problem:
         raise CheckpointError(f"{path}: {problem}")
-    file = path / "trainer_state.json"
+    file = path / STATE
     if not file.exists():
         raise CheckpointError(
             f"{path}: holds the model alone (save_only_model), so it cannot be resumed"
         )
-    return json.loads(file.read_text(encoding="utf-8"))
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {STATE} is not valid JSON ({error})") from error
+    for name, kind in _STATE_TYPES.items():
+        known: dict[str, Any] = state if isinstance(state, dict) else {}
+        optional = name in ("config", "identity") and bool(known)  # earlier versions lack them
+        value = known.get(name, {} if optional else None)
+        if not isinstance(value, kind) or (isinstance(value, int) and value < 0):
+            raise CheckpointError(f"{path}: {STATE} holds no {name} that can be read")
+    return state
 
 
 def restore(path: Path, state: Mapping[str, Any], optimizer: Optimizer) -> None:
@@ -110,17 +130,26 @@ def restore(path: Path, state: Mapping[str, Any], optimizer: Optimizer) -> None:
     """
     saved = state["optimizer"]
     own = [part.state_dict()["param_groups"] for part in optimizer_state.parts(optimizer)]
-    if saved[0]["param_groups"][0].keys() != own[0][0].keys() or len(saved) != len(own):
+    try:
+        same = saved[0]["param_groups"][0].keys() == own[0][0].keys() and len(saved) == len(own)
+    except (LookupError, TypeError, AttributeError):
+        same = False
+    if not same:
         raise CheckpointError(
             f"{path}: made with another optimizer than {type(optimizer).__name__}"
         )
+    tensors = _read_tensors(path / "optimizer.safetensors")
     try:
-        optimizer_state.restore(optimizer, load_file(path / "optimizer.safetensors"), saved)
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: made for another model ({error})") from error
-    version, internal, gauss = state["python_rng"]
-    random.setstate((version, tuple(internal), gauss))
-    _restore_rng(load_file(path / "rng.safetensors"))
+        optimizer_state.restore(optimizer, tensors, saved)
+    except Exception as error:  # torch's optimizers fail in any way over another one's state
+        raise CheckpointError(f"{path}: made for another model ({one_line(error)})") from error
+    tensors = _read_tensors(path / "rng.safetensors")
+    try:
+        version, internal, gauss = state["python_rng"]
+        random.setstate((version, tuple(internal), gauss))
+        _restore_rng(tensors)
+    except Exception as error:  # as above
+        raise CheckpointError(f"{path}: its random state is none ({one_line(error)})") from error
 
 
 def find_checkpoint(output_dir: Path) -> Path | None:
@@ -152,18 +181,20 @@ def damage(path: Path) -> str | None:
     manifest = _manifest(path)
     if manifest is None:
         return f"{MANIFEST} is missing or no JSON, so the checkpoint is incomplete"
+    if not manifest:
+        return f"{MANIFEST} names no files, so the checkpoint is incomplete"
     for name, expected in manifest.items():
         file = path / name
-        if not file.exists():
+        if not file.is_file():
             return f"{name} is missing"
         size = file.stat().st_size
         if size != expected["bytes"]:
             return f"{name} has {size} bytes where {expected['bytes']} were written"
         try:
-            found = _fingerprint(file)
+            same = _fingerprint(file) == expected
         except OSError as error:
-            return f"{name} cannot be read ({os.strerror(error.errno or 0)})"
-        if found != expected:
+            return f"{name} cannot be read ({error.strerror})"
+        if not same:
             return f"{name} is not what was written (digest differs)"
     return None
 
@@ -207,13 +238,21 @@ def step_of(path: Path) -> int:
     return int(path.name.partition("-")[2])
 
 
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: is not whole safetensors ({one_line(error)})") from error
+
+
 def _manifest(path: Path) -> dict[str, dict[str, Any]] | None:
     """What a checkpoint's files were when they were written; None where that is not known."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    if not isinstance(manifest, dict) or not all(map(is_inside, manifest)):
+    known = isinstance(manifest, dict) and are_inside(manifest)
+    if not known or not all(map(_is_fingerprint, manifest.values())):
         return None
     return manifest
 
@@ -224,6 +263,10 @@ def _fingerprint(file: Path) -> dict[str, Any]:
         while block := stream.read(1 << 24):
             content.update(block)
     return {"bytes": file.stat().st_size, "xxh3_128": content.hexdigest()}
+
+
+def _is_fingerprint(entry: Any) -> bool:
+    return isinstance(entry, dict) and entry.keys() == {"bytes", "xxh3_128"}
 
 
 def _rng_tensors() -> dict[str, torch.Tensor]:

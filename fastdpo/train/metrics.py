@@ -268,7 +268,8 @@ class MetricsLog:
 
 
 def _step(line: str) -> float:
+    """Of a line of metrics; infinite where it is none."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        return float(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError, RecursionError):
         return float("inf")

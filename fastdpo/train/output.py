@@ -16,14 +16,15 @@ from typing import Any
 from ..config import TrainConfig
 from ..errors import CheckpointError, ConfigError
 from ..files import (
+    are_inside,
     explain,
     flush,
-    is_inside,
     locked,
     remove_leftovers,
     temporary_directory,
     write_text,
 )
+from ..model.place import find_model
 from . import checkpoint
 from .changes import deciding
 
@@ -78,7 +79,7 @@ class Output:
 
     @property
     def _files(self) -> list[str]:
-        return [name for name in self._state.get("files", []) if is_inside(name)]
+        return self._state.get("files", [])
 
     def holds_this_run(self) -> bool:
         """Whether a finished run wrote there whose configuration decided the same weights."""
@@ -108,11 +109,13 @@ class Output:
             return
         with explain(self.path):
             remove_leftovers(self.path)
-            self._record(False, 0, {*self._files, *_LOGS})
+            earlier = set(self._files)
+            # First of all: where nothing can be written, nothing is removed either.
+            self._record(False, 0, {*earlier, *_LOGS})
             if config.overwrite_output_dir:
                 for path in checkpoint.checkpoints(self.path):
                     checkpoint.remove(path)
-                self._remove(set(self._files) - {STATE})
+                self._remove(earlier - {STATE})
                 self._record(False, 0, set(_LOGS))
         self._begun = True
         self.save_config(config)
@@ -204,9 +207,10 @@ def _make(path: Path) -> list[Path]:
 def _read(file: Path) -> dict[str, Any]:
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return state if isinstance(state, dict) and "files" in state else {}
+    known = isinstance(state, dict) and are_inside(state.get("files"))
+    return state if known and isinstance(state.get("step"), int) else {}
 
 
 def _check(path: Path, config: TrainConfig, ours: set[str]) -> None:
@@ -269,8 +273,12 @@ def _refuse_sources(path: Path, config: TrainConfig) -> None:
         source = Path(getattr(config, key) or "/").expanduser()
         if not source.exists():
             continue
-        links = source.iterdir() if source.is_dir() else []
-        for place in (source, *links):
+        places = [source]
+        if source.is_dir():
+            places += source.iterdir()  # they may be links
+        if "model" in key:
+            places.append(Path(find_model(config, str(source)).name))  # the base of an adapter
+        for place in places:
             if place.resolve().is_relative_to(path):
                 raise ConfigError(
                     f"overwrite_output_dir: {key} {place} lies in the output_dir {path} that is to "

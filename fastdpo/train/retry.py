@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Generator, Iterable
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +42,27 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(m in str(error) for m in _HOST_MESSAGES)
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Turn memory that is missing outside of steps, which have words of their own, into one line.
+
+    Raises:
+        FastDPOError: there was not enough.
+    """
+    try:
+        yield
+    except FastDPOError:
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise FastDPOError(
+            f"there is not enough memory for model, adapter and reference: {reason}; fastdpo plan "
+            "says what a run needs"
+        ) from error
 
 
 class Retry:

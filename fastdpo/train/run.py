@@ -3,33 +3,38 @@ the loop.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from fastdpo_kernels.losses import Comparisons
 from tqdm import tqdm
 from transformers import set_seed
 
 from ..config import TrainConfig
-from ..data.groups import Group, count_comparisons, make_groups
+from ..data.groups import Group, check_agreement, count_comparisons, make_groups
 from ..data.load import load_rows
 from ..data.tokenize import tokenize_dataset
 from ..errors import CheckpointError, ConfigError, ModelError
 from ..files import cache_root
+from ..hub import reached
 from ..losses import make_loss
 from ..memory.allocator import keep_freed_memory, return_freed_memory
 from ..memory.auto import fit
 from ..memory.estimate import REFERENCE_ROWS
 from ..memory.plan import TOKENS_PER_ROW, longest_comparison
 from ..model.activations import recompute_layers
+from ..model.adapter import add_adapter, adopt_adapter, check_targets, load_adapter
 from ..model.compiled import compile_layers
-from ..model.head import check_head, find_head
+from ..model.head import check_causal, check_head, find_head
 from ..model.layout import Layout, beyond_positions, choose_layout
-from ..model.load import add_adapter, load_model, load_model_config, load_tokenizer
+from ..model.load import check_model_files, load_model, load_model_config, load_tokenizer
 from ..model.offload import transfer_of
 from ..model.paths import activations_path, attention_path, head_path, run_device
+from ..model.place import Place, find_model
 from ..model.precision import choose_precision
 from ..model.quantised import is_quantised, packing
 from ..model.scorer import Scorer
@@ -40,14 +45,17 @@ from ..reference import (
     ReferenceReport,
     fill_reference,
     model_fingerprint,
+    trained_parameters,
     weights_digest,
 )
+from ..terminal import progress_bars, withheld
 from .card import model_card
 from .changes import check_keys
 from .checkpoint import read_state
 from .loop import Trainer
 from .optimizer import optimizer_path
 from .output import Output, claim
+from .retry import enough_memory
 from .step import Objective
 
 _ORDER = ("shared", "packed", "padded")
@@ -69,7 +77,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> dict[
             step.
     """
     config.require("model_name_or_path", "dataset_name")
-    with claim(config) as output:
+    with claim(config) as output, _surroundings(config, say):
         if output.holds_this_run() and config.resume_from_checkpoint is True:
             say(f"{output.path}: this run is finished (step {output.step}), nothing is left to do")
             return {"output_dir": str(output.path)}
@@ -77,18 +85,29 @@ def train(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> dict[
 
 
 def _train(config: TrainConfig, output: Output, say: Callable[[str], None]) -> dict[str, Any]:
-    loss = make_loss(
-        config.loss_type,
-        beta=config.beta,
-        label_smoothing=config.label_smoothing,
-        loss_weights=config.loss_weights,
-    )
+    with withheld():
+        trainer = _set_up(config, output, say)
+    if output.finished and trainer.step == trainer.total_steps:
+        say(f"{output.path}: this run is finished (step {trainer.step}), nothing is left to do")
+        return {"output_dir": str(output.path)}
+    result = trainer.train()
+    card = model_card(trainer.config, result)
+    output.finish(trainer.config, trainer.step, trainer.model, trainer.tokenizer, card)
+    return {**result, "output_dir": str(output.path)}
+
+
+def _set_up(config: TrainConfig, output: Output, say: Callable[[str], None]) -> Trainer:
+    """Everything that is loaded, checked and computed before the first step."""
+    loss = _loss(config)
+    attention_path(config)  # a backend that cannot be had here is an error before anything else
+    config = adopt_adapter(config)
     optimizer = optimizer_path(config, run_device(config))
     activations, start = activations_path(config), output.checkpoint()
     if start is not None:
         state = read_state(start)
         check_keys(start, state, config)
     set_seed(config.seed)
+    check_model_files(config)
     device, tokenizer = _device(config), load_tokenizer(config)
     data = load_data(config, tokenizer, say)
     autocast = _precision(config, device, say)
@@ -107,16 +126,9 @@ def _train(config: TrainConfig, output: Output, say: Callable[[str], None]) -> d
         identity["reference model"] = weights_digest(reference.scorer.model)
     if config.use_peft:
         if config.ref_model_name_or_path or not config.precompute_ref_log_probs:
-            identity["base model"] = weights_digest(policy.model)
-        policy.model = add_adapter(policy.model, config)
-        policy.head = find_head(policy.model)
-        if config.lora_dropout > 0 and policy.layout.name == "shared":
-            reason = "packed: with lora_dropout, responses must not share what was dropped"
-            policy.layout = Layout("packed", reason)
-            say(f"model: {reason}")
-        reference = reference or (
-            None if config.precompute_ref_log_probs else OnlineReference(policy, adapter_off=True)
-        )
+            identity["starting model"] = weights_digest(policy.model)
+        own = _with_adapter(config, policy, say)
+        reference = reference or (None if config.precompute_ref_log_probs else own)
     say(f"reference: {_describe_reference(config, reference)}")
     say(f"activations: {activations}")
     say(f"optimizer: {optimizer}")
@@ -148,25 +160,41 @@ def _train(config: TrainConfig, output: Output, say: Callable[[str], None]) -> d
         trainer.resume(start, state)
     elif config.resume_from_checkpoint:
         say(f"resume_from_checkpoint: {output.path} holds no checkpoint, starting at step 0")
-    if output.finished and trainer.step == trainer.total_steps:
-        say(f"{output.path}: this run is finished (step {trainer.step}), nothing is left to do")
-        return {"output_dir": str(output.path)}
-    result = trainer.train()
-    card = model_card(trainer.config, result)
-    output.finish(trainer.config, trainer.step, policy.model, tokenizer, card)
-    return {**result, "output_dir": str(output.path)}
+    return trainer
+
+
+def _loss(config: TrainConfig) -> Callable[[Comparisons], torch.Tensor]:
+    try:
+        return make_loss(
+            config.loss_type,
+            beta=config.beta,
+            label_smoothing=config.label_smoothing,
+            loss_weights=config.loss_weights,
+        )
+    except ConfigError as error:  # which does not know where the key stood
+        raise config.error("loss_type", str(error).removeprefix("loss_type: ")) from error
 
 
 def precompute(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> dict[str, Any]:
     """Run `fastdpo precompute`: fills the reference cache, returns what was found and computed."""
     config.require("model_name_or_path", "dataset_name")
-    device, tokenizer = _device(config), load_tokenizer(config)
-    data = load_data(config, tokenizer, say)
-    autocast = _precision(config, device, say)
-    policy = load_scorer(config, device, autocast, say)
-    max_tokens = config.max_tokens_per_batch or TOKENS_PER_ROW[device.type]
-    report, _ = precompute_reference(config, policy, data, max_tokens, say)
+    with _surroundings(config, say), withheld():
+        config = adopt_adapter(config)
+        check_model_files(config)
+        device, tokenizer = _device(config), load_tokenizer(config)
+        data = load_data(config, tokenizer, say)
+        autocast = _precision(config, device, say)
+        policy = load_scorer(config, device, autocast, say)
+        max_tokens = config.max_tokens_per_batch or TOKENS_PER_ROW[device.type]
+        report, _ = precompute_reference(config, policy, data, max_tokens, say)
     return {"found": report.found, "computed": report.computed, "cache": str(report.directory)}
+
+
+@contextmanager
+def _surroundings(config: TrainConfig, say: Callable[[str], None]) -> Iterator[None]:
+    """Terminal, network and memory, each of which may be less than what libraries expect."""
+    with progress_bars(config.disable_tqdm), reached(config, say), enough_memory():
+        yield
 
 
 def load_data(config: TrainConfig, tokenizer: Any, say: Callable[[str], None]) -> Data:
@@ -194,10 +222,10 @@ def load_data(config: TrainConfig, tokenizer: Any, say: Callable[[str], None]) -
             vocab_size=vocab_size,
             source=name,
         )
-        made = make_groups(tokens, group_prompts=config.group_prompts)
+        made = make_groups(tokens, group_prompts=config.group_prompts, source=name)
         say(
             f"data: {report}; {len(made)} groups, {sum(len(g.responses) for g in made)} responses, "
-            f"{count_comparisons(made)} comparisons"
+            f"{count_comparisons(made)} comparisons{check_agreement(made)}"
         )
         return made
 
@@ -223,10 +251,11 @@ def load_scorer(
     """A model with its head, checked against its own logits, and the row layout that is exact for
     it.
     """
-    model = load_model(config, device, path, autocast)
+    model = load_model(config, device, path, autocast, say)
     head, layout = find_head(model), Layout("padded", "", None)
     scorer = Scorer(model, head, layout, autocast, config.head_workspace_mib)
     with scorer.precision():
+        check_causal(model)
         check_head(model, head)
         if config.attn_implementation is None:
             scorer.layout = choose_layout(
@@ -243,6 +272,10 @@ def load_scorer(
     say(f"{'model' if path is None else 'reference model'}: {scorer.layout.reason}")
     if is_quantised(model):
         say(f"weights: {packing(model)}")
+    place = find_model(config, path)
+    if place.adapter is not None and config.use_peft:
+        _put_on(scorer, place, config, path is None)
+        say(f"adapter: {place.adapter}{', trained on' if path is None else ''}")
     if path is None:
         packed = scorer.layout.name != "padded"
         stock = f"{model.config._attn_implementation}: the model's own"
@@ -252,6 +285,16 @@ def load_scorer(
         if config.use_liger_kernel:
             say("layers: liger: use_liger_kernel asks for it")
     return scorer
+
+
+def _put_on(scorer: Scorer, place: Place, config: TrainConfig, trained: bool) -> None:
+    """Put the adapter that lies on disk on a scorer's model; a head with it is checked again."""
+    if trained:
+        check_targets(scorer.model, place, config)
+    scorer.model = load_adapter(scorer.model, place, config.lora_dropout if trained else 0.0)
+    scorer.head = find_head(scorer.model)
+    with scorer.precision():
+        check_head(scorer.model, scorer.head)
 
 
 def precompute_reference(
@@ -310,6 +353,25 @@ def load_weights(model: Any, config: TrainConfig, path: Path) -> None:
         raise CheckpointError(f"{path}: holds another model ({error})") from error
 
 
+def _with_adapter(
+    config: TrainConfig, policy: Scorer, say: Callable[[str], None]
+) -> OnlineReference:
+    """Put the adapter to train on the policy, unless it was loaded with one; the policy as it was
+    before, as a reference.
+    """
+    loaded = hasattr(policy.model, "peft_config")
+    if not loaded:
+        policy.model = add_adapter(policy.model, config)
+        policy.head = find_head(policy.model)
+    if config.lora_dropout > 0 and policy.layout.name == "shared":
+        reason = "packed: with lora_dropout, responses must not share what was dropped"
+        policy.layout = Layout("packed", reason)
+        say(f"model: {reason}")
+    if not loaded:
+        return OnlineReference(policy, adapter_off=True)
+    return OnlineReference(policy, start=trained_parameters(policy.model))
+
+
 def _second_model(config, policy: Scorer, device, autocast, say) -> OnlineReference:
     path = config.ref_model_name_or_path or config.model_name_or_path
     scorer = load_scorer(config, device, autocast, say, path)
@@ -326,12 +388,17 @@ def _second_model(config, policy: Scorer, device, autocast, say) -> OnlineRefere
 def _describe_reference(config: TrainConfig, reference: OnlineReference | None) -> str:
     if reference is None:
         return "precomputed, no reference model during training"
+    if reference.start is not None:
+        return "the policy with its adapter as it was at the start"
     return "the policy with its adapter off" if reference.adapter_off else "a second model, online"
 
 
 def _device(config: TrainConfig) -> torch.device:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("WORLD_SIZE is above 1: several processes are not supported yet")
+    world = os.environ.get("WORLD_SIZE", "1")
+    if not world.isdecimal() or int(world) > 1:
+        raise ConfigError(
+            f"WORLD_SIZE: expected 1, since several processes are not supported yet, got {world}"
+        )
     if run_device(config).type == "cpu":
         keep_freed_memory()
     if config.tf32 is not None:

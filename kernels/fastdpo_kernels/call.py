@@ -1,23 +1,16 @@
 """What the operators of `library.py` begin and end with: engine, rounding, ignored tokens."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .arguments import check_head, check_packed, scored_targets
 from .backends import choose_backend, make_tiles
 from .head import OUTPUTS, Head, Stats, Tiles
-
-
-def check_targets(targets: Tensor, vocab: int, ignore_index: int) -> None:
-    """`ValueError` for a target outside the vocabulary, where looking costs no synchronisation."""
-    if targets.device.type != "cpu" or not targets.numel():
-        return
-    outside = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
-    if bool(outside.any()):
-        worst = targets[outside][0].item()
-        raise ValueError(f"targets: {worst} is outside the vocabulary of {vocab}")
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -30,9 +23,20 @@ def names(outputs: str) -> tuple[str, ...]:
     return tuple(name for name in outputs.split(",") if name)
 
 
-def no_autocast(tensor: Tensor) -> torch.autocast:
-    """The body of an operator rounds what it means to round."""
-    return torch.autocast(tensor.device.type, enabled=False)
+def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """No rounding that is not asked for, on the device of a tensor."""
+    device = tensor.device.type
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else nullcontext()
+
+
+@contextmanager
+def inside_operator(tensor: Tensor) -> Iterator[None]:
+    """The body of an operator rounds what it means to round, and Triton starts its kernels on the
+    current device, which is not always that of the tensors.
+    """
+    with no_autocast(tensor), torch.cuda.device_of(tensor):
+        yield
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,9 @@ class Call:
     count: int  # T
 
     def take(self, values: Tensor) -> Tensor:
-        """Those of all tokens' values (T, ...) that are scored."""
+        """Those of all tokens' values (T, ...) that are scored, one after the other in memory."""
         if self.index is None:
-            return values
+            return values.contiguous()
         return values.index_select(0, self.index.to(values.device))
 
     def spread(self, values: Tensor) -> Tensor:
@@ -85,12 +89,16 @@ def begin(
     backend: str,
     workspace_mib: int,
 ) -> Call:
-    """Choose the engine, round to `dtype`, and leave out ignored tokens where that is cheap."""
-    check_targets(targets, weight.shape[0], ignore_index)
+    """Check, choose the engine, round to `dtype`, and leave out ignored tokens where that is cheap.
+
+    Everything comes out laid out as engines read it (`Tiles`); a copy is made of what is not.
+    """
+    check_packed(hidden)
+    check_head(hidden, weight, bias, targets, softcap, temperature)
+    targets = scored_targets(targets, weight.shape[0], ignore_index).contiguous()
     head = Head(weight, bias, softcap, logit_scale, temperature).cast(dtype)
     engine = choose_backend(backend, hidden.device, dtype, hidden.shape[-1])
     tiles = make_tiles(engine, head, workspace_mib)
-    targets = targets.masked_fill(targets == ignore_index, -1)
     index = None
     if engine == "torch":  # counting costs a GPU a synchronisation, and saves it whole products
         valid = targets >= 0
@@ -98,7 +106,10 @@ def begin(
     count = hidden.shape[0]
     if index is not None:
         hidden, targets = hidden.index_select(0, index), targets.index_select(0, index)
-    return Call(tiles, hidden.to(dtype).contiguous(), targets, index, count)
+    hidden = hidden.to(dtype)
+    if hidden.stride(1) != 1:
+        hidden = hidden.contiguous()
+    return Call(tiles, hidden, targets, index, count)
 
 
 class _Once(torch.autograd.Function):

@@ -20,6 +20,14 @@ Stats = dict[str, Tensor]
 """Per-token results by name: "logprob", "lse" and any other of `OUTPUTS`, each (t,)."""
 
 
+def transposed(weight: Tensor) -> bool:
+    """Whether (V, H) is the view of a matrix (H, V) whose rows are contiguous; its gradient is laid
+    out like it.
+    """
+    vocab, width = weight.shape
+    return width > 1 and weight.stride(0) == 1 and weight.stride(1) >= vocab > 1
+
+
 @dataclass(frozen=True)
 class Head:
     """A projection to the vocabulary: z = cap·tanh(scale·(x·Wᵀ + b)/cap) / temperature."""
@@ -36,9 +44,14 @@ class Head:
         return self.logit_scale / self.temperature
 
     def cast(self, dtype: torch.dtype) -> "Head":
-        """The same head with weight and bias detached and in `dtype`."""
-        bias = None if self.bias is None else self.bias.detach().to(dtype)
-        return replace(self, weight=self.weight.detach().to(dtype), bias=bias)
+        """The same head with weight and bias detached, in `dtype` and laid out as engines read it:
+        the weight is copied only where neither its rows nor its columns are contiguous.
+        """
+        weight = self.weight.detach().to(dtype)
+        if weight.stride(1) != 1 and not transposed(weight):
+            weight = weight.contiguous()
+        bias = None if self.bias is None else self.bias.detach().to(dtype).contiguous()
+        return replace(self, weight=weight, bias=bias)
 
 
 class Tiles(ABC):
@@ -49,7 +62,11 @@ class Tiles(ABC):
         ∂logp_t / ∂(x_t·Wᵀ + b)_v = −gradient_scale · row_scale_t · E_tv
 
     so that a coefficient c_t per token touches (t, H) tensors only. Tokens whose target is negative
-    are ignored: their statistics and their `row_scale` are 0, and E is finite.
+    are ignored: their statistics and their `row_scale` are 0, and E is finite. A target outside
+    the vocabulary makes its log-probability and its `row_scale` NaN.
+
+    Hidden states (t, H) have contiguous rows, targets (t,) int64 are contiguous, and the head comes
+    from `Head.cast`, as `begin` makes them.
     """
 
     head: Head

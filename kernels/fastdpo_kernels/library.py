@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import regimes
-from .call import begin, names, no_autocast, once, wide
-from .head import OUTPUTS
+from .arguments import check_problem
+from .call import begin, inside_operator, names, once, wide
+from .head import OUTPUTS, transposed
 from .losses import Comparisons
 from .problem import Loss, Problem
 from .regimes import Dtypes, Needs
@@ -62,8 +63,20 @@ def _fake_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     tensors = (hidden, weight, weight if bias is None else bias)
-    parts = zip(tensors, _kept_dtypes(*tensors), needs, strict=True)
-    return tuple(t.new_empty(t.shape if need else 0, dtype=dtype) for t, dtype, need in parts)
+    return _empty_gradients(tensors, _kept_dtypes(*tensors), needs)
+
+
+def _empty_gradients(
+    tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """What `Gradients` returns, in shape and layout."""
+    empty = []
+    for t, dtype, need in zip(tensors, dtypes, needs, strict=True):
+        if need and t is tensors[1] and transposed(t):
+            empty.append(t.new_empty(t.shape[::-1], dtype=dtype).T)
+        else:
+            empty.append(t.new_empty(t.shape if need else 0, dtype=dtype))
+    return tuple(empty)
 
 
 def _fake_outputs(hidden: Tensor, dtype: torch.dtype, outputs: str) -> tuple[Tensor, ...]:
@@ -95,7 +108,7 @@ def linear_logprob(
     """Log-probabilities (T,), lse and `outputs`, and with `keep_gradient`, for a head without
     gradient, ∂logp_t/∂x_t (T, H).
     """
-    with no_autocast(hidden):
+    with inside_operator(hidden):
         call = begin(hidden, weight, bias, targets, **head)
         dtype = _kept_dtypes(hidden, weight, bias).hidden
         if keep_gradient:
@@ -136,7 +149,7 @@ def linear_logprob_backward(
     **head: Any,
 ) -> tuple[Tensor, ...]:
     """Gradients of Σ grad_logprob_t·logp_t."""
-    with no_autocast(hidden):
+    with inside_operator(hidden):
         call = begin(hidden, weight, bias, targets, **head)
         dtypes = Dtypes(hidden.dtype, weight.dtype, (weight if bias is None else bias).dtype)
         stats = {"logprob": call.take(logprob), "lse": call.take(lse)}
@@ -151,8 +164,8 @@ def linear_logprob_backward(
 
 @linear_logprob_backward.register_fake
 def _(grad_logprob, hidden, weight, bias, targets, logprob, lse, *, needs, **_):
-    parts = zip((hidden, weight, weight if bias is None else bias), needs, strict=True)
-    return tuple(t.new_empty(t.shape if need else 0) for t, need in parts)
+    tensors = (hidden, weight, weight if bias is None else bias)
+    return _empty_gradients(tensors, [t.dtype for t in tensors], needs)
 
 
 def _logprob_context(ctx, inputs, keyword_only_inputs, output):
@@ -219,17 +232,11 @@ def linear_dpo_loss(
     that are needed.
     """
     loss = Loss.find(_functions.get(loss_type, loss_type), beta, label_smoothing)
-    with no_autocast(hidden):
+    with inside_operator(hidden):
         call = begin(hidden, weight, bias, targets, **head)
-        problem = Problem.build(
-            call.targets,
-            call.take(response_ids),
-            comparisons,
-            ref_logps,
-            comparison_weights,
-            response_lengths,
-            loss,
-        )
+        rest = (comparisons, ref_logps, comparison_weights, response_lengths)
+        check_problem(hidden, response_ids, *rest)
+        problem = Problem.build(call.targets, call.take(response_ids), *rest, loss)
         dtypes = _kept_dtypes(hidden, weight, bias)
         result = regimes.dpo_loss(
             call.tiles, call.hidden, problem, names(outputs), Needs(*needs), dtypes
@@ -275,7 +282,7 @@ def _dpo_context(ctx, inputs, keyword_only_inputs, output):
 def _dpo_gradients(ctx, grad_loss, *_):
     gradients: list[Tensor | None] = [None] * 3
     if grad_loss is not None:
-        with torch.no_grad(), no_autocast(grad_loss):
+        with torch.no_grad(), inside_operator(grad_loss):
             for place, kept in enumerate(ctx.saved_tensors):
                 if ctx.needs[place]:
                     gradients[place] = _times(kept, grad_loss, ctx.dtypes[place])

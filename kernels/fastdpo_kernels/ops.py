@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from . import library, reference
+from .arguments import check_head, check_problem, scored_targets
 from .backends import BACKENDS
-from .call import check_targets, wide
+from .call import no_autocast, wide
 from .head import OUTPUTS, WORKSPACE_MIB
 from .losses import Comparisons
 from .problem import Loss, Problem
@@ -33,11 +34,16 @@ def linear_logprob(
 
     logp_t = z_t,y − log Σ_v exp z_tv with z = cap·tanh(scale·(x·Wᵀ + b)/cap) / temperature.
 
+    Tensors may have any strides and offsets, and lie on one device.
+
     Args:
-        hidden: (..., H), any floating dtype: the one that the head computes in, unless autocast
-            is on or an input is fp64; weight and bias are rounded to it.
-        weight: (V, H).
-        targets: (...) int64 in [0, V) or `ignore_index`.
+        hidden: (..., H) in fp64, fp32, bf16 or fp16: what the head computes in, unless autocast is
+            on or an input is fp64; weight and bias are rounded to it.
+        weight: (V, H). It is read as it lies, and not copied, if its rows are contiguous or, as in
+            the transpose of an (H, V) matrix, its columns; its gradient has the same layout.
+        targets: (...) integers in [0, V) or `ignore_index`. Any other is a `ValueError` on a CPU;
+            on a GPU, where looking would wait for the device, its log-probability is NaN, and so
+            is every gradient that it has a part in.
         bias: (V,) or None.
         softcap: cap of the tanh, None for none.
         logit_scale, temperature: multiply and divide the logits, before and after the soft cap.
@@ -54,11 +60,12 @@ def linear_logprob(
         `outputs`, a named tuple whose first field is `logprob`.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown output or backend, a target outside the
-            vocabulary.
+        ValueError: shapes, dtypes or devices that do not fit, an unknown output or backend, a
+            target outside the vocabulary.
     """
-    _check(hidden, weight, targets, bias, outputs, backend)
-    options = _head_options(hidden, weight, softcap, logit_scale, temperature, ignore_index)
+    _check_options(outputs, backend)
+    check_head(hidden, weight, bias, targets, softcap, temperature)
+    options = _head_options(hidden, weight, bias, softcap, logit_scale, temperature, ignore_index)
     if backend == "reference":
         stats = _reference_stats(hidden, weight, bias, targets, **options)
         values = [stats[name] for name in ("logprob", *outputs)]
@@ -109,10 +116,11 @@ def linear_dpo_loss(
 
     Args:
         hidden: (T, H) states that predict the scored tokens, repeats allowed.
-        weight, bias: (V, H) and (V,) or None.
-        targets: (T,) int64 in [0, V) or `ignore_index`.
-        response_ids: (T,) int64 in [0, R), the response of each token, in any order.
-        comparisons: (C, 2) int64, (winner, loser) as indices of responses.
+        weight, bias, targets: (V, H), (V,) or None, and (T,), as in `linear_logprob`.
+        response_ids: (T,) integers in [0, R), the response of each token, in any order.
+        comparisons: (C, 2) integers, (winner, loser) as indices of responses. These two may lie on
+            the host, where an index of no response is a `ValueError`; on a GPU it makes the loss
+            NaN, or fails there as PyTorch's own indexing does.
         ref_logps: (R,) the reference's log-probability of each response, nats; fp64 is kept as
             such.
         beta, label_smoothing: handed to the loss.
@@ -130,23 +138,23 @@ def linear_dpo_loss(
     Raises:
         ValueError: as `linear_logprob`, and for an unknown loss.
     """
-    _check(hidden, weight, targets, bias, outputs, backend)
-    if comparisons.ndim != 2 or comparisons.shape[1] != 2:
-        raise ValueError(f"comparisons: expected (C, 2), got {tuple(comparisons.shape)}")
+    _check_options(outputs, backend)
+    check_head(hidden, weight, bias, targets, softcap, 1.0)
+    rest = (response_ids, comparisons, ref_logps, comparison_weights, response_lengths)
+    check_problem(hidden, *rest)
     if isinstance(loss_type, Loss) and loss_type.name is not None:
         beta, label_smoothing = loss_type.beta, loss_type.label_smoothing
         loss_type = loss_type.name
-    options = _head_options(hidden, weight, softcap, logit_scale, 1.0, ignore_index)
-    tensors = (targets, response_ids, comparisons, ref_logps, comparison_weights, response_lengths)
+    options = _head_options(hidden, weight, bias, softcap, logit_scale, 1.0, ignore_index)
     scalars = {"beta": beta, "label_smoothing": label_smoothing}
     if backend == "reference":
         loss, logps, stats = _reference_loss(
-            hidden, weight, bias, *tensors, Loss.find(loss_type, **scalars), options
+            hidden, weight, bias, targets, *rest, Loss.find(loss_type, **scalars), options
         )
     else:
         options |= {"backend": backend, "workspace_mib": workspace_mib}
         options |= {"outputs": ",".join(outputs), "needs": _needs(hidden, weight, bias)}
-        constants = [None if t is None else t.detach() for t in tensors]
+        constants = [None if t is None else t.detach() for t in (targets, *rest)]
         call = library.linear_dpo_loss
         if not isinstance(loss_type, str):  # a decorator would import the compiler with the package
             call = torch.compiler.disable(_with_function)
@@ -173,6 +181,7 @@ def _needs(*tensors: Tensor | None) -> list[bool]:
 def _head_options(
     hidden: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     softcap: float | None,
     logit_scale: float,
     temperature: float,
@@ -180,9 +189,9 @@ def _head_options(
 ) -> dict[str, Any]:
     """What the operators want to know of a head, the dtype that it computes in included."""
     device, dtype = hidden.device.type, hidden.dtype
-    if torch.float64 in (dtype, weight.dtype):
+    if torch.float64 in (dtype, weight.dtype, None if bias is None else bias.dtype):
         dtype = torch.float64
-    elif torch.is_autocast_enabled(device):
+    elif torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     return {
         "softcap": softcap,
@@ -203,16 +212,17 @@ def _reference_stats(
     ignore_index: int,
     **scalars: Any,
 ) -> dict[str, Tensor]:
-    check_targets(targets, weight.shape[0], ignore_index)
+    targets = scored_targets(targets, weight.shape[0], ignore_index)
 
     def rounded(tensor: Tensor) -> Tensor:
         exact = tensor.to(wide(dtype))  # its gradient is not rounded to `dtype` on the way back
-        return exact + (exact.to(dtype).to(exact.dtype) - exact).detach()
+        error = (exact.to(dtype).to(exact.dtype) - exact).detach()
+        return exact + error.nan_to_num(0.0, torch.inf, -torch.inf)  # −∞ − −∞ is no error
 
     b = None if bias is None else rounded(bias)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with no_autocast(hidden):
         logits = reference.logits_of(rounded(hidden), rounded(weight), b, **scalars)
-        return reference.token_stats(logits, targets, ignore_index)
+        return reference.token_stats(logits, targets, -1)
 
 
 def _reference_loss(
@@ -228,9 +238,10 @@ def _reference_loss(
     loss: Loss,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    stats = _reference_stats(hidden, weight, bias, targets, **options)
+    targets = scored_targets(targets, weight.shape[0], options["ignore_index"])
+    stats = _reference_stats(hidden, weight, bias, targets, **options | {"ignore_index": -1})
     problem = Problem.build(
-        targets.masked_fill(targets == options["ignore_index"], -1),
+        targets,
         response_ids.to(targets.device),
         comparisons.to(targets.device),
         ref_logps,
@@ -251,27 +262,9 @@ def _reference_loss(
     return value.to(dtype), logps.detach().to(dtype), stats
 
 
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    outputs: tuple[str, ...],
-    backend: str,
-) -> None:
+def _check_options(outputs: tuple[str, ...], backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
     unknown = set(outputs) - set(OUTPUTS)
     if unknown:
         raise ValueError(f"unknown outputs {sorted(unknown)}; known: {', '.join(OUTPUTS)}")
-    if hidden.shape[:-1] != targets.shape:
-        raise ValueError(
-            f"targets: expected shape {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}"
-        )
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"weight: expected (V, {hidden.shape[-1]}), got {tuple(weight.shape)} for hidden "
-            f"{tuple(hidden.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: expected ({weight.shape[0]},), got {tuple(bias.shape)}")

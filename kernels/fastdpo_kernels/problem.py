@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .arguments import indices
 from .losses import Comparisons, get_loss
 
 Chosen = slice | Tensor
@@ -34,7 +35,13 @@ class Loss:
     label_smoothing: float = 0.0
 
     def __call__(self, pairs: Comparisons) -> Tensor:
-        return self.function(pairs)
+        loss, expected = self.function(pairs), pairs.chosen_logps.shape
+        if loss.shape != expected:  # which weights would be broadcast to
+            raise ValueError(
+                f"loss_type: expected a function that returns {tuple(expected)}, one loss a "
+                f"comparison, got {tuple(loss.shape)}"
+            )
+        return loss
 
     @staticmethod
     def find(
@@ -71,7 +78,15 @@ class Problem:
         response_lengths: Tensor | None,
         loss: Loss,
     ) -> "Problem":
-        """With the default weights, 1/C each, and lengths, counted from `targets`."""
+        """With the default weights, 1/C each, and lengths, counted from `targets`.
+
+        Raises:
+            ValueError: `response_ids` or `comparisons` on the host that name no response.
+        """
+        response_ids, comparisons = (
+            _responses(name, values, ref_logps.shape[0])
+            for name, values in (("response_ids", response_ids), ("comparisons", comparisons))
+        )
         ref = ref_logps.to(targets.device, torch.float64)
         if weights is None:
             count = comparisons.shape[0]
@@ -129,6 +144,10 @@ class Problem:
         return loss.detach(), gradient.to(token_logps.dtype)[ids]
 
 
+def _responses(name: str, values: Tensor, count: int) -> Tensor:
+    return indices(name, values, count, f"the {count} responses of ref_logps")
+
+
 @contextmanager
 def _autograd_inside_an_op() -> Iterator[None]:
     """Record operations although the body of a custom operator runs below autograd."""
@@ -148,7 +167,8 @@ def whole_comparisons(problem: Problem, rows: int) -> Iterator[tuple[slice, Chos
     on the host: nothing waits for a device if `response_ids` and `comparisons` lie there.
     """
     tokens, responses = problem.targets.shape[0], problem.ref_logps.shape[0]
-    ids, pairs = problem.response_ids.cpu(), problem.comparisons.cpu()
+    ids = _responses("response_ids", problem.response_ids.cpu(), responses)
+    pairs = _responses("comparisons", problem.comparisons.cpu(), responses)
     position = torch.arange(tokens)
     first = torch.full((responses,), tokens).scatter_reduce(0, ids, position, "amin")
     last = torch.full((responses,), -1).scatter_reduce(0, ids, position, "amax")

@@ -17,6 +17,7 @@ from .products import mm
 _MAX_TILE_ROWS = 2048
 _TARGET_ROWS = 64
 _TILE_SHARE = 0.98
+_FAR = 1e4  # nats beyond which exp is 0 in any dtype
 _CACHE_BLOCK_BYTES = 3 << 20
 _DEVICE_BLOCK_BYTES = 64 << 20
 _workspaces: dict[torch.dtype, Tensor] = {}
@@ -54,7 +55,7 @@ class TorchTiles(Tiles):
         self._dtype = torch.promote_types(weight.dtype, torch.float32)
         # A GPU multiplies bf16 and accumulates in fp32; elsewhere the operands are widened once.
         native = weight.is_cuda and weight.dtype == torch.bfloat16
-        self.head = head if native else head.cast(self._dtype)
+        self.head = head.cast(weight.dtype if native else self._dtype)
         self.rows = tile_rows(weight.shape[0], self._dtype, workspace_mib)
         self._buffer: Tensor | None = None
 
@@ -64,7 +65,7 @@ class TorchTiles(Tiles):
             some = slice(start, start + self.rows)
             part = {name: value[some] for name, value in stats.items()}
             self._reduce(hidden[some], targets[some], part, None)
-        return _without_ignored(stats, targets)
+        return self._marked(stats, targets)
 
     def exponentials(
         self, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...]
@@ -72,12 +73,12 @@ class TorchTiles(Tiles):
         stats = self._empty_stats(targets, outputs)
         row_scale = hidden.new_empty(targets.shape, dtype=self._dtype)
         tile = self._reduce(hidden, targets, stats, row_scale)
-        return tile, row_scale.masked_fill_(targets < 0, 0), _without_ignored(stats, targets)
+        self._mark(row_scale, targets)
+        return tile, row_scale, self._marked(stats, targets)
 
     def probabilities(self, hidden: Tensor, targets: Tensor, stats: Stats) -> tuple[Tensor, Tensor]:
-        ignored = targets < 0
-        logprob = stats["logprob"].masked_fill(ignored, -torch.inf).unsqueeze(1)
-        index = targets.clamp(min=0).unsqueeze(1)
+        logprob = stats["logprob"].masked_fill(targets < 0, -torch.inf).unsqueeze(1)
+        index = self._index(targets)
         tile = self._products(hidden, index)
         for some in self._blocks(tile):
             z, target = tile[some], index[some]
@@ -87,7 +88,9 @@ class TorchTiles(Tiles):
             p.scatter_(1, target, logprob[some].expm1())
             if slope is not None:
                 p.mul_(slope)
-        return tile, torch.ones_like(stats["logprob"]).masked_fill_(ignored, 0)
+        row_scale = torch.ones_like(stats["logprob"])
+        self._mark(row_scale, targets)
+        return tile, row_scale
 
     def _empty_stats(self, targets: Tensor, outputs: tuple[str, ...]) -> Stats:
         names = dict.fromkeys(("logprob", "lse", *outputs))
@@ -128,7 +131,7 @@ class TorchTiles(Tiles):
         self, hidden: Tensor, targets: Tensor, stats: Stats, row_scale: Tensor | None
     ) -> Tensor:
         """Fill `stats`; with `row_scale`, fill it too and leave E in the tile."""
-        index = targets.clamp(min=0).unsqueeze(1)
+        index = self._index(targets)
         tile = self._products(hidden, index)
         for some in self._blocks(tile):
             part = {name: value[some] for name, value in stats.items()}
@@ -148,7 +151,9 @@ class TorchTiles(Tiles):
             torch.add(z.mean(-1), peak.squeeze(1), out=stats["mean_logit"])
         apart = {"entropy", "log_sum_sq_prob"} & stats.keys()
         e = z.exp() if apart else z.exp_()
-        moment = torch.linalg.vecdot(e, z) if "entropy" in stats else None
+        moment = None
+        if "entropy" in stats:  # where a logit is −∞, 0·log 0 = 0
+            moment = torch.linalg.vecdot(e, z.clamp_(min=-_FAR))
         square = torch.linalg.vecdot(e, e) if "log_sum_sq_prob" in stats else None
         # torch.sum adds in a cascade; log_softmax adds one after the other and drifts by 1e-5.
         rest = e.scatter_(1, target, 0.0).sum(-1, keepdim=True)
@@ -185,7 +190,16 @@ class TorchTiles(Tiles):
             z.div_(head.temperature)
         return factor
 
+    def _index(self, targets: Tensor) -> Tensor:
+        """Where every target is in the vocabulary (t, 1), anywhere for those that are not."""
+        return targets.clamp(0, self.head.weight.shape[0] - 1).unsqueeze(1)
 
-def _without_ignored(stats: Stats, targets: Tensor) -> Stats:
-    ignored = targets < 0
-    return {name: value.masked_fill_(ignored, 0) for name, value in stats.items()}
+    def _mark(self, values: Tensor, targets: Tensor) -> None:
+        """Make values (t,) 0 where a token is ignored and NaN where its target does not exist."""
+        values.masked_fill_(targets < 0, 0)
+        values.masked_fill_(targets >= self.head.weight.shape[0], torch.nan)
+
+    def _marked(self, stats: Stats, targets: Tensor) -> Stats:
+        self._mark(stats["logprob"], targets)
+        ignored = targets < 0
+        return {name: value.masked_fill_(ignored, 0) for name, value in stats.items()}

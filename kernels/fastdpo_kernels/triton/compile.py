@@ -27,8 +27,9 @@ from .configs import TABLE, Config
 
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Bytes of shared memory that a program may have, by architecture."""
-TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTC"}
-"""Prefix of the instruction that multiplies 16-bit operands; fp32 may take an older one."""
+TENSOR_CORE = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
+"""PTX that multiplies 16-bit operands (HMMA, HGMMA, UTCHMMA of the machine code); fp32 may take an
+older one."""
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _POINTERS = {"targets": "i64", "tile": None, "partial": "fp32", "anchor": "fp32", "logprob": "fp32"}
@@ -72,14 +73,15 @@ def cases(arch: int) -> Iterator[Case]:
     kernels = (score.score_kernel, exponential.exponential_kernel, exponential.again_kernel)
     seen = set()
     for (kind, configs), kernel in itertools.product(TABLE[arch].items(), kernels):
-        if kernel is exponential.again_kernel and kind not in ("pointers", "float32"):
+        if kernel is exponential.again_kernel and kind not in ("pointers", "float32", "columns"):
             continue
-        dtypes = (torch.float32,) if kind == "float32" else (torch.bfloat16, torch.float16)
+        dtypes = [] if kind == "float32" else [torch.bfloat16, torch.float16]
+        dtypes += [torch.float32] if kind in ("float32", "columns") else []
         for config, dtype in itertools.product(configs, dtypes):
             possible = _POSSIBLE[kind]
             if kernel is score.score_kernel and possible is _PLAIN:
                 possible = frozenset()
-            for chosen in dict.fromkeys((frozenset(), possible)):
+            for chosen in dict.fromkeys((possible & {"TRANSPOSED"}, possible)):
                 options = tuple(_options(kernel, config, dtype, chosen))
                 case = Case(kernel, arch, dtype, config, options)
                 if case.name not in seen and (chosen == possible or dtype != torch.float16):
@@ -90,6 +92,7 @@ def cases(arch: int) -> Iterator[Case]:
 _PLAIN = frozenset({"HAS_ENTROPY", "HAS_MEAN", "HAS_TOP1"})
 _RICH = _PLAIN | {"HAS_BIAS", "HAS_SOFTCAP", "HAS_SQUARES"}
 _POSSIBLE = {"narrow": _PLAIN, "wide": _PLAIN, "rich": _RICH, "pointers": _RICH, "float32": _RICH}
+_POSSIBLE["columns"] = _RICH | {"TRANSPOSED"}
 
 
 def _options(
@@ -131,9 +134,8 @@ def compile_case(case: Case) -> Resources:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _cuobjdump("--dump-resource-usage", file.name)
-        code = _cuobjdump("--dump-sass", file.name)
     numbers = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", usage)}
-    found = re.findall(r"\b(HGMMA|HMMA|UTC\w*MMA)\b[.\w]*", code)
+    found = re.findall(r"\b(mma\.sync|wgmma(?=\.mma)|tcgen05\.mma)\b", compiled.asm["ptx"])
     return Resources(
         registers=numbers["REG"],
         spilled=numbers["STACK"] + numbers["LOCAL"],
@@ -177,7 +179,7 @@ def main() -> None:
             continue
         print(
             f"{found.registers:4d} registers {found.spilled:5d} spilled"
-            f" {found.shared / 1024:6.1f} KiB {found.tensor_core:8s} {case.name}",
+            f" {found.shared / 1024:6.1f} KiB {found.tensor_core:11s} {case.name}",
             flush=True,
         )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..head import Head
+from ..head import Head, transposed
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ _WIDE_BLOCK = Config(128, 256, 64, 8, 3, descriptors=True)
 _SMALL = Config(64, 128, 64, 8, 3, descriptors=True)
 _POINTERS = Config(64, 128, 64, 8, 3)
 _FLOAT32 = Config(64, 128, 32, 8, 3)
+# A transposed weight needs an address an element; larger blocks than this spill some of them.
+_COLUMNS = Config(64, 64, 32, 8, 3)
 _AMPERE = (Config(128, 128, 32, 8, 3), Config(128, 128, 64, 8, 2))
 _AMPERE_SMALL = (Config(64, 128, 32, 4, 3), Config(64, 64, 32, 4, 3))
 _INTERPRETED = Config(16, 32, 16, 1, 1)
@@ -50,6 +52,7 @@ TABLE: dict[int, dict[str, tuple[Config, ...]]] = {
         "rich": (Config(16, 32, 16, 1, 1, descriptors=True),),
         "pointers": (_INTERPRETED,),
         "float32": (_INTERPRETED,),
+        "columns": (_INTERPRETED,),
     },
     80: {
         "narrow": _AMPERE,
@@ -57,6 +60,7 @@ TABLE: dict[int, dict[str, tuple[Config, ...]]] = {
         "rich": _AMPERE_SMALL,
         "pointers": _AMPERE_SMALL,
         "float32": (Config(64, 64, 32, 8, 3),),
+        "columns": (_COLUMNS,),
     },
     90: {
         "narrow": (_PAIRED, _WIDE_BLOCK, Config(128, 128, 64, 8, 3, True)),
@@ -64,6 +68,7 @@ TABLE: dict[int, dict[str, tuple[Config, ...]]] = {
         "rich": (_PAIRED, _SMALL),
         "pointers": (_POINTERS,),
         "float32": (_FLOAT32,),
+        "columns": (_COLUMNS,),
     },
     100: {
         "narrow": (_PAIRED, _WIDE_BLOCK),
@@ -71,6 +76,7 @@ TABLE: dict[int, dict[str, tuple[Config, ...]]] = {
         "rich": (_SMALL,),
         "pointers": (_POINTERS,),
         "float32": (_FLOAT32,),
+        "columns": (_COLUMNS,),
     },
 }
 
@@ -90,6 +96,8 @@ def family(
     head: Head, hidden: Tensor, outputs: tuple[str, ...] = (), *, online: bool = False
 ) -> str:
     """Which kind of call this is, a key of `TABLE`'s entries; `online`: with running maxima."""
+    if transposed(head.weight):
+        return "columns"
     if hidden.dtype == torch.float32:
         return "float32"
     if not (describable(hidden) and describable(head.weight)):
@@ -108,15 +116,21 @@ def choose(
     return TABLE[architecture(hidden.device)][kind][0]
 
 
-def choose_pointers(hidden: Tensor) -> Config:
+def choose_pointers(head: Head, hidden: Tensor) -> Config:
     """The configuration of a kernel that uses no descriptors, whatever the alignment."""
     kind = "float32" if hidden.dtype == torch.float32 else "pointers"
+    kind = "columns" if transposed(head.weight) else kind
     return TABLE[architecture(hidden.device)][kind][0]
 
 
 def describable(matrix: Tensor) -> bool:
-    """Whether the copy engine can read a matrix: 16-byte pitch and base address."""
-    return matrix.stride(0) * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+    """Whether the copy engine can read a matrix: contiguous rows that do not overlap, 16-byte pitch
+    and base address.
+    """
+    pitch = matrix.stride(0)
+    rows = matrix.stride(1) == 1 and pitch >= matrix.shape[1]
+    aligned = pitch * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+    return rows and aligned
 
 
 def multiprocessors(device: torch.device) -> int:

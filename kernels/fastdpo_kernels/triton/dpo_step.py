@@ -21,13 +21,15 @@ DERIVATIVES = {"sigmoid": 0, "ipo": 1, "hinge": 2, "robust": 3}
 
 @triton.jit
 def response_sums_kernel(logprob, response_ids, logps, tokens, BLOCK: tl.constexpr):
-    """logps (R,) fp64 += the sum of the response's tokens."""
+    """logps (R,) fp64 += the sum of the response's tokens; NaN if a token has no such response."""
     response = tl.program_id(0)
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, tokens, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        ids = tl.load(response_ids + at, mask=at < tokens, other=-1)
-        total += tl.load(logprob + at, mask=ids == response, other=0.0).to(tl.float64)
+        ids = tl.load(response_ids + at, mask=at < tokens, other=0)
+        here = (at < tokens) & (ids == response)
+        total += tl.load(logprob + at, mask=here, other=0.0).to(tl.float64)
+        total += tl.where((ids >= 0) & (ids < tl.num_programs(0)), 0.0, float("nan"))
     tl.store(logps + response, tl.load(logps + response) + tl.sum(total, 0))
 
 
@@ -56,7 +58,10 @@ def coefficients_kernel(
     LOSS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """coefficients (R,) fp64 = ∂loss/∂logps; response 0 also writes the loss (1,)."""
+    """coefficients (R,) fp64 = ∂loss/∂logps; response 0 also writes the loss (1,). All are NaN if a
+    comparison names no response.
+    """
+    responses = tl.num_programs(0)
     response = tl.program_id(0)
     total = tl.zeros((BLOCK,), tl.float64)
     slope = tl.zeros((BLOCK,), tl.float64)
@@ -66,6 +71,9 @@ def coefficients_kernel(
         win = tl.load(comparisons + 2 * at, mask=here, other=0)
         lose = tl.load(comparisons + 2 * at + 1, mask=here, other=0)
         weight = tl.load(weights + at, mask=here, other=0.0)
+        known = (win >= 0) & (win < responses) & (lose >= 0) & (lose < responses)
+        weight = tl.where(known, weight, float("nan"))
+        win, lose = tl.where(known, win, 0), tl.where(known, lose, 0)
         chosen = tl.load(logps + win) - tl.load(ref_logps + win)
         rejected = tl.load(logps + lose) - tl.load(ref_logps + lose)
         per_chosen = 1.0 / tl.maximum(tl.load(lengths + win), 1.0)

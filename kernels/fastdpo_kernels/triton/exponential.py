@@ -26,12 +26,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..head import Head, Stats
+from ..head import Head, Stats, transposed
 from .configs import Config, choose, choose_pointers, multiprocessors
 from .logits import (
     block_position,
     log1p,
     logits_block,
+    pitch,
     prepare,
     softcap_slope,
     transform,
@@ -64,19 +65,21 @@ def anchor_kernel(
     BLOCK_H: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
     """anchor (tokens,): the target's logit; 0 where ignored, NaN for a target outside."""
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     target = tl.load(targets + rows, mask=rows < tokens, other=-1)
     known = (target >= 0) & (target < vocab)
     x_row = x + rows.to(tl.int64)[:, None] * stride_x
-    w_row = w + tl.where(known, target, 0).to(tl.int64)[:, None] * stride_w
+    w_row = w + tl.where(known, target, 0).to(tl.int64)[:, None] * (1 if TRANSPOSED else stride_w)
     acc = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
     for start in range(0, width, BLOCK_H):
         h = start + tl.arange(0, BLOCK_H)
         read = known[:, None] & (h < width)[None, :]
         a = tl.load(x_row + h[None, :], mask=read, other=0.0).to(tl.float32)
-        acc += a * tl.load(w_row + h[None, :], mask=read, other=0.0).to(tl.float32)
+        at = w_row + (h.to(tl.int64)[None, :] * stride_w if TRANSPOSED else h[None, :])
+        acc += a * tl.load(at, mask=read, other=0.0).to(tl.float32)
     raw = tl.sum(acc, 1)
     if HAS_BIAS:
         raw += tl.load(bias + target, mask=known, other=0.0).to(tl.float32)
@@ -86,9 +89,15 @@ def anchor_kernel(
 
 
 @triton.jit
+def at_most(x, limit):
+    """min(x, limit), NaN where x is: a GPU's plain minimum takes the limit instead."""
+    return tl.minimum(x, limit, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def softmax_minus_onehot(z, anchor, logprob, hit):
     """log p = (z − z_y) + log p_y: the log-sum-exp is too coarse where logits are large."""
-    p = tl.exp(tl.minimum(z - anchor + logprob[:, None], 0.0))
+    p = tl.exp(at_most(z - anchor + logprob[:, None], 0.0))
     return tl.where(hit, p - 1.0, p)
 
 
@@ -119,6 +128,7 @@ def exponential_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
     SUMS: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
@@ -141,7 +151,8 @@ def exponential_kernel(
         z = logits_block(
             x, w, bias, row, col, tokens, vocab, width, stride_x, stride_w,
             scale, softcap, inv_temperature,
-            BLOCK_T, BLOCK_V, BLOCK_H, WHOLE_H, HAS_BIAS, HAS_SOFTCAP, DESCRIPTORS, PRECISION,
+            BLOCK_T, BLOCK_V, BLOCK_H, WHOLE_H, HAS_BIAS, HAS_SOFTCAP, DESCRIPTORS, TRANSPOSED,
+            PRECISION,
         )  # fmt: skip
         rows = row + tl.arange(0, BLOCK_T)
         cols = col + tl.arange(0, BLOCK_V)
@@ -161,7 +172,7 @@ def exponential_kernel(
             if HAS_TOP1:
                 highest = tl.max(tl.where(other, z - a, -float("inf")), 1)
                 tl.store(out + (1 + HAS_MEAN) * step, highest, mask=kept)
-            e = tl.exp(tl.where(other, tl.minimum(z - a, clamp), -float("inf")))
+            e = tl.exp(tl.where(other, at_most(z - a, clamp), -float("inf")))
             tl.store(out, tl.sum(e, 1), mask=kept)
             out += (1 + HAS_MEAN + HAS_TOP1) * step
             if HAS_ENTROPY:
@@ -205,6 +216,7 @@ def again_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """softmax − onehot into the rows of the tile whose target is not negative: the flagged ones.
@@ -223,7 +235,7 @@ def again_kernel(
                     x, w, bias, row, col_block * BLOCK_V, tokens, vocab, width, stride_x, stride_w,
                     scale, softcap, inv_temperature,
                     BLOCK_T, BLOCK_V, BLOCK_H, WHOLE_H, HAS_BIAS, HAS_SOFTCAP, DESCRIPTORS,
-                    PRECISION,
+                    TRANSPOSED, PRECISION,
                 )  # fmt: skip
                 cols = col_block * BLOCK_V + tl.arange(0, BLOCK_V)
                 e = softmax_minus_onehot(z, a, known, cols[None, :] == target[:, None])
@@ -295,6 +307,7 @@ def finish_kernel(
     log_s = log1p(rest)
     tl.store(flagged + rows, tl.where(over, target, -1), mask=kept)
     scale = tl.where(over, 1.0, 1.0 / s)
+    scale = tl.where(target < vocab, scale, float("nan"))
     tl.store(row_scale + rows, tl.where(valid, scale, 0.0), mask=kept)
     hit = -rest
     if HAS_SOFTCAP:
@@ -339,7 +352,7 @@ def exponentials(
         math.exp(clamp), BLOCK_T=_MERGED, BLOCK_S=32, HAS_SOFTCAP=head.softcap is not None, **flags,
     )  # fmt: skip
     score_into(results, head, hidden, flagged, outputs)
-    launch = prepare(head, hidden, choose_pointers(hidden))
+    launch = prepare(head, hidden, choose_pointers(head, hidden))
     again_kernel[(multiprocessors(hidden.device),)](
         **launch,
         targets=flagged,
@@ -358,7 +371,8 @@ def probabilities(
     config = choose(head, hidden)
     anchor, logprob = anchors(head, hidden, targets), stats["logprob"]
     _launch(head, hidden, targets, tile, config, anchor, logprob, anchor, 0.0, None)
-    return (targets >= 0).to(logprob.dtype)
+    known = (targets < tile.shape[1]).to(logprob.dtype)
+    return torch.where(targets < 0, 0.0, known / known)  # NaN for a target outside
 
 
 def _launch(
@@ -410,7 +424,7 @@ def anchors(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
         head.weight.shape[0],
         width,
         hidden.stride(0),
-        head.weight.stride(0),
+        pitch(head.weight),
         float(head.logit_scale),
         float(head.softcap or 1.0),
         1.0 / head.temperature,
@@ -418,5 +432,6 @@ def anchors(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
         BLOCK_H=256,
         HAS_BIAS=head.bias is not None,
         HAS_SOFTCAP=head.softcap is not None,
+        TRANSPOSED=transposed(head.weight),
     )
     return result

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..head import Head
+from ..head import Head, transposed
 from .configs import Config
 
 
@@ -40,6 +40,7 @@ def logits_block(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Logits (BLOCK_T, BLOCK_V) from `row` and `col` on, fp32.
@@ -58,7 +59,10 @@ def logits_block(
         inside = tl.minimum(cols, vocab - 1).to(tl.int64)
         h = tl.arange(0, BLOCK_H)
         x_block = x + rows[:, None] * stride_x + h[None, :]
-        w_block = w + inside[None, :] * stride_w + h[:, None]
+        if TRANSPOSED:
+            w_block = w + inside[None, :] + h.to(tl.int64)[:, None] * stride_w
+        else:
+            w_block = w + inside[None, :] * stride_w + h[:, None]
         for start in range(0, width, BLOCK_H):
             if WHOLE_H:
                 a = tl.load(x_block)
@@ -68,7 +72,7 @@ def logits_block(
                 b = tl.load(w_block, mask=(h < width - start)[:, None], other=0.0)
             acc = _dot(a, b, acc, PRECISION)
             x_block += BLOCK_H
-            w_block += BLOCK_H
+            w_block += BLOCK_H * stride_w if TRANSPOSED else BLOCK_H
     if HAS_BIAS:
         acc += tl.load(bias + cols, mask=cols < vocab, other=0.0).to(tl.float32)[None, :]
     return transform(acc, scale, softcap, inv_temperature, HAS_SOFTCAP)
@@ -123,10 +127,18 @@ def log1p(s):
     return tl.where(u == 1.0, s, tl.log(u) * (s / tl.where(u == 1.0, 1.0, u - 1.0)))
 
 
+def pitch(weight: Tensor) -> int:
+    """Elements from one row of the weight to the next, or from one column to the next if it is
+    transposed.
+    """
+    return weight.stride(1 if transposed(weight) else 0)
+
+
 def prepare(head: Head, hidden: Tensor, config: Config) -> dict[str, Any]:
     """The arguments that every kernel which computes the logits of hidden (t, H) takes, by name.
 
-    `hidden` and `head.weight` have one dtype (bf16, fp16 or fp32) and a last stride of 1.
+    `hidden` and `head.weight` have one dtype (bf16, fp16 or fp32); rows of `hidden` are contiguous,
+    and either the rows or the columns of the weight.
     """
     tokens, width = hidden.shape
     weight, bias = head.weight, head.bias
@@ -143,7 +155,7 @@ def prepare(head: Head, hidden: Tensor, config: Config) -> dict[str, Any]:
         "vocab": weight.shape[0],
         "width": width,
         "stride_x": hidden.stride(0),
-        "stride_w": weight.stride(0),
+        "stride_w": pitch(weight),
         "scale": float(head.logit_scale),
         "softcap": float(head.softcap or 1.0),
         "inv_temperature": 1.0 / head.temperature,
@@ -154,6 +166,7 @@ def prepare(head: Head, hidden: Tensor, config: Config) -> dict[str, Any]:
         "HAS_BIAS": bias is not None,
         "HAS_SOFTCAP": head.softcap is not None,
         "DESCRIPTORS": config.descriptors,
+        "TRANSPOSED": transposed(weight),
         "PRECISION": _precision(hidden),
         "num_warps": config.warps,
         "num_stages": config.stages,

@@ -51,6 +51,7 @@ def score_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     HAS_SQUARES: tl.constexpr,
@@ -77,7 +78,8 @@ def score_kernel(
         z = logits_block(
             x, w, bias, row, col, tokens, vocab, width, stride_x, stride_w,
             scale, softcap, inv_temperature,
-            BLOCK_T, BLOCK_V, BLOCK_H, WHOLE_H, HAS_BIAS, HAS_SOFTCAP, DESCRIPTORS, PRECISION,
+            BLOCK_T, BLOCK_V, BLOCK_H, WHOLE_H, HAS_BIAS, HAS_SOFTCAP, DESCRIPTORS, TRANSPOSED,
+            PRECISION,
         )  # fmt: skip
         cols = col + tl.arange(0, BLOCK_V)
         inside = (cols < vocab)[None, :]

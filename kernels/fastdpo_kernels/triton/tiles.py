@@ -1,7 +1,5 @@
 """Tiles made by the fused kernels: what `regimes.py` calls on a GPU."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -25,7 +23,7 @@ class TritonTiles(Tiles):
         weight = head.weight
         if weight.dtype == torch.float64:
             raise ValueError('backend "triton" has no fp64; use "torch" or "reference"')
-        self.head = head if weight.stride(1) == 1 else replace(head, weight=weight.contiguous())
+        self.head = head.cast(weight.dtype)
         vocab, width = weight.shape
         self._pitch = -(-vocab // _PITCH) * _PITCH
         size = weight.element_size()

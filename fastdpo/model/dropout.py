@@ -1,0 +1,42 @@
+"""The dropouts of a model's configuration: off while it is trained, put back when it is saved."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+Dropouts = dict[tuple[int, str], float]
+"""Rates by the part of a configuration that holds them (0 itself, 1 its text model) and name."""
+
+
+def switch_off(model_config: Any) -> Dropouts:
+    """Set every dropout of a configuration to 0; what they were."""
+    found = {
+        (number, name): value
+        for number, part in enumerate(_parts(model_config))
+        for name, value in part.to_dict().items()
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float)
+    }
+    _set(model_config, dict.fromkeys(found, 0.0))
+    return found
+
+
+@contextmanager
+def original_dropout(model: Any) -> Iterator[None]:
+    """The configuration with the dropouts it was loaded with, while the model is being saved."""
+    dropouts = getattr(model, "fastdpo_dropouts", {})
+    _set(model.config, dropouts)
+    try:
+        yield
+    finally:
+        _set(model.config, dict.fromkeys(dropouts, 0.0))
+
+
+def _parts(model_config: Any) -> list[Any]:
+    text = model_config.get_text_config()
+    return [model_config] if text is model_config else [model_config, text]
+
+
+def _set(model_config: Any, dropouts: Dropouts) -> None:
+    parts = _parts(model_config)
+    for (number, name), value in dropouts.items():
+        setattr(parts[number], name, value)
