@@ -117,8 +117,6 @@ class Trials:
     def undisturbed(self, kind: str) -> Run:
         """The run that is never killed; its files are in `scratch / kind`."""
         if kind not in self._whole:
-            self.start(kind)  # what is compiled and cached only once belongs to no run
-            shutil.rmtree(self.work)
             self._whole[kind] = self.start(kind)
             self.work.rename(self.scratch / kind)
         return self._whole[kind]

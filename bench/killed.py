@@ -32,12 +32,14 @@ _WRITES = os.O_WRONLY | os.O_RDWR
 
 @dataclass(frozen=True)
 class Kill:
-    """When a run is killed: `seconds` after its start, or at its disk-changing call number `call`,
-    with nothing of it done or with `half` of it.
+    """When a run is killed: `seconds` after its start, or at a call that changes the disk, with
+    nothing of it done or with `half` of it: the one of number `call`, or the first one whose phase
+    and name begin as `place` says.
     """
 
     seconds: float | None = None
     call: int | None = None
+    place: str | None = None
     half: bool = False
 
 
@@ -131,7 +133,9 @@ class Watch:
         if not self.noting:
             return
         self.calls.append((self.phase, name))
-        if len(self.calls) != self.kill.call:
+        here = f"{self.phase}: {name}"
+        placed = self.kill.place is not None and here.startswith(self.kill.place)
+        if len(self.calls) != self.kill.call and not placed:
             return
         self.noting = False
         if self.kill.half and half is not None:
