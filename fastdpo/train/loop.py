@@ -154,6 +154,7 @@ class Trainer:
         save = self._due(config.save_strategy, "save")
         if self.pending.waits or first or log or evaluate or save:
             self._read()
+        self.output.require()
         if first:
             self._begin()
         found = self._write_metrics() if log else {}

@@ -48,6 +48,7 @@ _WRITTEN = (
     "chat_template.*",
     "vocab.*",
     "merges.txt",
+    "*.model",
 )
 """What a run writes, checkpoints apart: a directory that holds any of it belongs to somebody."""
 
@@ -66,6 +67,7 @@ class Output:
         self.path, self.config = path, config
         self._state = _read(path / STATE)
         self._begun = False
+        self._place = _place(path)
         _check(path, config, set(self._files))
 
     @property
@@ -96,17 +98,30 @@ class Output:
         if wanted is not True:
             return Path(wanted).expanduser() if wanted else None
         found = checkpoint.find_checkpoint(self.path)
-        if found is None and self.finished:
+        if found is None and self._state.get("finished"):
+            gone = [name for name in self._files if not (self.path / name).exists()]
+            lacks = f", lacks {_some(gone)}" if gone else ""
             raise CheckpointError(
-                f"resume_from_checkpoint: the run in {self.path} is finished (step {self.step}) "
-                "and holds no checkpoint to go on from; choose another output_dir"
+                f"resume_from_checkpoint: the run in {self.path} is finished (step {self.step})"
+                f"{lacks} and holds no checkpoint to go on from; choose another output_dir"
             )
         return found
+
+    def require(self) -> None:
+        """Raise ConfigError if the directory was moved or replaced: the lock went with it, and what
+        lies there now may be another run's.
+        """
+        if _place(self.path) != self._place:
+            raise ConfigError(
+                f"output_dir: {self.path} was moved, removed or replaced while a run was writing "
+                "to it; nothing more is written"
+            )
 
     def begin(self, config: TrainConfig) -> None:
         """Make the directory this run's, now that its first step has been taken."""
         if self._begun:
             return
+        self.require()
         with explain(self.path):
             remove_leftovers(self.path)
             earlier = set(self._files)
@@ -132,6 +147,7 @@ class Output:
         moment can what lies there be loaded as a mixture of two models.
         """
         self.begin(config)
+        self.require()
         earlier = set(self._files)
         with explain(self.path):
             with temporary_directory(self.path / "model") as made:
@@ -204,6 +220,15 @@ def _make(path: Path) -> list[Path]:
     return made
 
 
+def _place(path: Path) -> tuple[int, int] | None:
+    """Which directory a path leads to, None where it leads nowhere."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
@@ -227,8 +252,10 @@ def _check(path: Path, config: TrainConfig, ours: set[str]) -> None:
                 f"output_dir: {path} holds another run; choose another one, or set "
                 "overwrite_output_dir or resume_from_checkpoint"
             )
-    elif config.resume_from_checkpoint is not True:
-        _check_branch(path, Path(config.resume_from_checkpoint), saved, bool(ours or saved))
+    else:
+        if config.resume_from_checkpoint is not True:
+            _check_branch(path, Path(config.resume_from_checkpoint), saved, bool(ours or saved))
+        strange += [p.name for p in saved if not (_is_ours(p) or _was_ours(p))]
     if strange:
         raise ConfigError(
             f"output_dir: {path} holds {_some(strange)}, which no run of fastdpo wrote there; "
@@ -239,6 +266,14 @@ def _check(path: Path, config: TrainConfig, ours: set[str]) -> None:
 def _is_ours(path: Path) -> bool:
     """Whether a run wrote this checkpoint; a kill may have left it empty."""
     return (path / checkpoint.MANIFEST).exists() or (path.is_dir() and not any(path.iterdir()))
+
+
+def _was_ours(path: Path) -> bool:
+    """Whether a checkpoint without its manifest is a run's that was damaged."""
+    try:
+        return "pending" in json.loads((path / checkpoint.STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 def _check_branch(path: Path, wanted: Path, saved: list[Path], used: bool) -> None:
