@@ -255,6 +255,17 @@ def test_text_survives_rows_of_other_types(tmp_path: Path) -> None:
     assert loaded["responses"][:] == [row["responses"] for row in grouped]
 
 
+@pytest.mark.parametrize("other", ["2020-01-02", "2021-01-03T00:00:00", "not a date"])
+def test_text_that_looks_like_a_time_is_text(tmp_path: Path, other: str) -> None:
+    """The library's reader makes times of a column that holds nothing else."""
+    rows = [{"prompt": "2020-01-01", "chosen": "2020-01-02", "rejected": other}]
+    loaded = load_rows(str(write_jsonl(tmp_path / "data.jsonl", rows)), "train")
+    assert [{name: row[name] for name in rows[0]} for row in loaded] == rows
+    groups = [{"prompt": "p", "responses": ["2020-01-02", "2020-01-03"], "scores": [0, 1]}]
+    loaded = load_rows(str(write_jsonl(tmp_path / "groups.jsonl", groups)), "train")
+    assert loaded["responses"][:] == [row["responses"] for row in groups]
+
+
 def test_other_columns_may_hold_anything(tmp_path: Path) -> None:
     """Types that change beyond the library's first chunk (10 MB) stop its reader, not ours."""
     filler = "x" * (1 << 20)

@@ -63,6 +63,12 @@ BAD_ROWS = [
         {"prompt": [[[user("a")]]]},
         "prompt[0]: expected a message with role and content, foun",
     ),
+    (PAIR, {"prompt": json.dumps(json.dumps(TALK["prompt"]))}, "prompt: is JSON within JSON"),
+    (
+        PAIR,
+        {"prompt": json.dumps({"messages": TALK["prompt"]})},
+        "prompt: is an object with messages, as JSON",
+    ),
     (TALK, {"tools": "[" * 5000}, "tools: expected JSON, found text that is none"),
     (GROUP, {"responses": "ab"}, "responses: expected a list"),
     (GROUP, {"responses": []}, "responses: expected a list"),
@@ -87,6 +93,20 @@ BAD_ROWS = [
     (LABELLED, {"label": "yes"}, "label: expected true or false, found text"),
     (LABELLED, {"label": 2}, "label: expected true or false, found the number 2"),
 ]
+
+
+@pytest.mark.parametrize("text", ['"Quoted" words', '"', '"[1]"', '{"a": [{"b": "x"}]}'])
+def test_text_in_quotes_is_text(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    rows = Dataset.from_list([PAIR | {"prompt": text}])
+    made, _ = tokenize_dataset(rows, tokenizer, max_length=None)
+    assert tokenizer.decode(made[0]["prompt_ids"]) == text
+
+
+@pytest.mark.parametrize("column", ["tools", "chat_template_kwargs"])
+def test_blank_text_is_no_tools(tokenizer: PreTrainedTokenizerBase, column: str) -> None:
+    rows = Dataset.from_list([TALK | {column: ""}, TALK | {column: None}])
+    made, _ = tokenize_dataset(rows, tokenizer, max_length=None)
+    assert made[0] == made[1]
 
 
 @pytest.mark.parametrize(("row", "change", "reason"), BAD_ROWS)

@@ -178,12 +178,15 @@ def _read_fast(kind: str, files: Mapping[str, Sequence[Path]], split: str) -> da
 
 
 def _mangles_text(features: Mapping[str, Any]) -> bool:
-    """Whether text may have been stored as JSON without quotes, so that "42" reads as a number."""
+    """Whether text may have been stored as something else: as JSON without quotes, so that "42"
+    reads as a number, or as a time.
+    """
 
     def untyped(feature: Any) -> bool:
         if isinstance(feature, datasets.List) and isinstance(feature.feature, Mapping):
             return isinstance(feature.feature.get("content"), datasets.Json)
-        return isinstance(feature, datasets.Json)
+        is_time = isinstance(feature, datasets.Value) and feature.dtype.startswith(("time", "date"))
+        return is_time or isinstance(feature, datasets.Json)
 
     responses = features.get("responses")
     inner = responses.feature if isinstance(responses, datasets.List) else responses

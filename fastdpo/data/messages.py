@@ -85,7 +85,7 @@ def written_messages(text: str) -> list[Any] | str | None:
         The messages; or why a text that is meant to be messages cannot be read; or None where it
         is a text like any other, JSON that is no messages included.
     """
-    if text[:100].lstrip()[:1] not in ("[", "{", "a"):
+    if text[:100].lstrip()[:1] not in ("[", "{", "a", '"'):
         return None
     try:
         value = json.loads(text)
@@ -95,6 +95,13 @@ def written_messages(text: str) -> list[Any] | str | None:
                 f"is text that begins {text.strip()[:24]!r}, messages that are no JSON; {_AS_JSON}"
             )
         return None
+    if isinstance(value, str):
+        return None if written_messages(value) is None else f"is JSON within JSON; {_AS_JSON}"
+    if isinstance(value, Mapping) and len(value) == 1:
+        inner = next(iter(value.values()))
+        messages = inner if isinstance(inner, list) else []
+        if messages and all(isinstance(m, Mapping) and "role" in m for m in messages):
+            return f"is {describe(value)}, as JSON; {_AS_JSON}"
     items = value if isinstance(value, list) else [value]
     if not items or not all(isinstance(item, Mapping) for item in items):
         return None
@@ -254,6 +261,8 @@ def parse_template_kwargs(value: Any) -> dict[str, Any]:
 def _from_json(value: Any, field: str) -> Any:
     if not isinstance(value, str):
         return value
+    if not value.strip():  # what a table of text holds where there is nothing
+        return None
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:

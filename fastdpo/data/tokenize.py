@@ -28,7 +28,7 @@ from .report import TokenizeReport, make_report
 COLUMNS = ("prompt_ids", "response_ids", "winners", "losers", "weights", "labels")
 # To be raised whenever the same arguments give other tokens than before: it is part of every
 # cache key.
-_VERSION = 2
+_VERSION = 3
 _BATCH_SIZE = 512
 
 
