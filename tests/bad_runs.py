@@ -607,7 +607,7 @@ DISKS = [
     place(
         "output_dir holds the model",
         nothing,
-        "overwrite_output_dir: model_name_or_path model lies in the output_dir",
+        "output_dir: model_name_or_path model lies in",
         "--output_dir=model",
     ),
     place(

@@ -143,17 +143,48 @@ def test_what_a_run_reads_is_not_overwritten(go, tmp_path, tiny_model, pairs_fil
         {"model_name_or_path": str(out / "checkpoint-2")},
         {"model_name_or_path": str(link)},
         {"ref_model_name_or_path": str(out / "checkpoint-4")},
-        {"dataset_name": str(inside)},
     ):
-        text = refused("lies in the output_dir", **changes)
+        text = refused("which this run writes over", **changes)
         assert next(iter(changes)) in text
     adapter = tmp_path / "adapter"
     go(adapter, model_name_or_path=str(out), max_steps=1, **LORA)
-    text = refused("lies in the output_dir", model_name_or_path=str(adapter))
+    text = refused("which this run writes over", model_name_or_path=str(adapter))
     assert str(out) in text
     with pytest.raises(ConfigError, match="cannot go with resume_from_checkpoint"):
         go(out, overwrite_output_dir=True, resume_from_checkpoint=str(out / "checkpoint-2"))
     go(tmp_path / "next", model_name_or_path=str(out), max_steps=1)
+    resumed = {"model_name_or_path": str(out / "checkpoint-2"), "resume_from_checkpoint": True}
+    message = "which this run writes over"
+    fails_untouched(go, out, ConfigError, message, **resumed, resume_with_changes=True, max_steps=6)
+    go(out, dataset_name=str(inside), max_steps=1, overwrite_output_dir=True)
+    assert inside.read_bytes() == pairs_file.read_bytes()
+
+
+def test_a_model_beside_its_own_run_can_be_trained_on(go, tmp_path, tiny_model):
+    out = tmp_path / "out"
+    shutil.copytree(tiny_model, out / "base")
+    keys = {"model_name_or_path": str(out / "base"), "save_strategy": "steps", "save_steps": 2}
+    go(out, **keys)
+    go(out, **keys | {"max_steps": 5}, resume_from_checkpoint=True)
+    assert (out / "base" / "model.safetensors").exists() and len(metrics(out)) == 5
+
+
+def test_a_linked_checkpoint_stays_where_it_leads(go, copy, tmp_path):
+    path, keys = copy
+    (path / "checkpoint-2").rename(tmp_path / "kept")
+    (path / "checkpoint-2").symlink_to(tmp_path / "kept")
+    go(path, **keys | {"max_steps": 6, "save_total_limit": 1}, resume_from_checkpoint=True)
+    assert checkpoint.damage(tmp_path / "kept") is None
+    message = "holds checkpoint-2, which no run of fastdpo wrote"
+    fails_untouched(go, path, ConfigError, message, overwrite_output_dir=True)
+
+
+def test_a_resumed_run_computes_in_the_checkpoints_precision(go, copy, monkeypatch):
+    path, keys = copy
+    keys |= {"bf16": None, "max_steps": 5, "resume_from_checkpoint": True}
+    monkeypatch.setattr("fastdpo.model.precision.cpu_bf16_is_faster", lambda: (True, "faster"))
+    _, said = go(path, **keys)
+    assert any(line.startswith("precision: float32 on cpu") for line in said)
 
 
 def test_another_trainers_checkpoint_is_not_written_over(go, copy):
@@ -193,7 +224,10 @@ def test_a_finished_run_says_so_and_stays(go, copy):
     for changes in ({}, {"logging_steps": 2}, {"save_strategy": "no"}):
         before = content(path)
         result, said = go(path, **(keys | changes), resume_from_checkpoint=True)
-        assert said[-1] == f"{path}: this run is finished (step 4), nothing is left to do"
+        assert (
+            said[-1]
+            == f"{path}: the run with these keys is finished (step 4), nothing is left to do"
+        )
         assert result == {"output_dir": str(path)} and content(path) == before
     for step in (2, 4):
         checkpoint.remove(path / f"checkpoint-{step}")

@@ -97,10 +97,10 @@ def _split_texts(
     prompt: str, responses: Mapping[str, Text], repeated: bool
 ) -> tuple[Text, dict[str, Text], str | None]:
     begins = [str(response).startswith(prompt) for response in responses.values()]
-    if not prompt.strip() or not any(begins):
+    if not prompt.strip() or not all(begins):
         return prompt, dict(responses), None
     if not repeated:
-        return prompt, dict(responses), PROMPT_TWICE if all(begins) else None
+        return prompt, dict(responses), PROMPT_TWICE
     rest = {name: str(response).removeprefix(prompt) for name, response in responses.items()}
     return prompt, {**rest}, PROMPT_REPEATED
 

@@ -210,7 +210,7 @@ def rotate(output_dir: Path, keep: int | None, newest: int) -> None:
 
 def remove(path: Path) -> None:
     """Remove the files that a run wrote into a checkpoint, and the directory where that is all."""
-    manifest = _manifest(path)
+    manifest = None if path.is_symlink() else _manifest(path)
     if manifest is None:
         with suppress(OSError):  # a kill may have left it empty
             path.rmdir()

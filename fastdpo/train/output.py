@@ -253,9 +253,10 @@ def _check(path: Path, config: TrainConfig, ours: set[str]) -> None:
                 "overwrite_output_dir or resume_from_checkpoint"
             )
     else:
+        _refuse_sources(path, config)
         if config.resume_from_checkpoint is not True:
             _check_branch(path, Path(config.resume_from_checkpoint), saved, bool(ours or saved))
-        strange += [p.name for p in saved if not (_is_ours(p) or _was_ours(p))]
+        strange += [p.name for p in saved if not (_is_ours(p.resolve()) or _was_ours(p))]
     if strange:
         raise ConfigError(
             f"output_dir: {path} holds {_some(strange)}, which no run of fastdpo wrote there; "
@@ -265,6 +266,8 @@ def _check(path: Path, config: TrainConfig, ours: set[str]) -> None:
 
 def _is_ours(path: Path) -> bool:
     """Whether a run wrote this checkpoint; a kill may have left it empty."""
+    if path.is_symlink():
+        return False
     return (path / checkpoint.MANIFEST).exists() or (path.is_dir() and not any(path.iterdir()))
 
 
@@ -295,30 +298,29 @@ def _check_branch(path: Path, wanted: Path, saved: list[Path], used: bool) -> No
 
 
 def _refuse_sources(path: Path, config: TrainConfig) -> None:
-    """Raise ConfigError if something that the run reads lies where it is to start anew."""
+    """Raise ConfigError if a model that the run loads lies where the run is to write."""
     path = path.resolve()
-    keys = (
-        "model_name_or_path",
-        "ref_model_name_or_path",
-        "dataset_name",
-        "eval_dataset_name",
-        "reference_cache_dir",
-    )
-    for key in keys:
-        source = Path(getattr(config, key) or "/").expanduser()
-        if not source.exists():
+    for key in ("model_name_or_path", "ref_model_name_or_path"):
+        source = Path(getattr(config, key) or "").expanduser()
+        if getattr(config, key) is None or not source.exists():
             continue
-        places = [source]
+        places = [source, Path(find_model(config, str(source)).name)]  # and the base of an adapter
         if source.is_dir():
             places += source.iterdir()  # they may be links
-        if "model" in key:
-            places.append(Path(find_model(config, str(source)).name))  # the base of an adapter
         for place in places:
-            if place.resolve().is_relative_to(path):
+            resolved = place.resolve()
+            inside = place.exists() and resolved.is_relative_to(path)
+            if inside and (config.overwrite_output_dir or _is_written(resolved, path)):
                 raise ConfigError(
-                    f"overwrite_output_dir: {key} {place} lies in the output_dir {path} that is to "
-                    "be overwritten; choose another output_dir"
+                    f"output_dir: {key} {place} lies in {path}, which this run writes over; choose "
+                    "another output_dir"
                 )
+
+
+def _is_written(place: Path, path: Path) -> bool:
+    """Whether a run in `path` writes or rotates what lies at `place`."""
+    parts = place.relative_to(path).parts
+    return not parts or parts[0] in {p.name for p in checkpoint.checkpoints(path)}
 
 
 def _some(names: list[str]) -> str:

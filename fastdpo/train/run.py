@@ -79,7 +79,10 @@ def train(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> dict[
     config.require("model_name_or_path", "dataset_name")
     with claim(config) as output, _surroundings(config, say):
         if output.holds_this_run() and config.resume_from_checkpoint is True:
-            say(f"{output.path}: this run is finished (step {output.step}), nothing is left to do")
+            say(
+                f"{output.path}: the run with these keys is finished (step {output.step}), nothing "
+                "is left to do"
+            )
             return {"output_dir": str(output.path)}
         return _train(config, output, say)
 
@@ -103,14 +106,17 @@ def _set_up(config: TrainConfig, output: Output, say: Callable[[str], None]) -> 
     config = adopt_adapter(config)
     optimizer = optimizer_path(config, run_device(config))
     activations, start = activations_path(config), output.checkpoint()
+    bf16 = config.bf16
     if start is not None:
         state = read_state(start)
         check_keys(start, state, config)
+        if bf16 is None and "identity" in state:  # not what this machine would choose
+            bf16 = state["identity"]["precision"] == str(torch.bfloat16)
     set_seed(config.seed)
     check_model_files(config)
     device, tokenizer = _device(config), load_tokenizer(config)
     data = load_data(config, tokenizer, say)
-    autocast = _precision(config, device, say)
+    autocast = _precision(config, bf16, device, say)
     if config.memory == "auto":
         config = fit(config, data.train, load_model_config(config), device, autocast, say)
         activations = activations_path(config)
@@ -183,7 +189,7 @@ def precompute(config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> 
         check_model_files(config)
         device, tokenizer = _device(config), load_tokenizer(config)
         data = load_data(config, tokenizer, say)
-        autocast = _precision(config, device, say)
+        autocast = _precision(config, config.bf16, device, say)
         policy = load_scorer(config, device, autocast, say)
         max_tokens = config.max_tokens_per_batch or TOKENS_PER_ROW[device.type]
         report, _ = precompute_reference(config, policy, data, max_tokens, say)
@@ -407,9 +413,9 @@ def _device(config: TrainConfig) -> torch.device:
 
 
 def _precision(
-    config: TrainConfig, device: torch.device, say: Callable[[str], None]
+    config: TrainConfig, bf16: bool | None, device: torch.device, say: Callable[[str], None]
 ) -> torch.dtype | None:
     """bf16 autocast where it is asked for or faster; None for the weights' own precision."""
-    autocast, reason = choose_precision(config.bf16, device)
+    autocast, reason = choose_precision(bf16, device)
     say(f"precision: {'bf16 autocast' if autocast else config.dtype} on {device.type} ({reason})")
     return autocast
