@@ -335,6 +335,14 @@ def test_wrong_arguments_of_the_loss_are_named(change, message):
     refused(linear_dpo_loss, arguments | change, message)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_targets_of_a_byte_are_not_ignored_because_they_look_like_it(backend):
+    x, w, _, y = make(3, vocab=200, dtype=torch.float32, ignore=0)
+    y[1] = 156  # as many bits as -100
+    found, expected = (linear_logprob(x, w, t, backend=backend) for t in (y.byte(), y))
+    assert torch.equal(found, expected) and found[1] < 0
+
+
 def test_operators_refuse_what_the_functions_refuse():
     x, w, _, y = make(6, dtype=torch.float32, ignore=0)
     options = {"softcap": None, "logit_scale": 1.0, "temperature": 1.0, "ignore_index": -100}

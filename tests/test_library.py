@@ -60,8 +60,11 @@ def gradients(loss, tensors, **kwargs):
     return torch.autograd.grad(loss, wanted, **kwargs)
 
 
-@pytest.mark.parametrize("head", [{}, CAPPED], ids=["plain", "capped"])
-@pytest.mark.parametrize("outputs", ["", "entropy,is_top1", ",".join(OUTPUTS)])
+@pytest.mark.parametrize(
+    ("outputs", "head"),
+    [("", {}), ("entropy,is_top1", {}), (",".join(OUTPUTS), CAPPED)],
+    ids=["none", "some", "all"],
+)
 @pytest.mark.parametrize("needs", NEEDS, ids=str)
 def test_opcheck_of_logprob(needs, outputs, head):
     inputs, y = logprob_problem()
@@ -95,8 +98,11 @@ def test_opcheck_of_a_transposed_weight():
     assert library.linear_dpo_loss(*arguments, **options)[-2].stride() == w.stride()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("extras", [False, True], ids=["defaults", "weights and lengths"])
+@pytest.mark.parametrize(
+    ("dtype", "extras"),
+    [(torch.float32, False), (torch.bfloat16, True), (torch.float16, False)],
+    ids=["fp32", "bf16, weights and lengths", "fp16"],
+)
 @pytest.mark.parametrize("needs", NEEDS, ids=str)
 def test_opcheck_of_dpo_loss(needs, extras, dtype):
     inputs, rest = dpo_problem(dtype)
@@ -115,13 +121,16 @@ def logprob_and_loss(x, w, b, y, ids, pairs, ref):
     return total, logps, stats.lse, tokens.is_top1
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_without_a_graph_break(backend):
+# "lite" leaves operations other than ours as they are, and needs no C++ compiler for them.
+@pytest.mark.parametrize(
+    "options", [{"backend": "aot_eager"}, {"mode": "lite"}], ids=["aot_eager", "inductor"]
+)
+def test_compiled_without_a_graph_break(options):
     inputs, rest = dpo_problem()
     results = []
     for function in (
         logprob_and_loss,
-        torch.compile(logprob_and_loss, fullgraph=True, backend=backend),
+        torch.compile(logprob_and_loss, fullgraph=True, **options),
     ):
         tensors = leaves(inputs)
         loss, *others = function(*tensors, *rest)
