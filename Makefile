@@ -20,7 +20,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python -m fastdpo.demo $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 test-newest:
 	rm -f $(VENV)-newest/.installed-test

@@ -1,99 +1,220 @@
-"""Kills a training run with SIGKILL at random moments, resumes it, compares the final weights bit
-by bit.
+"""Kills training runs with SIGKILL at random moments, starts them again, compares what they leave.
 
-    python -m bench.kill --times 10
+    python -m bench.kill --times 100
 
-Each trial starts a run that saves a checkpoint at every third step, kills it after a random time,
-resumes it until it ends, and compares `model.safetensors` with that of a run that was never
-interrupted. One row a trial goes to bench/results/kill.jsonl.
+Each trial is a run of full weights or of a LoRA adapter with dropout, from an empty cache of data
+and reference on, that logs, evaluates, saves and rotates every few steps. It is killed up to three
+times: after a random time, or at a random one of the calls that change the disk (the phase is drawn
+first, so that short ones are hit too), with nothing of the call done or half of it. What it leaves
+in the end has to be that of a run that was never disturbed: every file of the output directory and
+of its checkpoints bit for bit, times of the steps apart, every value of the reference, and no file
+besides. Started once more, it has to be finished. One row a trial goes to bench/results/kill.jsonl.
 """
 
 import argparse
 import json
 import random
-import signal
-import subprocess
+import shutil
 import sys
 import tempfile
-import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import models, record
-from .workloads import rows_of
+import numpy as np
+import torch
 
-STEPS = 12
-QUIET: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+from fastdpo.reference import LogpStore
+from fastdpo.train import checkpoint
+
+from . import record
+from .killed import Kill, Processes, Run
+from .workloads import model_path, rows_of
+
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {
+        "use_peft": True,
+        "lora_r": 4,
+        "lora_dropout": 0.2,
+        "lora_target_modules": ["q_proj", "down_proj"],
+        "learning_rate": 1e-2,
+    },
+}
+TIMED = ("tokens_per_second", "pairs_per_second", "peak_memory_mib", "mfu")
 
 
 def main() -> None:
     """Run the trials; exits with 1 if any differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--times", type=int, default=10)
+    parser.add_argument("--times", type=int, default=100, help="trials, half of them each kind")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    rng, equal = random.Random(options.seed), True
-    results = record.Results("kill", options)
+    rng, differing, phases = random.Random(options.seed), 0, Counter[str]()
     with tempfile.TemporaryDirectory() as scratch:
-        data = Path(scratch) / "rows.jsonl"
-        rows = rows_of("gsm8k", 2 * STEPS)
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        whole = Path(scratch) / "whole"
-        process = subprocess.Popen(command(data, whole), **QUIET)
-        start = wait_for_checkpoint(process, whole)
-        process.wait()
-        duration = time.perf_counter() - start
-        expected = (whole / "model.safetensors").read_bytes()
-        for trial in range(options.times):
-            output = Path(scratch) / f"trial-{trial}"
-            after = rng.uniform(0.0, 0.9) * duration
-            process = subprocess.Popen(command(data, output), **QUIET)
-            wait_for_checkpoint(process, output)
-            try:
-                process.wait(after)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-            steps = [int(p.name.split("-")[1]) for p in output.glob("checkpoint-*")]
-            subprocess.run(command(data, output), check=True, capture_output=True)
-            same = (output / "model.safetensors").read_bytes() == expected
-            equal = equal and same
-            row = {
-                "trial": trial,
-                "seconds_after_first_checkpoint": after,
-                "killed": process.returncode == -signal.SIGKILL,
-                "last_checkpoint": max(steps, default=None),
-                "steps": STEPS,
-                "bit_for_bit": same,
-            }
-            results.add(**row)
-            print(row, flush=True)
-    sys.exit(0 if equal else 1)
+        trials = Trials(Path(scratch))
+        results = record.Results("kill", options)
+        for number in range(options.times):
+            kind = list(KINDS)[number % len(KINDS)]
+            kills = list(draw(rng, trials.undisturbed(kind), 1 + rng.choice((0, 0, 0, 1, 1, 2))))
+            found = trials.trial(kind, kills)
+            results.add(trial=number, **found)
+            differing += not found["bit_for_bit"]
+            phases.update(kill["phase"] for kill in found["kills"])
+            print(number, json.dumps(found), flush=True)
+    print(f"{sum(phases.values())} kills in {options.times} trials, {dict(phases)}")
+    print(f"{options.times - differing} trials end bit for bit, {differing} do not")
+    sys.exit(1 if differing else 0)
 
 
-def wait_for_checkpoint(process: "subprocess.Popen[bytes]", output: Path) -> float:
-    """Return the time at which the first checkpoint is there."""
-    while not list(output.glob("checkpoint-*")) and process.poll() is None:
-        time.sleep(0.02)
-    return time.perf_counter()
+def draw(rng: random.Random, whole: Run, number: int) -> Iterator[Kill]:
+    """Kills for a run that takes as long and makes the same calls as this one."""
+    for _ in range(number):
+        if rng.random() < 0.4:
+            yield Kill(seconds=rng.uniform(0.02, 1.0) * whole.seconds)
+            continue
+        phase = rng.choice(sorted({phase for phase, _ in whole.calls}))
+        calls = [n for n, (found, _) in enumerate(whole.calls, 1) if found == phase]
+        yield Kill(call=rng.choice(calls), half=rng.random() < 0.5)
 
 
-def command(data: Path, output: Path) -> list[str]:
-    """A run of the tiny Llama that resumes itself if it was interrupted."""
-    options = {
-        "model_name_or_path": models.model_path("tiny-llama"),
-        "dataset_name": data,
-        "output_dir": output,
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 2,
-        "save_steps": 3,
-        "save_total_limit": 2,
-        "learning_rate": 1e-4,
-        "resume_from_checkpoint": "true",
-        "disable_tqdm": "true",
-    }
-    flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
-    return [sys.executable, "-m", "fastdpo.cli", "train", *flags]
+class Trials:
+    """Runs in one directory, so that all of them have the same paths."""
+
+    def __init__(self, scratch: Path, changes: dict[str, Any] | None = None) -> None:
+        self.scratch, self.work = scratch, scratch / "work"
+        rows = rows_of("hh-rlhf", 26)
+        for name, part in (("train", rows[:20]), ("test", rows[20:])):
+            text = "".join(json.dumps(row) + "\n" for row in part)
+            (scratch / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        self.common: dict[str, Any] = {
+            "model_name_or_path": model_path("nano", "hh-rlhf", torch.float32, torch.device("cpu")),
+            "dataset_name": scratch / "train.jsonl",
+            "eval_dataset_name": scratch / "test.jsonl",
+            "output_dir": self.work / "out",
+            "reference_cache_dir": self.work / "reference",
+            "resume_from_checkpoint": True,
+            "use_cpu": True,
+            "bf16": False,
+            "max_steps": 12,
+            "per_device_train_batch_size": 2,
+            "max_tokens_per_batch": 256,
+            "learning_rate": 1e-3,
+            "logging_steps": 2,
+            "logging_first_step": True,
+            "eval_strategy": "steps",
+            "eval_steps": 4,
+            "eval_on_start": True,
+            "save_steps": 3,
+            "save_total_limit": 2,
+            "disable_tqdm": True,
+            **(changes or {}),
+        }
+        self.processes = Processes(scratch / "notes")
+        self._whole: dict[str, Run] = {}
+
+    def undisturbed(self, kind: str) -> Run:
+        """The run that is never killed; its files are in `scratch / kind`."""
+        if kind not in self._whole:
+            self._whole[kind] = self.start(kind)
+            self.work.rename(self.scratch / kind)
+        return self._whole[kind]
+
+    def start(self, kind: str, kill: Kill | None = None) -> Run:
+        """Start, or start again."""
+        run = self.processes.run(self.common | KINDS[kind], kill)
+        if run.code not in (0, -9):
+            raise RuntimeError(f"exit code {run.code}: {run.text[-2000:]}")
+        return run
+
+    def trial(self, kind: str, kills: list[Kill]) -> dict[str, Any]:
+        """Kill, start again, compare; a row."""
+        whole = self.undisturbed(kind)
+        row: dict[str, Any] = {"kind": kind, "kills": [], "starts": 0}
+        try:
+            for kill in (*kills, None):
+                run = self.start(kind, kill)
+                row["starts"] += 1
+                if run.code == 0:
+                    break
+                row["kills"].append(self._describe(kill, run, whole))
+            before = {file: file.stat().st_mtime_ns for file in files(self.work / "out")}
+            again = self.start(kind)
+            differs = list(differences(self.scratch / kind, self.work))
+            if "nothing is left to do" not in again.text:
+                differs.append("a finished run goes on")
+            if before != {file: file.stat().st_mtime_ns for file in files(self.work / "out")}:
+                differs.append("a finished run is changed")
+        except RuntimeError as error:
+            differs = [str(error)]
+        shutil.rmtree(self.work, ignore_errors=True)
+        return row | {
+            "steps": self.common["max_steps"],
+            "bit_for_bit": not differs,
+            "differs": differs,
+        }
+
+    def _describe(self, kill: Kill | None, run: Run, whole: Run) -> dict[str, Any]:
+        assert kill is not None
+        saved = checkpoint.checkpoints(self.work / "out")
+        return {
+            "phase": run.phase,
+            "at": run.call or f"{run.seconds:.2f} of {whole.seconds:.2f} s",
+            "last_checkpoint": int(saved[-1].name.split("-")[1]) if saved else None,
+        }
+
+
+def files(folder: Path) -> list[Path]:
+    """All files and empty directories below a directory."""
+    found = sorted(folder.rglob("*"))
+    return [path for path in found if not path.is_dir() or not list(path.iterdir())]
+
+
+def differences(whole: Path, other: Path) -> Iterator[str]:
+    """In what the files of two runs differ, timings apart."""
+    expected = {f.relative_to(whole): f for f in files(whole / "out")}
+    found = {f.relative_to(other): f for f in files(other / "out")}
+    yield from (f"{name} is missing" for name in sorted(expected.keys() - found.keys()))
+    yield from (f"{name} is left over" for name in sorted(found.keys() - expected.keys()))
+    for name in sorted(expected.keys() & found.keys()):
+        if content(expected[name]) != content(found[name]):
+            yield f"{name} differs"
+    for folder in checkpoint.checkpoints(other / "out"):
+        if problem := checkpoint.damage(folder):
+            yield f"{folder.name}: {problem}"
+    yield from (f"{f.name} is left over" for f in files(other) if f.name.startswith(".fastdpo"))
+    (one,), two = (whole / "reference").iterdir(), list((other / "reference").iterdir())
+    if [one.name] != [folder.name for folder in two]:
+        yield "other reference caches"
+    elif values(one) != values(two[0]):
+        yield "reference values differ"
+
+
+def content(file: Path) -> Any:
+    """What is compared of a file: its bytes, or what it says without timings."""
+    if file.is_dir():
+        return None
+    if file.name == checkpoint.MANIFEST:  # times of steps make other digests
+        return sorted(json.loads(file.read_text(encoding="utf-8")))
+    if file.name == "metrics.jsonl":
+        lines = file.read_text(encoding="utf-8").splitlines()
+        return [_untimed(json.loads(line)) for line in lines]
+    if file.name == "trainer_state.json":
+        state = json.loads(file.read_text(encoding="utf-8"))
+        return state | {"pending": _untimed(state.get("pending", {}))}
+    return file.read_bytes()
+
+
+def values(store: Path) -> dict[bytes, float]:
+    """Every value of a reference cache; one that cannot be read is none."""
+    known = LogpStore(store)
+    assert not np.isnan(list(known._sums.values())).any()
+    return known._sums
+
+
+def _untimed(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in TIMED}
 
 
 if __name__ == "__main__":

@@ -10,11 +10,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from .errors import FastDPOError
 
 _TEMPORARY = ".fastdpo-"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_LOCKS: set[int] = set()
+"""Open directories whose locks this process holds."""
 
 
 def cache_root() -> Path:
@@ -61,7 +64,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
                 temporary.rename(path)
         else:
             temporary.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
 
 
 @contextmanager
@@ -86,9 +89,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
         try:
             yield Path(name)
             os.chmod(name, 0o644)
-            _sync(Path(name))
+            sync(Path(name))
             os.replace(name, path)
-            _sync(path.parent)
+            sync(path.parent)
         finally:
             Path(name).unlink(missing_ok=True)
 
@@ -111,7 +114,8 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold the lock of a directory; no file is needed for it, and a killed process leaves none.
+    """Hold the lock of a directory; no file is needed for it, and a killed process leaves none,
+    even if processes that it has forked live on.
 
     Yields whether the lock is held: some network file systems have none.
 
@@ -119,6 +123,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[bool]:
         BlockingIOError: another process holds it, and `wait` is false.
     """
     handle = os.open(folder, os.O_RDONLY)
+    _LOCKS.add(handle)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -129,17 +134,37 @@ def locked(folder: Path, wait: bool = False) -> Iterator[bool]:
             held = False
         yield held
     finally:
-        os.close(handle)
+        if handle in _LOCKS:
+            _LOCKS.discard(handle)
+            os.close(handle)
+
+
+def _leave_locks() -> None:
+    """In a forked child, which would hold them as long as it lives."""
+    while _LOCKS:
+        os.close(_LOCKS.pop())
+
+
+os.register_at_fork(after_in_child=_leave_locks)
+
+
+def are_inside(names: Any) -> bool:
+    """Whether these are names of files below the directory that names them."""
+    if not isinstance(names, list | dict) or not all(isinstance(name, str) for name in names):
+        return False
+    paths = [Path(name) for name in names]
+    return not any(path.is_absolute() or ".." in path.parts for path in paths)
 
 
 def flush(folder: Path) -> None:
     """Bring every file of a directory to the disk."""
     for file in folder.rglob("*"):
         if file.is_file():
-            _sync(file)
+            sync(file)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file, or the entries of a directory, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -28,7 +28,7 @@ from safetensors.numpy import load_file, save_file
 from . import files
 from .data.batch import make_batch
 from .data.groups import Group
-from .data.plan import reference_rows
+from .data.plan import Row, reference_rows
 from .model.scorer import Scorer
 
 logger = logging.getLogger(__name__)
@@ -192,33 +192,38 @@ def fill_reference(
     fill the same store do so one after the other, each taking over what is there.
     """
     digests = [[g.digest(r) for r in range(len(g.responses))] for g in groups]
-    distinct = {d for group in digests for d in group}
-    wanted = _missing(digests, store)
-    if wanted:
+    wanted = _distinct(digests)
+    missing = [digest for digest in wanted if digest not in store]
+    if missing:
         with store.filling():
-            wanted = _missing(digests, store)
-            if wanted:
+            missing = [digest for digest in wanted if digest not in store]
+            if missing:
                 model = scorer if isinstance(scorer, Scorer) else scorer()
-                _compute(groups, digests, wanted, model, store, max_tokens, progress)
+                windows = reference_rows(
+                    groups,
+                    list(wanted.values()),
+                    max_tokens=max_tokens,
+                    layout=model.layout.name,
+                    missing={wanted[digest] for digest in missing},
+                )
+                rows = [row for window in windows for row in window]
+                _compute(groups, digests, rows, model, store, progress)
     for group, keys in zip(groups, digests, strict=True):
         group.ref_logps = np.array([store.logp(d) for d in keys])
-    return ReferenceReport(len(distinct) - len(wanted), len(wanted), store.directory)
+    return ReferenceReport(len(wanted) - len(missing), len(missing), store.directory)
 
 
-def _missing(digests: Sequence[Sequence[bytes]], store: LogpStore) -> list[tuple[int, int]]:
-    """The group and number of each distinct response that the store lacks."""
+def _distinct(digests: Sequence[Sequence[bytes]]) -> dict[bytes, tuple[int, int]]:
+    """The group and number of each distinct response."""
     wanted: dict[bytes, tuple[int, int]] = {}
     for index, keys in enumerate(digests):
         for response, digest in enumerate(keys):
-            if digest not in store:
-                wanted.setdefault(digest, (index, response))
-    return list(wanted.values())
+            wanted.setdefault(digest, (index, response))
+    return wanted
 
 
-def _compute(groups, digests, wanted, scorer: Scorer, store, max_tokens, progress) -> None:
+def _compute(groups, digests, rows: list[Row], scorer: Scorer, store, progress) -> None:
     layout = scorer.layout.name
-    windows = reference_rows(groups, wanted, max_tokens=max_tokens, layout=layout)
-    rows = [row for window in windows for row in window]
     names: list[bytes] = []
     values: list[np.ndarray] = []
     written = time.monotonic()

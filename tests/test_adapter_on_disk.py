@@ -239,12 +239,12 @@ class Backwards(set):
 def test_a_set_of_targets_has_one_fingerprint_in_every_process(adapter):
     config = TrainConfig(model_name_or_path=str(adapter), use_peft=True)
     model = load_scorer(config, CPU, None, lambda line: None).model
-    before = model_fingerprint(model, None)
+    before = model_fingerprint(model, None, "weights")
     settings = model.peft_config["default"]
     settings.target_modules = Backwards(settings.target_modules)
-    assert model_fingerprint(model, None) == before
+    assert model_fingerprint(model, None, "weights") == before
     settings.lora_alpha += 1
-    assert model_fingerprint(model, None) != before
+    assert model_fingerprint(model, None, "weights") != before
 
 
 @pytest.mark.parametrize(

@@ -246,19 +246,27 @@ def test_every_stage_of_the_gpu_check_can_be_parsed(stage: gpu_check.Stage) -> N
             trainers.parse(rest if words[0] == "bench.memory" else words[1:])
 
 
-@pytest.mark.slow
 def test_dry_run_of_the_gpu_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = sorted(record.RESULTS.glob("*"))
     sizes = [path.stat().st_size for path in kept]
-    stages = ["regimes", "long", "configurations"]
-    arguments = ["--dry-run", "--results", str(tmp_path), "--stages", *stages]
-    assert gpu_check.main(arguments) == 0
+    assert gpu_check.main(["--dry-run", "--results", str(tmp_path), "--stages", "regimes"]) == 0
     assert [path.stat().st_size for path in kept] == sizes
-    rows = read(tmp_path)
-    regimes = {row["case"]["regime"] for row in rows}
-    assert regimes == set(REGIMES)
-    timed = {row["provider"] for row in rows if "total_s" in row}
-    assert {"fastdpo", "fastdpo-triton", "products", "trl"} < timed
-    assert any(name.startswith("Config(") for name in timed)
+    timed = {row["provider"] for row in read(tmp_path) if "total_s" in row}
+    assert timed == {"fastdpo", "fastdpo-triton", "products", "trl"}
     assert "all of our own passed" in capsys.readouterr().out
     assert (tmp_path / "heads.md").exists() and (tmp_path / "gpu-check.log").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "provider"), [("long", "products"), ("configurations", "Config(")]
+)
+def test_stages_that_are_unlike_the_others(
+    name: str, provider: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process, which has imported everything."""
+    (stage,) = (stage for stage in gpu_check.FIGURES if stage.name == name)
+    monkeypatch.setenv("FASTDPO_RESULTS", str(tmp_path))
+    heads.main(shlex.split(gpu_check.dry(stage).arguments)[1:])
+    rows = read(tmp_path)
+    assert any(row["provider"].startswith(provider) for row in rows if "total_s" in row)
+    assert gpu_check.failures(rows) == []

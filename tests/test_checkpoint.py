@@ -4,18 +4,19 @@ trusted.
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from training import metrics, run, settings, weights
+from training import metrics, run, weights
 
+from bench.kill import Trials
+from bench.killed import Kill
 from fastdpo import files
 from fastdpo.errors import CheckpointError, FastDPOError
 from fastdpo.train import checkpoint
@@ -56,31 +57,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one(go, tmp_path, changes):
         }
 
 
-def test_a_killed_process_is_resumed_bit_for_bit(go, tmp_path, tiny_model, pairs_file):
-    common = {"max_steps": 14, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}
-    go(tmp_path / "whole", **{**common, "save_strategy": "no"})
-    config = tmp_path / "config.json"
-    values = settings(tiny_model, pairs_file, tmp_path / "killed", **common)
-    config.write_text(json.dumps({**values, "resume_from_checkpoint": True}), encoding="utf-8")
-    code = (
-        "import json, sys; from fastdpo.config import TrainConfig; "
-        "from fastdpo.train.run import train;"
-        "train(TrainConfig.from_dict(json.load(open(sys.argv[1]))))"
-    )
-    command = [sys.executable, "-c", code, str(config)]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(
-        command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while not list((tmp_path / "killed").glob("checkpoint-*")) and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "model.safetensors").exists()
-    subprocess.run(command, env=env, check=True, capture_output=True)
-    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
-    assert all(torch.equal(whole[name], killed[name]) for name in whole)
-    assert [row["step"] for row in metrics(tmp_path / "killed")] == list(range(1, 15))
+KILLS = [
+    Kill(place="reference: write", half=True),
+    Kill(place="starting: os.rename .fastdpo-trainer_state.json"),
+    Kill(place="saving: write optimizer.safetensors", half=True),
+    Kill(place="evaluating: open metrics.jsonl", half=True),
+    Kill(place="rotating: os.rmdir"),
+    Kill(place="final save: os.rename adapter_model.safetensors"),
+]
+
+
+def test_a_run_killed_at_six_places_ends_as_an_undisturbed_one(tmp_path):
+    """`bench.kill` draws the places at random, for full weights too."""
+    short = {"max_steps": 6, "save_steps": 2, "save_total_limit": 1, "eval_steps": 3}
+    row = Trials(tmp_path, short).trial("lora", KILLS)
+    assert [kill["phase"] for kill in row["kills"]] == [k.place.split(":")[0] for k in KILLS]
+    assert row["differs"] == []
 
 
 @pytest.fixture
@@ -163,10 +155,103 @@ def test_atomic_files_appear_whole_or_not_at_all(tmp_path):
 
 
 def test_rotation_keeps_the_newest(tmp_path):
+    manifest = json.dumps({"config.json": {"bytes": 2, "xxh3_128": "0"}})
     for step in (9, 10, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / checkpoint.MANIFEST).write_text("{}")
-    checkpoint.rotate(tmp_path, None)
+        (tmp_path / f"checkpoint-{step}" / checkpoint.MANIFEST).write_text(manifest)
+    checkpoint.rotate(tmp_path, None, 100)
     assert len(list(tmp_path.iterdir())) == 3
-    checkpoint.rotate(tmp_path, 2)
+    checkpoint.rotate(tmp_path, 2, 100)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-100"]
+
+
+def test_a_damaged_later_checkpoint_does_not_count_as_kept(go, saved, monkeypatch):
+    """Resumed before it, the run must not remove the only whole ones for it."""
+    (saved / "checkpoint-4" / "rng.safetensors").unlink()
+    keys = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_steps": 6}
+    save = checkpoint.save_checkpoint
+
+    def stopping(path, **named):
+        if path.name == "checkpoint-4":
+            raise KeyboardInterrupt
+        save(path, **named)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(checkpoint, "save_checkpoint", stopping)
+        go(saved, **keys, resume_from_checkpoint=True)
+    assert checkpoint.damage(saved / "checkpoint-3") is None
+    go(saved, **keys, resume_from_checkpoint=True)
+    assert [p.name for p in checkpoint.checkpoints(saved)] == ["checkpoint-6"]
+
+
+def test_what_a_kill_during_a_rotation_leaves_goes(go, saved):
+    (saved / "checkpoint-1").mkdir()
+    keys = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    (saved / "README.md").unlink()  # killed between the last save and the end of its rotation
+    go(saved, **keys, resume_from_checkpoint=True)
+    assert [p.name for p in checkpoint.checkpoints(saved)] == ["checkpoint-4"]
+    (saved / "checkpoint-1").mkdir()
+    go(saved, max_steps=1, overwrite_output_dir=True)
+    assert checkpoint.checkpoints(saved) == []
+
+
+def test_a_checkpoint_takes_the_place_of_another_but_not_of_other_files(go, saved):
+    (saved / "checkpoint-4" / "notes.txt").write_text("mine")
+    go(saved, overwrite_output_dir=True, save_strategy="steps", save_steps=4)
+    assert (saved / "checkpoint-4" / "notes.txt").read_text() == "mine"
+    assert checkpoint.damage(saved / "checkpoint-4") is None
+    _, said = go(saved, max_steps=5, resume_from_checkpoint=True)
+    assert any("resumed at step 4" in line for line in said)
+
+
+def test_a_run_resumed_after_its_last_step_writes_the_same_log_and_card(go, tmp_path, pairs_file):
+    out = tmp_path / "out"
+    keys = {"save_strategy": "steps", "save_steps": 2, "logging_first_step": True}
+    keys |= {"logging_steps": 3, "do_eval": True, "eval_dataset_name": str(pairs_file)}
+    result, _ = go(out, **keys)
+    lines, card = metrics(out), (out / "README.md").read_text()
+    assert [row["step"] for row in lines] == [1, 3, 4, 4] and "eval_loss" in lines[-1]
+    (out / "model.safetensors").unlink()  # killed during the last save
+    again, _ = go(out, **keys, resume_from_checkpoint=True)
+    assert metrics(out) == lines and (out / "README.md").read_text() == card
+    assert "| eval_loss |" in card and again == result
+    shutil.rmtree(out / "checkpoint-4")
+    (out / "model.safetensors").unlink()
+    go(out, **keys, resume_from_checkpoint=True)
+    assert [row["step"] for row in metrics(out)] == [1, 3, 4, 4]
+
+
+def test_weights_of_two_models_never_lie_together(go, saved, monkeypatch):
+    """Killed at any move of the last save, a directory with weights is one whole model."""
+    seen = []
+    replace = os.replace
+
+    def watched(source, target):
+        if Path(target).parent == saved and "model-" in str(source):
+            new = {f.name for f in Path(source).parent.iterdir()}
+            seen.append((Path(target).name, (saved / "model.safetensors").exists(), len(new)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    go(saved, max_steps=6, resume_from_checkpoint=True)
+    assert seen[-1][0] == "model.safetensors" and seen[-1][2] == 1
+    assert len(seen) > 3 and not any(weights for _, weights, _ in seen)
+
+
+def test_a_lock_ends_with_its_process_though_a_child_lives_on(tmp_path):
+    context = multiprocessing.get_context("fork")
+    holding, ended = context.Event(), context.Event()
+
+    def hold():
+        with files.locked(tmp_path):
+            context.Process(target=ended.wait, args=(60,)).start()
+            holding.set()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = context.Process(target=hold)
+    process.start()
+    process.join()
+    assert holding.is_set()
+    with files.locked(tmp_path) as held:
+        assert held
+    ended.set()

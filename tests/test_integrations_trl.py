@@ -209,6 +209,16 @@ def test_few_tokens_and_the_kinds_of_results(tokens):
         assert [t.requires_grad for t in ours] == [t.requires_grad for t in theirs]
 
 
+def test_layouts_and_integers_that_trls_function_cannot_take():
+    tensors, targets = head(9)
+    theirs = called(THEIRS, tensors, targets, both, 1.0, 32, None, 1.0)
+    laid = [torch.stack([t, t + 1], -1)[..., 0] for t in tensors]
+    assert not any(t.is_contiguous() for t in laid)
+    ours = called(OURS, laid, targets.int(), both, 1.0, 32, None, 1.0)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_unasked_outputs_are_none():
     tensors, targets = head(5)
     for outputs in [(), ("log_probs",), ("log_probs", "entropy"), ("is_top1", "mean_logits")]:

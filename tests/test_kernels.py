@@ -7,7 +7,14 @@ import math
 
 import pytest
 import torch
-from fastdpo_kernels import LOSSES, linear_dpo_loss, linear_logprob, register_loss, tiles
+from fastdpo_kernels import (
+    LOSSES,
+    library,
+    linear_dpo_loss,
+    linear_logprob,
+    register_loss,
+    tiles,
+)
 from fastdpo_kernels.head import OUTPUTS
 from fastdpo_kernels.problem import Loss, Problem, whole_comparisons
 from head_problems import (
@@ -238,22 +245,169 @@ def test_a_loss_is_added_by_writing_a_function():
         LOSSES.pop("squared", None)
 
 
+BACKENDS = ["torch", "triton", "reference"]
+INTEGERS = {"dtype": torch.int32}
+
+
+def refused(function, arguments: dict, message: str) -> None:
+    """Every backend raises the same `ValueError`."""
+    for backend in [arguments.pop("backend")] if "backend" in arguments else BACKENDS:
+        with pytest.raises(ValueError, match=message):
+            function(**arguments, backend=backend)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"targets": torch.zeros(4, dtype=torch.int64)}, "targets: expected shape"),
-        ({"weight": torch.zeros(9, 3)}, "weight: expected"),
-        ({"bias": torch.zeros(3)}, "bias: expected"),
-        ({"targets": torch.full((5,), 101)}, "101 is outside the vocabulary of 101"),
+        ({"targets": torch.zeros(4, **INTEGERS)}, r"targets: expected shape \(5,\), got \(4,\)"),
+        ({"targets": torch.full((5,), 101)}, "targets: 101 is outside the vocabulary of 101"),
+        ({"targets": torch.full((5,), -1, **INTEGERS)}, "targets: -1 is outside the vocabulary"),
+        ({"targets": torch.zeros(5)}, "targets: expected integers, got torch.float32"),
+        ({"targets": torch.zeros(5, dtype=torch.bool)}, "targets: expected integers"),
+        ({"targets": torch.zeros(5, device="meta", **INTEGERS)}, "targets: expected on cpu as hid"),
+        ({"hidden": torch.zeros(5, 24, **INTEGERS)}, "hidden: expected .* got torch.int32"),
+        ({"hidden": torch.zeros(())}, r"expected \(..., H\) and \(V, H\) .* got \(\) and"),
+        ({"hidden": torch.zeros(5, 0), "weight": torch.zeros(9, 0)}, "H and V above 0, got .5, 0."),
+        ({"weight": torch.zeros(0, 24)}, r"H and V above 0, got \(5, 24\) and \(0, 24\)"),
+        ({"weight": torch.zeros(9, 3)}, r"weight: expected \(V, 24\), got \(9, 3\) for hidden"),
+        ({"weight": torch.zeros(9, 24, 1)}, r"weight: expected \(V, 24\), got \(9, 24, 1\)"),
+        ({"weight": torch.zeros(9, 24, dtype=torch.int8)}, "weight: expected .* got torch.int8"),
+        ({"weight": torch.zeros(9, 24).to_sparse()}, "weight: expected a dense .*sparse_coo"),
+        ({"weight": torch.zeros(9, 24, device="meta")}, "weight: expected on cpu .* got meta"),
+        ({"bias": torch.zeros(3)}, r"bias: expected shape \(101,\), got \(3,\)"),
+        ({"bias": torch.zeros(101, 1)}, r"bias: expected shape \(101,\), got \(101, 1\)"),
+        ({"bias": torch.zeros(101, dtype=torch.complex64)}, "bias: expected .* torch.complex64"),
+        ({"softcap": 0.0}, "softcap: expected a number above 0, got 0.0"),
+        ({"temperature": math.nan}, "temperature: expected a number above 0, got nan"),
         ({"outputs": ("entropie",)}, "unknown outputs"),
         ({"backend": "cuda"}, "unknown backend"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_wrong_arguments_are_named(change, message):
-    x, w, _, y = make(5)
-    with pytest.raises(ValueError, match=message):
-        linear_logprob(**{"hidden": x, "weight": w, "targets": y, **change})
+    x, w, _, y = make(5, dtype=torch.float32, ignore=0)
+    refused(linear_logprob, {"hidden": x, "weight": w, "targets": y, **change}, message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"hidden": torch.zeros(1, 5, 24), "targets": torch.zeros(1, 5, **INTEGERS)},
+            "hidden: exp",
+        ),
+        ({"response_ids": torch.zeros(4, **INTEGERS)}, r"response_ids: expected shape \(5,\)"),
+        ({"response_ids": torch.full((5,), 2)}, "response_ids: 2 is outside the 2 responses"),
+        ({"response_ids": torch.full((5,), -1, **INTEGERS)}, "response_ids: -1 is outside the 2"),
+        ({"response_ids": torch.zeros(5)}, "response_ids: expected integers, got torch.float32"),
+        (
+            {"comparisons": torch.zeros(2, **INTEGERS)},
+            r"comparisons: expected \(C, 2\), got \(2,\)",
+        ),
+        ({"comparisons": torch.zeros(2, 3, **INTEGERS)}, r"comparisons: expected \(C, 2\)"),
+        ({"comparisons": torch.tensor([[0, -1]])}, "comparisons: -1 is outside the 2 responses"),
+        ({"comparisons": torch.tensor([[2, 1]])}, "comparisons: 2 is outside the 2 responses"),
+        ({"comparisons": torch.zeros(1, 2)}, "comparisons: expected integers"),
+        ({"ref_logps": torch.zeros(2, 1)}, r"ref_logps: expected \(R,\), got \(2, 1\)"),
+        ({"ref_logps": torch.zeros(0)}, "is outside the 0 responses of ref_logps"),
+        ({"comparison_weights": torch.ones(())}, r"comparison_weights: expected shape \(1,\)"),
+        ({"comparison_weights": torch.ones(2)}, r"comparison_weights: expected shape \(1,\)"),
+        ({"response_lengths": torch.ones(1)}, r"response_lengths: expected shape \(2,\)"),
+        (
+            {"loss_type": lambda pairs: pairs.margins.mean()},
+            r"loss_type: .* returns \(1,\).* got \(\)",
+        ),
+        ({"loss_type": lambda pairs: pairs.margins[:, None]}, r"loss_type: .* got \(1, 1\)"),
+        ({"softcap": -1.0}, "softcap: expected a number above 0, got -1.0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_arguments_of_the_loss_are_named(change, message):
+    x, w, _, y = make(5, dtype=torch.float32, ignore=0)
+    arguments = {
+        "hidden": x,
+        "weight": w,
+        "targets": y,
+        "response_ids": torch.tensor([0, 0, 0, 1, 1]),
+        "comparisons": torch.tensor([[0, 1]]),
+        "ref_logps": torch.zeros(2),
+    }
+    refused(linear_dpo_loss, arguments | change, message)
+
+
+def test_operators_refuse_what_the_functions_refuse():
+    x, w, _, y = make(6, dtype=torch.float32, ignore=0)
+    options = {"softcap": None, "logit_scale": 1.0, "temperature": 1.0, "ignore_index": -100}
+    options |= {"dtype": torch.float32, "backend": "torch", "workspace_mib": 1, "outputs": ""}
+    for wrong, message in [
+        ((x.view(2, 3, 24), w, None, y.view(2, 3)), r"hidden: expected \(T, H\), got \(2, 3, 24\)"),
+        ((x, w, w[:, 0][:50], y), r"bias: expected shape \(101,\)"),
+        ((x, w, None, y + 101), "outside the vocabulary"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            library.linear_logprob(*wrong, **options, keep_gradient=False)
+    pairs = {"loss_type": "sigmoid", "beta": 0.1, "label_smoothing": 0.0, "needs": [False] * 3}
+    with pytest.raises(ValueError, match=r"ref_logps: expected \(R,\)"):
+        library.linear_dpo_loss(
+            x,
+            w,
+            None,
+            y,
+            y * 0,
+            torch.zeros(1, 2).long(),
+            torch.zeros(1, 1),
+            None,
+            None,
+            **options,
+            **pairs,
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shapes_alone_are_enough_on_the_meta_device(backend):
+    x, w, b, y, ids, pairs, ref = (t.to("meta") for t in packed(bias=True, dtype=torch.float32))
+    assert linear_logprob(x, w, y, b, backend=backend).shape == y.shape
+    loss, logps = linear_dpo_loss(x, w, y, ids, pairs, ref, b, backend=backend)
+    assert loss.is_meta and (loss.shape, logps.shape) == ((), (7,))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_state_that_is_not_finite_spoils_its_token_and_the_weight_alone(backend, value):
+    x, w, _, y = make(5, dtype=torch.float32, ignore=0)
+    x[3, 2] = value
+    bad = torch.arange(5) == 3
+    for trained in (False, True):
+        leaves = x.clone().requires_grad_(), w.clone().requires_grad_(trained)
+        logprob = linear_logprob(*leaves, y, backend=backend)
+        logprob.sum().backward()
+        assert torch.equal(logprob.isnan(), bad)
+        assert torch.equal(leaves[0].grad.isnan().any(1), bad)
+        assert leaves[1].grad is None or leaves[1].grad.isnan().all()
+    ids, pairs = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([[0, 1]])
+    loss, logps = linear_dpo_loss(*leaves, y, ids, pairs, torch.zeros(3), backend=backend)
+    assert loss.isnan() and logps.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_of_minus_infinity_takes_entries_out_of_the_vocabulary(backend):
+    x, w, b, y = make(9, dtype=torch.float32, bias=True, ignore=0)
+    y %= 50
+    b[50:] = -math.inf
+    names = ("entropy", "log_sum_sq_prob", "lse")
+    found, expected = (
+        linear_logprob(*tensors, outputs=names, backend=kind)._asdict()
+        for kind, tensors in (
+            (backend, (x, w, y, b)),
+            ("reference", (x.double(), w[:50].double(), y, b[:50].double())),
+        )
+    )
+    for name, value in found.items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-5, msg=name)
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    linear_logprob(x, w, y, b, backend=backend).sum().backward()
+    assert all(t.grad.isfinite().all() for t in leaves)
+    assert not w.grad[50:].any() and not b.grad[50:].any()
 
 
 def test_unknown_loss_is_named():

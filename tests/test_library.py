@@ -80,6 +80,21 @@ def test_opcheck_of_logprob_backward(needs, dtype):
     torch.library.opcheck(library.linear_logprob_backward, arguments, options)
 
 
+def test_opcheck_of_a_transposed_weight():
+    """Its gradient has its layout, and a compiler knows that."""
+    (x, w, b), (y, *rest) = dpo_problem()
+    w = w.T.contiguous().T
+    logprob, lse = linear_logprob(x, w, y, b, outputs=("lse",))
+    options = HEAD | {"needs": NEEDS[0]}
+    arguments = (torch.ones_like(logprob), x, w, b, y, logprob, lse)
+    torch.library.opcheck(library.linear_logprob_backward, arguments, options)
+    assert library.linear_logprob_backward(*arguments, **options)[1].stride() == w.stride()
+    options |= {"outputs": "", "loss_type": "sigmoid", "beta": 0.1, "label_smoothing": 0.1}
+    arguments = (*leaves((x, w, b)), y, *rest, None, None)
+    torch.library.opcheck(library.linear_dpo_loss, arguments, options)
+    assert library.linear_dpo_loss(*arguments, **options)[-2].stride() == w.stride()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("extras", [False, True], ids=["defaults", "weights and lengths"])
 @pytest.mark.parametrize("needs", NEEDS, ids=str)

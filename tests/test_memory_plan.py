@@ -375,21 +375,21 @@ def test_a_comparison_longer_than_every_budget_trains(tiny_model, tmp_path, toke
     data = tmp_path / "long.jsonl"
     words = "one small dog saw the old hills and ran far over a mat "
     rows = [
-        {"prompt": words * 90, "chosen": words * 80 + "yes", "rejected": words * 70 + "no"},
+        {"prompt": words * 24, "chosen": words * 22 + "yes", "rejected": words * 20 + "no"},
         {"prompt": words, "chosen": words + "yes", "rejected": words + "no"},
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     keys = {"max_length": None, "max_steps": 1, "per_device_train_batch_size": 2}
     found = {}
-    for budget in (512, 100000):
+    for budget in (128, 100000):
         result, said = run(
             tiny_model, data, tmp_path / str(budget), max_tokens_per_batch=budget, **keys
         )
         found[budget] = result
     longest = len(tokenizer(rows[0]["prompt"] + rows[0]["chosen"])["input_ids"])
-    assert longest > 2000
+    assert longest > 512
     for name in ("loss", "rewards/margins", "logps/chosen", "grad_norm"):
-        assert found[512][name] == pytest.approx(found[100000][name], rel=1e-5)
+        assert found[128][name] == pytest.approx(found[100000][name], rel=1e-5)
     assert any("above the model's max_position_embeddings" in line for line in said)
 
 

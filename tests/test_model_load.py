@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from families import ALONE, OTHER_HEADS, PADDED, SHARED, build
+from families import ALONE, OTHER_HEADS, OTHERS, SHARED, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -332,7 +332,7 @@ def test_left_over_weights_are_a_note(tiny_model, tmp_path, pairs_file, caplog):
     assert "LOAD REPORT" not in caplog.text
 
 
-@pytest.mark.parametrize("family", [*SHARED, *PADDED, *ALONE, *OTHER_HEADS])
+@pytest.mark.parametrize("family", [*SHARED, *OTHERS, *ALONE, *OTHER_HEADS])
 def test_no_architecture_lacks_what_it_saved(tmp_path, family):
     """Tied heads, buffers and fused experts included; and each is causal."""
     build(family, dtype=torch.float32).save_pretrained(tmp_path)

@@ -22,6 +22,7 @@ from fastdpo.config import TrainConfig
 from fastdpo.errors import CheckpointError, ConfigError, FastDPOError
 from fastdpo.train import checkpoint
 from fastdpo.train.changes import COMPARED, FIXED, FOLLOWED
+from fastdpo.train.loop import Trainer
 
 LORA = {
     "use_peft": True,
@@ -155,8 +156,17 @@ def test_what_a_run_reads_is_not_overwritten(go, tmp_path, tiny_model, pairs_fil
     go(tmp_path / "next", model_name_or_path=str(out), max_steps=1)
 
 
+def test_another_trainers_checkpoint_is_not_written_over(go, copy):
+    path, keys = copy
+    (path / "checkpoint-6").mkdir()
+    (path / "checkpoint-6" / "model.safetensors").write_bytes(b"theirs")
+    (path / "checkpoint-6" / "trainer_state.json").write_text('{"global_step": 6}')
+    keys |= {"resume_from_checkpoint": True, "max_steps": 6}
+    fails_untouched(go, path, ConfigError, "holds checkpoint-6, which no run", **keys)
+
+
 @pytest.mark.parametrize("way", ["overwrite_output_dir", "resume_from_checkpoint", None])
-@pytest.mark.parametrize("held", ["model", "README.md"])
+@pytest.mark.parametrize("held", ["model", "README.md", "tokenizer.model"])
 def test_what_no_run_wrote_is_not_written_over(go, tmp_path, tiny_model, way, held):
     out = tmp_path / "out"
     if held == "model":
@@ -190,6 +200,17 @@ def test_a_finished_run_says_so_and_stays(go, copy):
     keys["max_steps"] = 6
     message = "is finished .step 4. and holds no checkpoint to go on from"
     fails_untouched(go, path, CheckpointError, message, resume_from_checkpoint=True, **keys)
+
+
+def test_a_finished_model_is_not_trained_anew_for_a_file_that_is_gone(go, tmp_path):
+    out = tmp_path / "out"
+    go(out, max_steps=1)
+    (out / "README.md").unlink()
+    message = r"is finished \(step 1\), lacks README.md and holds no checkpoint"
+    for steps in (1, 2):
+        fails_untouched(
+            go, out, CheckpointError, message, max_steps=steps, resume_from_checkpoint=True
+        )
 
 
 @both
@@ -345,6 +366,21 @@ def test_another_reference_or_other_data_are_no_accident(
     assert f"dataset_name {pairs_file} (now {shorter})" in text
 
 
+def test_the_same_in_another_notation_is_no_change(go, copy, tmp_path):
+    path, keys = copy
+    start = path / "checkpoint-2"
+    same = {"data_seed": 42, "loss_weights": [1.0], "max_steps": 2}
+    _, said = go(tmp_path / "new", **keys | same, resume_from_checkpoint=str(start))
+    assert not any("data_seed" in line or "loss_weights" in line for line in said)
+
+
+@pytest.mark.parametrize("finished", ["lora"], indirect=True)
+def test_the_order_of_modules_is_no_change(go, copy, tmp_path):
+    path, keys = copy
+    keys |= {"lora_target_modules": ["down_proj", "q_proj"], "max_steps": 2}
+    go(tmp_path / "new", **keys, resume_from_checkpoint=str(path / "checkpoint-2"))
+
+
 def test_every_key_is_sorted_by_what_a_resumed_run_does_with_it():
     """A new key has to be put into one of the lists of train/changes.py, or into this one."""
     free = [
@@ -402,6 +438,29 @@ def test_one_run_at_a_time(go, copy):
         message = "another run is writing to"
         fails_untouched(go, path, ConfigError, message, overwrite_output_dir=True, **keys)
     go(path, max_steps=1, overwrite_output_dir=True)
+
+
+@pytest.mark.parametrize("left", ["nothing", "another run"])
+@pytest.mark.parametrize("when", [1, 3, 4])
+def test_a_directory_that_is_replaced_belongs_to_another_run(
+    go, finished, tmp_path, monkeypatch, left, when
+):
+    path, keys = finished
+    out, after_step = tmp_path / "out", Trainer._after_step
+    before: dict[str, str] = {}
+
+    def replacing(trainer):
+        if trainer.step == when:
+            out.rename(tmp_path / "moved")
+            if left == "another run":
+                shutil.copytree(path, out)
+                before.update(content(out))
+        return after_step(trainer)
+
+    monkeypatch.setattr(Trainer, "_after_step", replacing)
+    with pytest.raises(ConfigError, match="was moved, removed or replaced"):
+        go(out, **keys)
+    assert (content(out) if out.exists() else {}) == before
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path):

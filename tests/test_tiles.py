@@ -1,8 +1,10 @@
 """What a tile promises to the regimes, what a regime costs in tiles, and products of any dtype."""
 
+from unittest import mock
+
 import pytest
 import torch
-from fastdpo_kernels import products, reference, regimes
+from fastdpo_kernels import arguments, products, reference, regimes
 from fastdpo_kernels.backends import choose_backend, make_tiles
 from fastdpo_kernels.head import OUTPUTS, Head
 from fastdpo_kernels.problem import Loss, Problem
@@ -60,6 +62,25 @@ def test_tiles_keep_their_promise(engine, options, ignored):
         assert found.keys() == {"logprob", *OUTPUTS}
         for name, value in found.items():
             torch.testing.assert_close(value.double().cpu(), stats[name].double(), **tolerance)
+
+
+def test_a_target_outside_the_vocabulary_gives_nan():
+    x, w, _, _ = make(3, dtype=torch.float32)
+    y, tiles = torch.tensor([3, 101, -1]), TorchTiles(Head(w), 1)
+    stats = tiles.score(x, y, ())
+    _, row_scale, kept = tiles.exponentials(x, y, ())
+    _, again = tiles.probabilities(x, y, stats)
+    for values in (stats["logprob"], kept["logprob"], row_scale, again):
+        assert values.isnan().tolist() == [0, 1, 0] and values[2] == 0
+
+
+def test_indices_that_nobody_may_look_at():
+    """Negative ones, which would count from the end, become the first that does not exist."""
+    values = torch.tensor([0, -1, 5, -100], dtype=torch.int32)
+    on_the_gpu = mock.patch.object(arguments, "_on_the_host", lambda _: False)
+    with on_the_gpu:
+        assert arguments.indices("ids", values, 5, "").tolist() == [0, 5, 5, 5]
+        assert arguments.scored_targets(values, 5, -100).tolist() == [0, 5, 5, -1]
 
 
 class Counted(TorchTiles):

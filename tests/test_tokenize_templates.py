@@ -32,7 +32,7 @@ OLD_CALL = PLAIN.replace(
 )
 PARTS = (
     "{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for p in m.content %}{% if 'image' in p %}<image>{% else %}{{ p.text }}{% endif %}"
+    "{% for p in m.content %}{% if 'image' in p %}<image>{% endif %}{{ p.text }}"
     "{% endfor %}{% endif %}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )

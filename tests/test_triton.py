@@ -182,9 +182,28 @@ def test_ignored_tokens_and_targets_outside():
     assert not leaves[0].grad.any() and not leaves[1].grad.any()
     tiles = TritonTiles(Head(w.detach()), 1)
     outside = torch.tensor([3, 101, -1], device=DEVICE)
-    assert tiles.score(x.detach()[:3], outside, ())["logprob"].isnan().tolist() == [0, 1, 0]
-    stats = tiles.exponentials(x.detach()[:3], outside, ())[2]
-    assert stats["logprob"].isnan().tolist() == [0, 1, 0]
+    states = x.detach()[:3]
+    stats = tiles.score(states, outside, ())
+    _, row_scale, kept = tiles.exponentials(states, outside, ())
+    _, again = tiles.probabilities(states, outside, stats)
+    for values in (stats["logprob"], kept["logprob"], row_scale, again):
+        assert values.isnan().tolist() == [0, 1, 0] and values[2] == 0
+
+
+def test_indices_of_no_response_give_nan():
+    """On a GPU nobody looks at them; a number that leaves a token or a comparison out is worse."""
+    doubles = {"dtype": torch.float64, "device": DEVICE}
+    for wrong in (-1, 2):
+        logps = torch.zeros(2, **doubles)
+        ids = torch.tensor([0, wrong, 1], device=DEVICE)
+        dpo_step.add_response_sums(logps, torch.ones(3, device=DEVICE), ids)
+        assert logps.isnan().all()
+        for pair in ([0, wrong], [wrong, 1]):
+            zeros, pairs = torch.zeros(2, **doubles), torch.tensor([[0, 1], pair], device=DEVICE)
+            loss, slope = dpo_step.coefficients(
+                zeros, zeros, zeros, pairs, zeros, loss_type="sigmoid", beta=0.1, label_smoothing=0
+            )
+            assert loss.isnan() and slope.isnan().all()
 
 
 def test_a_wide_head_through_descriptors_and_persistent_programs():

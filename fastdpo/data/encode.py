@@ -37,7 +37,8 @@ KEPT, BAD, IDENTICAL, PROMPT_TOO_LONG, NO_COMPARISON = range(5)
 
 _UNREAD = (
     "holds text that is in none of prompt and responses, and would not be trained on; expected it "
-    "to be a part of prompt (rename or move it), or not to be there (remove the column)"
+    "in prompt: rename the column to prompt, put its text there, or remove it (this layout is not "
+    "read yet)"
 )
 _IDS = datasets.List(datasets.Value("int32"))
 FEATURES = datasets.Features(

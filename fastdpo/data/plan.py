@@ -6,7 +6,7 @@ packed into rows of at most `max_tokens` changes neither which comparisons share
 in rounding, any number that comes out.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,9 +114,13 @@ def reference_rows(
     max_tokens: int,
     layout: str = "shared",
     window: int = 2048,
+    missing: Collection[tuple[int, int]] | None = None,
 ) -> Iterator[list[Row]]:
     """Rows that compute each wanted (group, response) once; packed best-fit within windows of so
     many parts.
+
+    With `missing`, those of all that is wanted without what is not missing. So a pass that was
+    broken off goes on with the rows that it would have had, which gives the same bits.
     """
     parts: list[Part] = []
     for index, response in wanted:
@@ -128,7 +132,19 @@ def reference_rows(
                 continue
         parts.append(Part(index, (response,)))
     for start in range(0, len(parts), window):
-        yield _pack(groups, parts[start : start + window], max_tokens, layout, 1)
+        some = parts[start : start + window]
+        if missing is None:
+            yield _pack(groups, some, max_tokens, layout, 1)
+        elif any(_only(part, missing) for part in some):
+            packed = _pack(groups, some, max_tokens, layout, 1)
+            rows = [tuple(left for p in row if (left := _only(p, missing))) for row in packed]
+            yield [row for row in rows if row]
+
+
+def _only(part: Part, missing: Collection[tuple[int, int]]) -> Part | None:
+    """Those of a part's responses that are missing; None where none is."""
+    left = tuple(r for r in part.responses if (part.group, r) in missing)
+    return Part(part.group, left) if left else None
 
 
 def _cut_into_steps(

@@ -115,11 +115,25 @@ def _changed(saved: Mapping[str, Any], config: TrainConfig, names: Sequence[str]
     idle = () if config.use_peft or before.get("use_peft") else ADAPTERS
     if config.memory == "auto":  # it chooses the optimizer, for the device at hand
         idle = (*idle, "optim")
+    same, other = _plain(now), _plain({**now, **before})
     return [
         f"{name} {before[name]} (now {now[name]})"
         for name in names
-        if name not in idle and before.get(name, now[name]) != now[name]
+        if name not in idle and name in before and other[name] != same[name]
     ]
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of keys with one notation for what means the same."""
+    plain = dict(values)
+    for name in ("lora_target_modules", "lora_modules_to_save"):
+        if isinstance(plain[name], list):
+            plain[name] = sorted(plain[name], key=str)
+    if plain["data_seed"] == plain["seed"]:
+        plain["data_seed"] = None
+    if isinstance(weights := plain["loss_weights"], list) and all(w == 1 for w in weights):
+        plain["loss_weights"] = None
+    return plain
 
 
 def _refuse(path: Path, changed: Sequence[str], config: TrainConfig) -> None:

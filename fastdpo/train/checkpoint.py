@@ -9,6 +9,7 @@ whole or not at all.
 
 import json
 import logging
+import os
 import random
 import re
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
 from ..errors import CheckpointError
-from ..files import atomic_directory, explain
+from ..files import are_inside, explain, flush, sync, temporary_directory
 from ..model.messages import one_line
 from ..model.save import save_weights
 from . import optimizer_state
@@ -52,7 +53,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
 ) -> None:
     """Write a checkpoint; without an optimizer, one that cannot be resumed (`save_only_model`)."""
-    with atomic_directory(path) as temporary:
+    with explain(path), temporary_directory(path) as temporary:
         save_model(temporary, model, tokenizer)
         if optimizer is not None:
             tensors, rest = optimizer_state.flatten(optimizer)
@@ -67,6 +68,24 @@ def save_checkpoint(
         files = sorted(f for f in temporary.rglob("*") if f.is_file())
         manifest = {f.relative_to(temporary).as_posix(): _fingerprint(f) for f in files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        flush(temporary)
+        _appear(temporary, path)
+
+
+def _appear(made: Path, path: Path) -> None:
+    """Rename a whole checkpoint. Where there is a directory of that name, it was damaged or holds
+    files of the user's, and only a run's own files are replaced, the manifest last.
+    """
+    remove(path)
+    if not path.exists():
+        made.rename(path)
+    else:
+        (path / MANIFEST).unlink(missing_ok=True)
+        names = (f.relative_to(made) for f in made.rglob("*") if f.is_file())
+        for name in sorted(names, key=lambda name: (name == Path(MANIFEST), name)):
+            (path / name).parent.mkdir(exist_ok=True)
+            os.replace(made / name, path / name)
+    sync(path.parent)
 
 
 def save_model(path: Path, model: Any, tokenizer: Any) -> None:
@@ -180,10 +199,12 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def rotate(output_dir: Path, keep: int | None) -> None:
-    """Remove the oldest checkpoints so that `keep` are left."""
+def rotate(output_dir: Path, keep: int | None, newest: int) -> None:
+    """Remove the oldest checkpoints so that `keep` are left up to the one of step `newest`. A later
+    one was damaged and passed over when the run was resumed: it must not count as kept.
+    """
     if keep is not None:
-        for path in checkpoints(output_dir)[: -keep or None]:
+        for path in [p for p in checkpoints(output_dir) if step_of(p) <= newest][:-keep]:
             remove(path)
 
 
@@ -191,6 +212,8 @@ def remove(path: Path) -> None:
     """Remove the files that a run wrote into a checkpoint, and the directory where that is all."""
     manifest = _manifest(path)
     if manifest is None:
+        with suppress(OSError):  # a kill may have left it empty
+            path.rmdir()
         return
     with explain(path):
         folders = {path}
@@ -206,20 +229,13 @@ def remove(path: Path) -> None:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """The directories named checkpoint-N, by N, whole or not."""
-    found = [
-        (int(match[1]), path)
-        for path in output_dir.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    ]
-    return [path for _, path in sorted(found)]
+    named = output_dir.glob("checkpoint-*")
+    return sorted((p for p in named if re.fullmatch(r"checkpoint-\d+", p.name)), key=step_of)
 
 
-def are_inside(names: Any) -> bool:
-    """Whether these are names of files below the directory that names them."""
-    if not isinstance(names, list | dict) or not all(isinstance(name, str) for name in names):
-        return False
-    paths = [Path(name) for name in names]
-    return not any(path.is_absolute() or ".." in path.parts for path in paths)
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, from its name."""
+    return int(path.name.partition("-")[2])
 
 
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:

@@ -88,15 +88,15 @@ class Trainer:
             config.report_to, folder, config.run_name, config.to_dict()
         )
         self.log = metrics.MetricsLog(folder / METRICS, trackers, self.resumed)
-        last = self._evaluate() if config.eval_on_start and self.step == 0 else {}
+        last = self.log.last()
+        if config.eval_on_start and self.step == 0:
+            last |= self._evaluate()
         self.model.train()
         trace = profiler(config.profile_steps, folder / TRACE, self.device)
         with closing(self.retry.steps(self._steps)) as taken, trace as watch:
             for _ in taken:
                 watch.step()
                 last |= self._after_step()
-        if config.do_eval and config.eval_strategy == "no":
-            last |= self._evaluate()
         self.bar.close()
         self._begin()
         return last
@@ -105,6 +105,8 @@ class Trainer:
         """Take the output directory, which was left as it was until a step had been taken."""
         self.output.begin(self.config)
         self.log.open()
+        if self.resumed is not None:  # a kill may have come between a save and its rotation
+            checkpoint.rotate(self.output.path, self.config.save_total_limit, self.resumed)
 
     def _due(self, strategy: str, name: str) -> bool:
         end = self.step == self.total_steps
@@ -145,11 +147,14 @@ class Trainer:
     def _after_step(self) -> dict[str, float]:
         """Read, log, evaluate and save where that is due; what was found."""
         config, first = self.config, self.step == (self.resumed or 0) + 1
-        log = self._due("steps", "logging") or (config.logging_first_step and first)
-        evaluate = bool(self.eval_groups) and self._due(config.eval_strategy, "eval")
+        log = self._due("steps", "logging") or (config.logging_first_step and self.step == 1)
+        evaluate = self._due(config.eval_strategy, "eval")
+        evaluate |= config.do_eval and self.step == self.total_steps
+        evaluate &= bool(self.eval_groups)
         save = self._due(config.save_strategy, "save")
         if self.pending.waits or first or log or evaluate or save:
             self._read()
+        self.output.require()
         if first:
             self._begin()
         found = self._write_metrics() if log else {}
@@ -185,6 +190,7 @@ class Trainer:
         return result
 
     def _save(self) -> None:
+        self.log.sync()
         checkpoint.save_checkpoint(
             self.output.path / f"checkpoint-{self.step}",
             model=self.model,
@@ -198,7 +204,7 @@ class Trainer:
                 "identity": self.identity,
             },
         )
-        checkpoint.rotate(self.output.path, self.config.save_total_limit)
+        checkpoint.rotate(self.output.path, self.config.save_total_limit, self.step)
 
     def resume(self, path: Path, state: dict[str, Any]) -> None:
         """Go on from a verified checkpoint and its state, with its weights, moments and random

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..errors import ConfigError
-from ..files import explain, write_text
+from ..files import explain, sync, write_text
 from ..model.quantised import count_weights
 
 TOKEN_STATS = ("entropy", "mean_logit", "is_top1")
@@ -226,18 +226,27 @@ class MetricsLog:
     """`metrics.jsonl`: one JSON object a line; what is written before `open` waits for it."""
 
     def __init__(self, path: Path, trackers: list[Tracker], resumed_step: int | None) -> None:
-        self.path, self.trackers, self.resumed_step = path, trackers, resumed_step
+        self.path, self.trackers = path, trackers
         self._waiting: list[tuple[dict[str, float], int]] | None = []
+        self._kept: list[str] = []
+        if resumed_step is not None and path.exists():
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            self._kept = [line for line in lines if _step(line) <= resumed_step]
+
+    def last(self) -> dict[str, float]:
+        """The last value of every metric in the lines that a resumed run keeps."""
+        found: dict[str, float] = {}
+        for line in self._kept:
+            found |= json.loads(line)
+        found.pop("step", None)
+        return found
 
     def open(self) -> None:
         """Start the file; a resumed run keeps the lines of the steps that it does not repeat."""
         if self._waiting is None:
             return
-        kept: list[str] = []
-        if self.resumed_step is not None and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-            kept = [line for line in lines if _step(line) <= self.resumed_step]
-        write_text(self.path, "".join(line + "\n" for line in kept))
+        write_text(self.path, "".join(line + "\n" for line in self._kept))
+        self._kept = []
         waiting, self._waiting = self._waiting, None
         for metrics, step in waiting:
             self.write(metrics, step)
@@ -251,6 +260,11 @@ class MetricsLog:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         for tracker in self.trackers:
             tracker.log(metrics, step)
+
+    def sync(self) -> None:
+        """Bring every line to the disk, where a checkpoint of their steps is about to be."""
+        with explain(self.path):
+            sync(self.path)
 
 
 def _step(line: str) -> float:

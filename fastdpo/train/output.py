@@ -15,7 +15,15 @@ from typing import Any
 
 from ..config import TrainConfig
 from ..errors import CheckpointError, ConfigError
-from ..files import explain, flush, locked, remove_leftovers, temporary_directory, write_text
+from ..files import (
+    are_inside,
+    explain,
+    flush,
+    locked,
+    remove_leftovers,
+    temporary_directory,
+    write_text,
+)
 from ..model.place import find_model
 from . import checkpoint
 from .changes import deciding
@@ -25,6 +33,7 @@ CONFIG = "training_config.yaml"
 METRICS = "metrics.jsonl"
 TRACE = "trace.json"
 _LOGS = (STATE, CONFIG, METRICS, TRACE)
+_WEIGHTS = ".safetensors"
 _WRITTEN = (
     *_LOGS,
     "README.md",
@@ -39,6 +48,7 @@ _WRITTEN = (
     "chat_template.*",
     "vocab.*",
     "merges.txt",
+    "*.model",
 )
 """What a run writes, checkpoints apart: a directory that holds any of it belongs to somebody."""
 
@@ -57,6 +67,7 @@ class Output:
         self.path, self.config = path, config
         self._state = _read(path / STATE)
         self._begun = False
+        self._place = _place(path)
         _check(path, config, set(self._files))
 
     @property
@@ -87,17 +98,30 @@ class Output:
         if wanted is not True:
             return Path(wanted).expanduser() if wanted else None
         found = checkpoint.find_checkpoint(self.path)
-        if found is None and self.finished:
+        if found is None and self._state.get("finished"):
+            gone = [name for name in self._files if not (self.path / name).exists()]
+            lacks = f", lacks {_some(gone)}" if gone else ""
             raise CheckpointError(
-                f"resume_from_checkpoint: the run in {self.path} is finished (step {self.step}) "
-                "and holds no checkpoint to go on from; choose another output_dir"
+                f"resume_from_checkpoint: the run in {self.path} is finished (step {self.step})"
+                f"{lacks} and holds no checkpoint to go on from; choose another output_dir"
             )
         return found
+
+    def require(self) -> None:
+        """Raise ConfigError if the directory was moved or replaced: the lock went with it, and what
+        lies there now may be another run's.
+        """
+        if _place(self.path) != self._place:
+            raise ConfigError(
+                f"output_dir: {self.path} was moved, removed or replaced while a run was writing "
+                "to it; nothing more is written"
+            )
 
     def begin(self, config: TrainConfig) -> None:
         """Make the directory this run's, now that its first step has been taken."""
         if self._begun:
             return
+        self.require()
         with explain(self.path):
             remove_leftovers(self.path)
             earlier = set(self._files)
@@ -117,18 +141,25 @@ class Output:
             write_text(self.path / CONFIG, config.to_yaml())
 
     def finish(self, config: TrainConfig, step: int, model: Any, tokenizer: Any, card: str) -> None:
-        """Save the trained model and its card; files of an earlier model that it lacks go."""
+        """Save the trained model and its card; files of an earlier model that it lacks go.
+
+        Earlier weights go first and new ones come last, the index of shards after them: at no
+        moment can what lies there be loaded as a mixture of two models.
+        """
         self.begin(config)
+        self.require()
         earlier = set(self._files)
-        with explain(self.path), temporary_directory(self.path / "model") as made:
-            checkpoint.save_model(made, model, tokenizer)
-            (made / "README.md").write_text(card, encoding="utf-8")
-            flush(made)
-            names = {f.relative_to(made).as_posix() for f in made.rglob("*") if f.is_file()}
-            self._record(False, step, earlier | names)
-            for name in sorted(names):
-                (self.path / name).parent.mkdir(exist_ok=True)
-                os.replace(made / name, self.path / name)
+        with explain(self.path):
+            with temporary_directory(self.path / "model") as made:
+                checkpoint.save_model(made, model, tokenizer)
+                (made / "README.md").write_text(card, encoding="utf-8")
+                flush(made)
+                names = {f.relative_to(made).as_posix() for f in made.rglob("*") if f.is_file()}
+                self._record(False, step, earlier | names)
+                self._remove({name for name in earlier if _WEIGHTS in name})
+                for name in sorted(names, key=_weights_last):
+                    (self.path / name).parent.mkdir(exist_ok=True)
+                    os.replace(made / name, self.path / name)
             self._remove(earlier - names - set(_LOGS))
             logs = {name for name in _LOGS if (self.path / name).exists()}
             self._record(True, step, names | logs)
@@ -147,6 +178,10 @@ class Output:
                     file.parent.rmdir()
 
 
+def _weights_last(name: str) -> tuple[bool, bool, str]:
+    return _WEIGHTS in name, name.endswith(".json"), name
+
+
 @contextmanager
 def claim(config: TrainConfig) -> Iterator[Output]:
     """The output directory, locked for this run; one that was made for it goes with an early error.
@@ -159,16 +194,17 @@ def claim(config: TrainConfig) -> Iterator[Output]:
     made = _make(path)
     try:
         with locked(path):
-            yield Output(path, config)
+            try:
+                yield Output(path, config)
+            finally:
+                for folder in reversed(made):
+                    with suppress(OSError):  # not empty
+                        folder.rmdir()
     except BlockingIOError as error:
         raise ConfigError(
             f"output_dir: another run is writing to {path}; wait until it ends, or choose another "
             "directory"
         ) from error
-    finally:
-        for folder in reversed(made):
-            with suppress(OSError):  # not empty
-                folder.rmdir()
 
 
 def _make(path: Path) -> list[Path]:
@@ -184,12 +220,21 @@ def _make(path: Path) -> list[Path]:
     return made
 
 
+def _place(path: Path) -> tuple[int, int] | None:
+    """Which directory a path leads to, None where it leads nowhere."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    known = isinstance(state, dict) and checkpoint.are_inside(state.get("files"))
+    known = isinstance(state, dict) and are_inside(state.get("files"))
     return state if known and isinstance(state.get("step"), int) else {}
 
 
@@ -200,20 +245,35 @@ def _check(path: Path, config: TrainConfig, ours: set[str]) -> None:
     strange = sorted(held - ours)
     if config.overwrite_output_dir:
         _refuse_sources(path, config)
-        strange += [p.name for p in saved if not (p / checkpoint.MANIFEST).exists()]
+        strange += [p.name for p in saved if not _is_ours(p)]
     elif not config.resume_from_checkpoint:
         if ours or saved:
             raise ConfigError(
                 f"output_dir: {path} holds another run; choose another one, or set "
                 "overwrite_output_dir or resume_from_checkpoint"
             )
-    elif config.resume_from_checkpoint is not True:
-        _check_branch(path, Path(config.resume_from_checkpoint), saved, bool(ours or saved))
+    else:
+        if config.resume_from_checkpoint is not True:
+            _check_branch(path, Path(config.resume_from_checkpoint), saved, bool(ours or saved))
+        strange += [p.name for p in saved if not (_is_ours(p) or _was_ours(p))]
     if strange:
         raise ConfigError(
             f"output_dir: {path} holds {_some(strange)}, which no run of fastdpo wrote there; "
             "choose another directory"
         )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a run wrote this checkpoint; a kill may have left it empty."""
+    return (path / checkpoint.MANIFEST).exists() or (path.is_dir() and not any(path.iterdir()))
+
+
+def _was_ours(path: Path) -> bool:
+    """Whether a checkpoint without its manifest is a run's that was damaged."""
+    try:
+        return "pending" in json.loads((path / checkpoint.STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 def _check_branch(path: Path, wanted: Path, saved: list[Path], used: bool) -> None:

@@ -49,6 +49,12 @@ def check_head(
             raise ValueError(f"{name}: expected a number above 0, got {value}")
 
 
+def check_packed(hidden: Tensor) -> None:
+    """`ValueError` unless hidden is (T, H)."""
+    if hidden.ndim != 2:
+        raise ValueError(f"hidden: expected (T, H), got {tuple(hidden.shape)}")
+
+
 def check_problem(
     hidden: Tensor,
     response_ids: Tensor,
@@ -60,8 +66,7 @@ def check_problem(
     """`ValueError` unless these are hidden (T, H), response_ids (T,), comparisons (C, 2), ref_logps
     (R,), comparison_weights (C,) and response_lengths (R,).
     """
-    if hidden.ndim != 2:
-        raise ValueError(f"hidden: expected (T, H), got {tuple(hidden.shape)}")
+    check_packed(hidden)
     _check_shape("response_ids", response_ids, (hidden.shape[0],))
     if comparisons.ndim != 2 or comparisons.shape[1] != 2:
         raise ValueError(f"comparisons: expected (C, 2), got {tuple(comparisons.shape)}")
@@ -89,12 +94,16 @@ def indices(name: str, values: Tensor, count: int, of: str) -> Tensor:
     negative ones, which PyTorch would take from the end.
     """
     values = values.long()
-    if values.device.type != "cpu":
+    if not _on_the_host(values):
         return values.masked_fill(values < 0, count)
     outside = (values < 0) | (values >= count)
     if bool(outside.any()):
         raise ValueError(f"{name}: {values[outside][0].item()} is outside {of}")
     return values
+
+
+def _on_the_host(values: Tensor) -> bool:
+    return values.device.type == "cpu"
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -1,14 +1,14 @@
 """What the operators of `library.py` begin and end with: engine, rounding, ignored tokens."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .arguments import check_head, scored_targets
+from .arguments import check_head, check_packed, scored_targets
 from .backends import choose_backend, make_tiles
 from .head import OUTPUTS, Head, Stats, Tiles
 
@@ -23,12 +23,19 @@ def names(outputs: str) -> tuple[str, ...]:
     return tuple(name for name in outputs.split(",") if name)
 
 
+def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """No rounding that is not asked for, on the device of a tensor."""
+    device = tensor.device.type
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else nullcontext()
+
+
 @contextmanager
 def inside_operator(tensor: Tensor) -> Iterator[None]:
     """The body of an operator rounds what it means to round, and Triton starts its kernels on the
     current device, which is not always that of the tensors.
     """
-    with torch.autocast(tensor.device.type, enabled=False), torch.cuda.device_of(tensor):
+    with no_autocast(tensor), torch.cuda.device_of(tensor):
         yield
 
 
@@ -86,6 +93,7 @@ def begin(
 
     Everything comes out laid out as engines read it (`Tiles`); a copy is made of what is not.
     """
+    check_packed(hidden)
     check_head(hidden, weight, bias, targets, softcap, temperature)
     targets = scored_targets(targets, weight.shape[0], ignore_index).contiguous()
     head = Head(weight, bias, softcap, logit_scale, temperature).cast(dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import library, reference
 from .arguments import check_head, check_problem, scored_targets
 from .backends import BACKENDS
-from .call import wide
+from .call import no_autocast, wide
 from .head import OUTPUTS, WORKSPACE_MIB
 from .losses import Comparisons
 from .problem import Loss, Problem
@@ -34,11 +34,16 @@ def linear_logprob(
 
     logp_t = z_t,y − log Σ_v exp z_tv with z = cap·tanh(scale·(x·Wᵀ + b)/cap) / temperature.
 
+    Tensors may have any strides and offsets, and lie on one device.
+
     Args:
-        hidden: (..., H), any floating dtype: the one that the head computes in, unless autocast
-            is on or an input is fp64; weight and bias are rounded to it.
-        weight: (V, H).
-        targets: (...) int64 in [0, V) or `ignore_index`.
+        hidden: (..., H) in fp64, fp32, bf16 or fp16: what the head computes in, unless autocast is
+            on or an input is fp64; weight and bias are rounded to it.
+        weight: (V, H). It is read as it lies, and not copied, if its rows are contiguous or, as in
+            the transpose of an (H, V) matrix, its columns; its gradient has the same layout.
+        targets: (...) integers in [0, V) or `ignore_index`. Any other is a `ValueError` on a CPU;
+            on a GPU, where looking would wait for the device, its log-probability is NaN, and so
+            is every gradient that it has a part in.
         bias: (V,) or None.
         softcap: cap of the tanh, None for none.
         logit_scale, temperature: multiply and divide the logits, before and after the soft cap.
@@ -55,8 +60,8 @@ def linear_logprob(
         `outputs`, a named tuple whose first field is `logprob`.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown output or backend, a target outside the
-            vocabulary.
+        ValueError: shapes, dtypes or devices that do not fit, an unknown output or backend, a
+            target outside the vocabulary.
     """
     _check_options(outputs, backend)
     check_head(hidden, weight, bias, targets, softcap, temperature)
@@ -111,10 +116,11 @@ def linear_dpo_loss(
 
     Args:
         hidden: (T, H) states that predict the scored tokens, repeats allowed.
-        weight, bias: (V, H) and (V,) or None.
-        targets: (T,) int64 in [0, V) or `ignore_index`.
-        response_ids: (T,) int64 in [0, R), the response of each token, in any order.
-        comparisons: (C, 2) int64, (winner, loser) as indices of responses.
+        weight, bias, targets: (V, H), (V,) or None, and (T,), as in `linear_logprob`.
+        response_ids: (T,) integers in [0, R), the response of each token, in any order.
+        comparisons: (C, 2) integers, (winner, loser) as indices of responses. These two may lie on
+            the host, where an index of no response is a `ValueError`; on a GPU it makes the loss
+            NaN, or fails there as PyTorch's own indexing does.
         ref_logps: (R,) the reference's log-probability of each response, nats; fp64 is kept as
             such.
         beta, label_smoothing: handed to the loss.
@@ -185,7 +191,7 @@ def _head_options(
     device, dtype = hidden.device.type, hidden.dtype
     if torch.float64 in (dtype, weight.dtype, None if bias is None else bias.dtype):
         dtype = torch.float64
-    elif torch.is_autocast_enabled(device):
+    elif torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     return {
         "softcap": softcap,
@@ -214,7 +220,7 @@ def _reference_stats(
         return exact + error.nan_to_num(0.0, torch.inf, -torch.inf)  # −∞ − −∞ is no error
 
     b = None if bias is None else rounded(bias)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with no_autocast(hidden):
         logits = reference.logits_of(rounded(hidden), rounded(weight), b, **scalars)
         return reference.token_stats(logits, targets, -1)
 

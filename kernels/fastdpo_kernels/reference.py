@@ -44,7 +44,7 @@ def token_stats(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> di
     target_logp = logp.gather(-1, index).squeeze(-1)
     stats = {
         "logprob": target_logp,
-        "entropy": -(probs * logp).sum(-1),
+        "entropy": torch.special.entr(probs).sum(-1),
         "mean_logit": logits.mean(-1),
         "is_top1": target_logp >= logp.amax(-1),
         "log_sum_sq_prob": (probs**2).sum(-1).log(),

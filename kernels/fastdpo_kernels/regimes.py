@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .head import Stats, Tiles
+from .head import Stats, Tiles, transposed
 from .problem import Chosen, Problem, whole_comparisons
 from .products import addmm_, mm
 
@@ -59,7 +59,7 @@ class Gradients:
         self.hidden: Tensor | None = None
         if needs.hidden:
             self.hidden = hidden.new_empty(hidden.shape, dtype=dtypes.hidden)
-        self._weight: Tensor | None = None
+        self._weight: Tensor | None = None  # (V, H), but (H, V) of a transposed weight
         self._bias: Tensor | None = None
         # fp16 rounds a small coefficient to 0: the sums are kept in units of the largest so far.
         self._unit: Tensor | None = None
@@ -82,16 +82,15 @@ class Gradients:
 
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients that were wanted, in `dtypes`."""
-        head = self._tiles.head
-        weight = self._finished(self._weight, head.weight, self._dtypes.weight)
-        bias = None
-        if head.bias is not None:
+        head, weight, bias = self._tiles.head, None, None
+        if self._needs.weight:
+            columns = transposed(head.weight)
+            like = head.weight.T if columns else head.weight
+            weight = self._finished(self._weight, like, self._dtypes.weight)
+            weight = weight.T if columns else weight
+        if self._needs.bias and head.bias is not None:
             bias = self._finished(self._bias, head.bias, self._dtypes.bias)
-        return (
-            self.hidden,
-            weight if self._needs.weight else None,
-            bias if self._needs.bias else None,
-        )
+        return self.hidden, weight, bias
 
     def _put_hidden(self, rows: slice, tile: Tensor, scale: Tensor) -> None:
         assert self.hidden is not None
@@ -104,12 +103,13 @@ class Gradients:
     def _add_weight(self, rows: slice, tile: Tensor, scale: Tensor) -> None:
         x = (self._x[rows] * scale.unsqueeze(1)).to(tile.dtype)
         operands = self._x.dtype
+        a, b = (x.T, tile) if transposed(self._tiles.head.weight) else (tile.T, x)
         if self._weight is not None:
-            addmm_(self._weight, tile.T, x, operands=operands)
+            addmm_(self._weight, a, b, operands=operands)
             return
         single = x.shape[0] == self._x.shape[0] and self._unit is None
         dtype = self._dtypes.weight if single else self._wide
-        self._weight = mm(tile.T, x, dtype, operands=operands)
+        self._weight = mm(a, b, dtype, operands=operands)
 
     def _in_units(self, scale: Tensor) -> Tensor:
         smallest = torch.finfo(scale.dtype).tiny

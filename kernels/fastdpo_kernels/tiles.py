@@ -17,6 +17,7 @@ from .products import mm
 _MAX_TILE_ROWS = 2048
 _TARGET_ROWS = 64
 _TILE_SHARE = 0.98
+_FAR = 1e4  # nats beyond which exp is 0 in any dtype
 _CACHE_BLOCK_BYTES = 3 << 20
 _DEVICE_BLOCK_BYTES = 64 << 20
 _workspaces: dict[torch.dtype, Tensor] = {}
@@ -150,7 +151,9 @@ class TorchTiles(Tiles):
             torch.add(z.mean(-1), peak.squeeze(1), out=stats["mean_logit"])
         apart = {"entropy", "log_sum_sq_prob"} & stats.keys()
         e = z.exp() if apart else z.exp_()
-        moment = torch.linalg.vecdot(e, z) if "entropy" in stats else None
+        moment = None
+        if "entropy" in stats:  # where a logit is −∞, 0·log 0 = 0
+            moment = torch.linalg.vecdot(e, z.clamp_(min=-_FAR))
         square = torch.linalg.vecdot(e, e) if "log_sum_sq_prob" in stats else None
         # torch.sum adds in a cascade; log_softmax adds one after the other and drifts by 1e-5.
         rest = e.scatter_(1, target, 0.0).sum(-1, keepdim=True)

@@ -99,7 +99,8 @@ class LinearLogProb:
         if "entropy" in found:
 
             def entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-                return self.original.apply(hidden, weight, bias, targets, *options, ("entropy",))[1]
+                head = (hidden, weight, bias, targets.long())
+                return self.original.apply(*head, *options, ("entropy",))[1]
 
             found["entropy"] = _Entropy.apply(hidden, weight, bias, found["entropy"], entropy)
         return (

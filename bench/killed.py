@@ -1,0 +1,235 @@
+"""A run of the trainer in a process of its own that can be killed at any moment.
+
+The runs are forked from a server that has imported everything once. Each notes what it is doing in
+a file, which outlives it, and counts the calls that change the disk: files that are opened to be
+written, renamed, removed or brought to the disk, directories, safetensors. A `Kill` is either after
+a time, from outside, or at such a call, from inside.
+"""
+
+import builtins
+import functools
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PRELOADED = (
+    "fastdpo.train.run",
+    "peft",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.modeling_auto",
+)
+_EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
+_WRITES = os.O_WRONLY | os.O_RDWR
+
+
+@dataclass(frozen=True)
+class Kill:
+    """When a run is killed: `seconds` after its start, or at a call that changes the disk, with
+    nothing of it done or with `half` of it: the one of number `call`, or the first one whose phase
+    and name begin as `place` says.
+    """
+
+    seconds: float | None = None
+    call: int | None = None
+    place: str | None = None
+    half: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a run ended: its exit code (-9 where it was killed), how long it took, the phase and the
+    call it was in, and the phase and name of every call that it made.
+    """
+
+    code: int
+    seconds: float
+    phase: str
+    call: str
+    calls: list[tuple[str, str]]
+    text: str
+
+
+class Processes:
+    """Starts runs; their notes are kept in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        # What the server inherits: one thread, so that runs repeat; no device, which cannot fork.
+        inherited = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        with _environment(inherited):
+            self.context = multiprocessing.get_context("forkserver")
+            self.context.set_forkserver_preload(list(PRELOADED))
+            self.context.Process(target=time.time).start()
+
+    def run(self, values: dict[str, Any], kill: Kill | None = None) -> Run:
+        """Train with this configuration until the end, or until the kill."""
+        kill = kill or Kill()
+        for name in ("status", "calls.json", "text"):
+            (self.folder / name).write_text("")
+        process = self.context.Process(target=_run, args=(values, self.folder, kill))
+        start = time.perf_counter()
+        process.start()
+        process.join(kill.seconds)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        seconds = time.perf_counter() - start
+        phase, _, call = (self.folder / "status").read_text().strip().partition(": ")
+        calls = (self.folder / "calls.json").read_text()
+        return Run(
+            code=process.exitcode or 0,
+            seconds=seconds,
+            phase=phase or "loading",
+            call=call,
+            calls=[tuple(call) for call in json.loads(calls)] if calls else [],
+            text=(self.folder / "text").read_text(),
+        )
+
+
+class Watch:
+    """Notes phases and calls of this process, and kills it where it is to be killed."""
+
+    def __init__(self, folder: Path, kill: Kill) -> None:
+        self.folder, self.kill = folder, kill
+        self.status = os.open(folder / "status", os.O_WRONLY)
+        self.phase = "loading"
+        self.calls: list[tuple[str, str]] = []
+        self.noting = True
+
+    def note(self, text: str) -> None:
+        """Leave a text for the parent."""
+        os.pwrite(self.status, text.ljust(120).encode(), 0)
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """A phase, and afterwards the one around it."""
+        outer, self.phase = self.phase, phase
+        self.note(phase)
+        yield
+        self.phase = outer
+        self.note(outer)
+
+    def inside(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, whose calls are a phase."""
+
+        @functools.wraps(function)
+        def called(*arguments: Any, **named: Any) -> Any:
+            with self.during(phase):
+                return function(*arguments, **named)
+
+        return called
+
+    def call(self, name: str, half: Callable[[], object] | None = None) -> None:
+        """A call that changes the disk is about to be made."""
+        if not self.noting:
+            return
+        self.calls.append((self.phase, name))
+        here = f"{self.phase}: {name}"
+        placed = self.kill.place is not None and here.startswith(self.kill.place)
+        if len(self.calls) != self.kill.call and not placed:
+            return
+        self.noting = False
+        if self.kill.half and half is not None:
+            half()
+            name = f"half of {name}"
+        self.note(f"{self.phase}: {name}")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """An audit hook: Python calls it before it changes the disk itself."""
+        if event == "open" and isinstance(arguments[0], str) and arguments[2] & _WRITES:
+            path, _, flags = arguments
+            self.call(f"open {Path(path).name}", functools.partial(_half_of_open, path, flags))
+        elif event in _EVENTS:
+            self.call(f"{event} {Path(os.fsdecode(arguments[0])).name}")
+
+    def counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`os.fsync`, which has no audit event."""
+
+        def called(*arguments: Any) -> Any:
+            self.call("os.fsync")
+            return function(*arguments)
+
+        return called
+
+    def written(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`serialize_file` of safetensors, which may be killed when half of the file is there."""
+
+        def called(tensors: Any, filename: Any, metadata: Any = None) -> Any:
+            def half() -> None:
+                function(tensors, filename, metadata)
+                os.truncate(filename, os.path.getsize(filename) // 2)
+
+            self.call(f"write {Path(filename).name}", half)
+            return function(tensors, filename, metadata)
+
+        return called
+
+
+def _half_of_open(path: str, flags: int) -> None:
+    """What is there when only a part of what was to be written has been."""
+    file = os.open(path, flags, 0o666)
+    if not flags & os.O_RDWR:
+        os.write(file, b'{"step": 1, "lo')
+    os.close(file)
+
+
+def _run(values: dict[str, Any], folder: Path, kill: Kill) -> None:
+    """Of the child: train, as `fastdpo train` would."""
+    output = os.open(folder / "text", os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    import datasets
+    import safetensors.numpy
+    import safetensors.torch
+    import torch
+
+    from fastdpo import cli, reference
+    from fastdpo.train import checkpoint, loop, run
+    from fastdpo.train.output import Output
+
+    torch.set_num_threads(1)
+    datasets.config.HF_DATASETS_CACHE = Path(values["output_dir"]).parent / "datasets"
+    reference._SECONDS_BETWEEN_WRITES = 0.0
+    watch = Watch(folder, kill)
+    for place, name, phase in (
+        (run, "fill_reference", "reference"),
+        (Output, "begin", "starting"),
+        (loop.Trainer, "train", "training"),
+        (loop.Trainer, "_evaluate", "evaluating"),
+        (checkpoint, "save_checkpoint", "saving"),
+        (checkpoint, "rotate", "rotating"),
+        (Output, "finish", "final save"),
+    ):
+        setattr(place, name, watch.inside(phase, getattr(place, name)))
+    os.fsync = watch.counted(os.fsync)
+    for module in (safetensors.numpy, safetensors.torch):
+        module.serialize_file = watch.written(module.serialize_file)
+    sys.addaudithook(watch.hook)
+    lists = {k: v if isinstance(v, list) else [v] for k, v in values.items()}
+    code = cli.main(["train", *(str(p) for k, v in lists.items() for p in (f"--{k}", *v))])
+    watch.noting = False
+    with builtins.open(folder / "calls.json", "w") as file:
+        json.dump(watch.calls, file)
+    sys.exit(code)
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    yield
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
