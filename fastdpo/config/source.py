@@ -168,8 +168,8 @@ def _same(value: Any, accepted: Any) -> bool:
     """Whether a raw value (text, from a flag) says the same as `accepted`."""
     if isinstance(value, str) and not isinstance(accepted, str):
         try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError:
+            value = yaml.load(value, _Loader)
+        except (yaml.YAMLError, RecursionError):
             return False
         if isinstance(value, str) and isinstance(accepted, int | float):
             try:
