@@ -17,7 +17,7 @@ from typing import Any
 from . import __version__, terminal
 from .config import TrainConfig
 from .config.text import key_help
-from .errors import ConfigError, FastDPOError
+from .errors import ConfigError
 
 USAGE = """\
 fastdpo trains language models on preferences (DPO), without padding, repeated prompts or logits.
@@ -83,24 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     more. Errors of the program are raised.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    terminal.prepare()
-    try:
-        status = _dispatch(arguments)
-        sys.stdout.flush()
-        return status
-    except FastDPOError as error:
-        print(f"error: {terminal.one_line(str(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except OSError as error:
-        if not terminal.is_lost():
-            raise
-        if isinstance(error, BrokenPipeError):
-            return 141
-        print(f"error: the output cannot be written ({error.strerror})", file=sys.stderr)
-        return 2
+    return terminal.guarded(lambda: _dispatch(arguments))
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -124,9 +107,7 @@ def _dispatch(arguments: list[str]) -> int:
     try:
         os.getcwd()
     except OSError as error:
-        raise ConfigError(
-            f"the current directory is not there any more ({error.strerror})"
-        ) from error
+        raise ConfigError(f"the current directory has gone ({error.strerror})") from error
     try:
         run(rest)
     except SystemExit as done:  # of bench, whose parser and measurements end so

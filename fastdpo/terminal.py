@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from logging.handlers import MemoryHandler
 
@@ -17,7 +17,44 @@ _CHATTY_IMPORTS = ("bitsandbytes", "torch.utils._pytree", "torchao")
 """Libraries that warn of kernels they lack, or of their own deprecated calls, on being imported."""
 
 
-def prepare() -> None:
+def guarded(run: Callable[[], int]) -> int:
+    """Run a command and return its exit code: 2 after an error of the user's in one line, 130 after
+    an interruption, 141 where nobody reads its output any more. Errors of the program are raised.
+    """
+    _prepare()
+    try:
+        status = run()
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return _say_interrupted()
+    except Exception as error:
+        if _is_interruption(error):
+            return _say_interrupted()
+        if isinstance(error, FastDPOError):
+            print(f"error: {one_line(str(error))}", file=sys.stderr)
+            return 2
+        if not isinstance(error, OSError) or not _is_lost():
+            raise
+        if isinstance(error, BrokenPipeError):
+            return 141
+        print(f"error: the output cannot be written ({error.strerror})", file=sys.stderr)
+        return 2
+
+
+def _say_interrupted() -> int:
+    print("interrupted", file=sys.stderr)
+    return 130
+
+
+def _is_interruption(error: BaseException | None) -> bool:
+    """Whether a library made this of a KeyboardInterrupt, as transformers does while importing."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _prepare() -> None:
     """Make the process's streams take every text, and its libraries' imports quiet."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -31,7 +68,7 @@ def prepare() -> None:
             logger.setLevel(logging.ERROR)
 
 
-def is_lost() -> bool:
+def _is_lost() -> bool:
     """Whether nothing more can be written to the output: its reader has gone, as that of
     `fastdpo train | head` does, or its disk is full. What still comes then goes nowhere.
     """

@@ -1,8 +1,10 @@
 """The command line: help, exit codes, errors in one line, nothing heavy imported."""
 
+import os
 import subprocess
 import sys
 import types
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +164,51 @@ def test_an_interruption_is_130(runs, capsys):
     runs["effect"] = raises(KeyboardInterrupt())
     assert main(["train", *RUNNABLE]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_an_interruption_that_a_library_turned_into_another_error_is_one_still(runs, capsys):
+    error = ModuleNotFoundError("Could not import module 'set_seed'")
+    error.__cause__ = KeyboardInterrupt()
+    runs["effect"] = raises(error)
+    assert main(["train", *RUNNABLE]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def process(arguments: str, **options: Any) -> subprocess.Popen[str]:
+    code = f"{PATHS}from fastdpo.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *arguments.split()]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_a_reader_that_goes_away_ends_the_command():
+    reading, writing = os.pipe()
+    os.close(reading)
+    running = process("train --help", stdout=writing)
+    os.close(writing)
+    assert running.communicate()[1] == "" and running.returncode == 141
+
+
+def test_output_on_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        running = process("train --help", stdout=full)
+        error = running.communicate()[1]
+    assert error == "error: the output cannot be written (No space left on device)\n"
+    assert running.returncode == 2
+
+
+def test_closed_and_narrow_streams(tmp_path):
+    closed = process("--version", preexec_fn=partial(os.close, 1))
+    assert closed.communicate()[1] == "" and closed.returncode == 0
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    narrow = process("train dätä.yaml", env=env, cwd=tmp_path, stdout=subprocess.PIPE)
+    assert narrow.communicate()[1].startswith(r"error: d\xe4t\xe4.yaml: cannot read the config")
+
+
+def test_a_directory_that_has_gone(tmp_path):
+    gone = partial(os.rmdir, tmp_path)
+    running = process("train config.yaml", cwd=tmp_path, preexec_fn=gone, stdout=subprocess.PIPE)
+    assert running.communicate()[1].startswith("error: the current directory has gone (")
+    assert running.returncode == 2
 
 
 def test_an_error_of_the_program_keeps_its_traceback(runs):

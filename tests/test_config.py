@@ -144,7 +144,8 @@ def test_saved_configuration_reads_back_equal(tmp_path):
     "line breaks that are not ASCII"
 )
 @given(
-    run_name=st.none() | st.text(st.characters(exclude_categories=("Cs",)), max_size=30),
+    run_name=st.none()
+    | st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=30),
     beta=st.floats(min_value=0, exclude_min=True, allow_infinity=False),
     share=st.floats(min_value=0, max_value=1, exclude_min=True) | st.integers(1, 10**9),
     seed=st.integers(0, 2**32 - 1),

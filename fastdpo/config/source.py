@@ -30,11 +30,11 @@ def read_yaml(path: str | Path) -> dict[str, Given]:
     """
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, RuntimeError) as error:  # the latter for ~name without such a user
-        reason = getattr(error, "strerror", error)
-        raise ConfigError(f"{path}: cannot read the configuration file ({reason})") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: expected UTF-8 text ({error.reason})") from error
+    except (OSError, RuntimeError, ValueError) as error:  # ~name of nobody; NUL in a name
+        reason = getattr(error, "strerror", error)
+        raise ConfigError(f"{path}: cannot read the configuration file ({reason})") from error
     try:
         return _mapping_with_lines(text, str(path))
     except yaml.YAMLError as error:
@@ -168,8 +168,8 @@ def _same(value: Any, accepted: Any) -> bool:
     """Whether a raw value (text, from a flag) says the same as `accepted`."""
     if isinstance(value, str) and not isinstance(accepted, str):
         try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError:
+            value = yaml.load(value, _Loader)
+        except (yaml.YAMLError, RecursionError):
             return False
         if isinstance(value, str) and isinstance(accepted, int | float):
             try:

@@ -92,7 +92,8 @@ def explain_disk(name: str) -> Iterator[None]:
     except OSError as error:
         cache = str(datasets.config.HF_DATASETS_CACHE)
         place = str(error.filename or cache)
-        hint = "; HF_DATASETS_CACHE names another cache" if place.startswith(cache) else ""
+        in_cache = place.startswith(cache) or cache.startswith(place)
+        hint = "; HF_DATASETS_CACHE names another cache" if in_cache else ""
         reason = error.strerror or str(error)
         raise DataError(f"{name}: {place}: cannot be read or written ({reason}){hint}") from error
 

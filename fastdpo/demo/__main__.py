@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..config import TrainConfig
-from ..errors import FastDPOError
+from ..terminal import guarded
 from .model import demo_model_path
 
 PROMPT = "How can I make new friends in a new city?"
@@ -23,15 +23,13 @@ _ACCURACY = "eval_rewards/accuracies"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns 0, 2 for an error of the user's, or 130 when interrupted."""
-    try:
-        run(sys.argv[1:] if argv is None else argv)
-    except FastDPOError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    arguments = sys.argv[1:] if argv is None else argv
+
+    def demo() -> int:
+        run(arguments)
+        return 0
+
+    return guarded(demo)
 
 
 def run(arguments: Sequence[str]) -> None:
