@@ -266,9 +266,11 @@ def test_ignored_tokens_and_targets_outside():
     outside = torch.tensor([3, 101, -1], device=DEVICE)
     states = x.detach()[:3]
     stats = tiles.score(states, outside, ())
-    _, row_scale, kept = tiles.exponentials(states, outside, ())
-    _, again = tiles.probabilities(states, outside, stats)
-    for values in (stats["logprob"], kept["logprob"], row_scale, again):
+    tile, row_scale, kept = tiles.exponentials(states, outside, ())
+    slopes = [(tile * row_scale.unsqueeze(1)).sum(1)]
+    tile, row_scale = tiles.probabilities(states, outside, stats)
+    slopes.append((tile * row_scale.unsqueeze(1)).sum(1))
+    for values in (stats["logprob"], kept["logprob"], *slopes):
         assert values.isnan().tolist() == [0, 1, 0] and values[2] == 0
 
 

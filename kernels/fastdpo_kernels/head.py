@@ -63,7 +63,7 @@ class Tiles(ABC):
 
     so that a coefficient c_t per token touches (t, H) tensors only. Tokens whose target is negative
     are ignored: their statistics and their `row_scale` are 0, and E is finite. A target outside
-    the vocabulary makes its log-probability and its `row_scale` NaN.
+    the vocabulary makes its log-probability NaN, and row_scale · E.
 
     Hidden states (t, H) have contiguous rows, targets (t,) int64 are contiguous, and the head comes
     from `Head.cast`, as `begin` makes them.

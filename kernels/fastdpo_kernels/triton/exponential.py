@@ -307,7 +307,6 @@ def finish_kernel(
     log_s = log1p(rest)
     tl.store(flagged + rows, tl.where(over, target, -1), mask=kept)
     scale = tl.where(over, 1.0, 1.0 / s)
-    scale = tl.where(target < vocab, scale, float("nan"))
     tl.store(row_scale + rows, tl.where(valid, scale, 0.0), mask=kept)
     hit = -rest
     if HAS_SOFTCAP:
@@ -371,8 +370,7 @@ def probabilities(
     config = choose(head, hidden)
     anchor, logprob = anchors(head, hidden, targets), stats["logprob"]
     _launch(head, hidden, targets, tile, config, anchor, logprob, anchor, 0.0, None)
-    known = (targets < tile.shape[1]).to(logprob.dtype)
-    return torch.where(targets < 0, 0.0, known / known)  # NaN for a target outside
+    return (targets >= 0).to(logprob.dtype)
 
 
 def _launch(
