@@ -9,16 +9,19 @@ import time
 import warnings
 from pathlib import Path
 
+import bad_checkpoints
 import bad_files
 import bad_inputs
-import bad_runs
+import bad_models
+import bad_places
 import pytest
 import xxhash
 from bad_inputs import CONFIG, Case
 
 from fastdpo.cli import main
 
-CASES = [*bad_inputs.CASES, *bad_files.CASES, *bad_runs.CASES]
+TABLES = (bad_inputs, bad_files, bad_models, bad_checkpoints, bad_places)
+CASES = [case for table in TABLES for case in table.CASES]
 SHOWN = (UserWarning, FutureWarning, RuntimeWarning, ResourceWarning)
 
 
