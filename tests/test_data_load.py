@@ -1,6 +1,7 @@
 """Loading rows: every kind of file that is read, and what every kind of broken file gets."""
 
 import csv
+import errno
 import gzip
 import json
 import logging
@@ -282,3 +283,14 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
         for rows in (PAIRS, PAIRS[::-1]):
             WRITERS[kind](path, rows)
             assert load_rows(str(path), "train")["prompt"][:] == [row["prompt"] for row in rows]
+
+
+def test_a_cache_on_a_full_disk_is_one_line(tmp_path, datasets_cache, monkeypatch):
+    def full(self, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(datasets.arrow_writer.ArrowWriter, "finalize", full)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"No space left on device.*HF_DATASETS_CACHE"):
+        load_rows(str(path), "train")

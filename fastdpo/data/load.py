@@ -89,7 +89,10 @@ def explain_disk(name: str) -> Iterator[None]:
         yield
     except (EOFError, gzip.BadGzipFile):
         raise
-    except OSError as error:
+    except (OSError, datasets.exceptions.DatasetGenerationError) as raised:
+        error = raised if isinstance(raised, OSError) else raised.__cause__
+        if not isinstance(error, OSError):
+            raise
         cache = str(datasets.config.HF_DATASETS_CACHE)
         place = str(error.filename or cache)
         in_cache = place.startswith(cache) or cache.startswith(place)
