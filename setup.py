@@ -41,7 +41,7 @@ setup(
         "torch>=2.11,<2.14",
         'triton>=3.6,<3.8; platform_system == "Linux"',
         "transformers>=5.17,<6",
-        "datasets>=4.7",
+        "datasets>=5",
         "peft>=0.19",
         "jinja2>=3.1",
         "numpy>=2",

@@ -152,20 +152,14 @@ DISKS = [
     place(
         "the model lies in output_dir",
         nothing,
-        "overwrite_output_dir: model_name_or_path out lies in",
+        "output_dir: model_name_or_path out lies in",
         "--model_name_or_path=out",
     ),
     place(
         "the reference lies in output_dir",
         nothing,
-        "overwrite_output_dir: ref_model_name_or_path out/check",
+        "output_dir: ref_model_name_or_path out/check",
         "--ref_model_name_or_path=out/checkpoint-1",
-    ),
-    place(
-        "the cache lies in output_dir",
-        lambda path, patch: (path / "out/cache").mkdir(),
-        "overwrite_output_dir: reference_cache_dir out/cache",
-        "--reference_cache_dir=out/cache",
     ),
     place(
         "a strange checkpoint",
