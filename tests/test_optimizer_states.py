@@ -53,8 +53,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(go, tmp_path, optim):
     same = ("loss", "grad_norm", "learning_rate")
     for a, b in zip(metrics(tmp_path / "whole")[3:], metrics(tmp_path / "rest"), strict=True):
         assert [a[name] for name in same] == [b[name] for name in same]
+    other = common | {"optim": "adamw_torch", "resume_with_changes": True}
     with pytest.raises(CheckpointError, match="another optimizer"):
-        go(tmp_path / "other", **{**common, "optim": "adamw_torch"}, resume_from_checkpoint=path)
+        go(tmp_path / "other", **other, resume_from_checkpoint=path)
 
 
 @pytest.mark.parametrize("optim", EIGHT_BIT)

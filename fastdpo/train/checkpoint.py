@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, FastDPOError
 from ..files import are_inside, explain, flush, sync, temporary_directory
 from ..model.messages import one_line
 from ..model.save import save_weights
@@ -141,6 +141,8 @@ def restore(path: Path, state: Mapping[str, Any], optimizer: Optimizer) -> None:
     tensors = _read_tensors(path / "optimizer.safetensors")
     try:
         optimizer_state.restore(optimizer, tensors, saved)
+    except (FastDPOError, MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # torch's optimizers fail in any way over another one's state
         raise CheckpointError(f"{path}: made for another model ({one_line(error)})") from error
     tensors = _read_tensors(path / "rng.safetensors")
