@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from fastdpo.model.attention import Segments
+from fastdpo.data.segments import Segments
 
 VOCABULARY = 72
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from training import metrics, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fastdpo.data.segments import Segments
 from fastdpo.errors import ConfigError, FastDPOError
 from fastdpo.model.activations import recompute_layers
 from fastdpo.model.layout import choose_layout
 from fastdpo.model.offload import LEAVING, Offloader, ScratchFile, SideStream
-from fastdpo.model.segments import Segments
 from fastdpo.model.tiles import tile_layers
 
 FP32 = torch.finfo(torch.float32).eps

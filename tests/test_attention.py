@@ -14,10 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fastdpo.data.segments import Segments, gather_keys
 from fastdpo.errors import ModelError
 from fastdpo.model import backends
-from fastdpo.model.attention import NAME, Segments, attention, choose_backend, register
-from fastdpo.model.segments import gather_keys
+from fastdpo.model.attention import NAME, attention, register
+from fastdpo.model.backends import choose_backend
 
 MODULE = torch.nn.Identity()
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -13,8 +13,9 @@ from test_attention import FEATURES, MODULE, assert_same, by_definition, qkv
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, create_mask, flex_attention
 
+from fastdpo.data.segments import Segments
 from fastdpo.model import flex as module
-from fastdpo.model.attention import Segments, attention
+from fastdpo.model.attention import attention
 from fastdpo.model.flex import BLOCK, block_mask, flex
 
 LONG = random_groups([(150, [40, 300]), (129, [1, 127, 128]), (1, [260])])

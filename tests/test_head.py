@@ -11,8 +11,8 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaModel, T5Config
 from transformers import T5ForConditionalGeneration as T5
 
+from fastdpo.data.segments import Segments
 from fastdpo.errors import ModelError
-from fastdpo.model.attention import Segments
 from fastdpo.model.head import Head, check_head, effective_weight, find_head, hidden_states
 from fastdpo.model.layout import choose_layout
 

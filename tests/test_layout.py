@@ -23,9 +23,10 @@ from families import (
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from fastdpo.data.segments import Segments
 from fastdpo.errors import ModelError
 from fastdpo.model import exactness
-from fastdpo.model.attention import NAME, Segments
+from fastdpo.model.attention import NAME
 from fastdpo.model.exactness import ExactnessCheck, padded_row, stream_row
 from fastdpo.model.head import find_head, hidden_states
 from fastdpo.model.layout import choose_layout

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model.attention import Segments
 from .groups import Group
 from .plan import Part
+from .segments import Segments
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fastdpo.errors import ConfigError
-from fastdpo.model.head import base_causal_lm
-from fastdpo.model.offload import Offloader, Transfer
+from ..errors import ConfigError
+from .head import base_causal_lm
+from .offload import Offloader, Transfer
 
 
 def recompute_layers(model: nn.Module, *, every: int = 1, offload: Transfer | None = None) -> None:

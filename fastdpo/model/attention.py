@@ -17,19 +17,16 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from fastdpo.errors import ModelError
-from fastdpo.model.backends import (
-    Backend,
+from ..data.segments import Segments
+from ..errors import ModelError
+from .backends import (
     activate,
     by_segments,
     choose_backend,
     flash_attn,
     varlen,
 )
-from fastdpo.model.flex import flex
-from fastdpo.model.segments import Bound, Segments
-
-__all__ = ["NAME", "Backend", "Bound", "Segments", "attention", "choose_backend", "register"]
+from .flex import flex
 
 NAME = "fastdpo"
 """The name under which transformers knows this attention."""

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastdpo.errors import ModelError
-from fastdpo.model.segments import Segments, gather_keys
+from ..data.segments import Segments, gather_keys
+from ..errors import ModelError
 
 MAX_FLASH_HEAD_DIM = 256
 """The largest head dimension of the flash kernels (flash-attention 2), and of FlexAttention's."""

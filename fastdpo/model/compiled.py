@@ -13,9 +13,9 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fastdpo.errors import ConfigError
-from fastdpo.model.attention import NAME
-from fastdpo.model.head import base_causal_lm
+from ..errors import ConfigError
+from .attention import NAME
+from .head import base_causal_lm
 
 
 def compile_layers(model: nn.Module) -> int:

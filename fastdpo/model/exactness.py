@@ -20,10 +20,11 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from fastdpo.errors import ModelError
-from fastdpo.model.attention import NAME, Segments
-from fastdpo.model.frozen import compute_dtype, frozen_state, probe_tokens
-from fastdpo.model.head import base_causal_lm, find_head, hidden_states
+from ..data.segments import Segments
+from ..errors import ModelError
+from .attention import NAME
+from .frozen import compute_dtype, frozen_state, probe_tokens
+from .head import base_causal_lm, find_head, hidden_states
 
 LENGTHS = ((5, (6, 3, 4)), (7, (2, 5)))
 """Prompt and response lengths of the probe: 32 tokens in a shared row."""

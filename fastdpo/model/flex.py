@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from fastdpo.model.segments import Segments
+from ..data.segments import Segments
 
 BLOCK = 128
 """Queries and keys of a block of the mask."""

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from fastdpo.errors import ModelError
-from fastdpo.model.attention import NAME, Segments
-from fastdpo.model.frozen import compute_dtype, frozen_state, probe_tokens
+from ..data.segments import Segments
+from ..errors import ModelError
+from .attention import NAME
+from .frozen import compute_dtype, frozen_state, probe_tokens
 
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 """Configuration fields that multiply the logits (cohere, falcon_h1, muse_glimmer)."""

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from fastdpo.model.attention import NAME, register
-from fastdpo.model.exactness import ExactnessCheck
-from fastdpo.model.head import base_causal_lm
+from .attention import NAME, register
+from .exactness import ExactnessCheck
+from .head import base_causal_lm
 
 MIXES_ONLY_BY_ATTENTION = {"full_attention", "sliding_attention"}
 """Values of `layer_types` that a packed row can honour."""

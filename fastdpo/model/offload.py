@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastdpo.errors import FastDPOError
+from ..errors import FastDPOError
 
 MIN_BYTES = 1 << 20
 """Smaller tensors stay on the device: their copies would cost more than their memory is worth."""

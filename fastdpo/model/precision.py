@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import torch
 
-from fastdpo.errors import ConfigError
+from ..errors import ConfigError
 
 CLOCK = (
     time.thread_time if time.get_clock_info("thread_time").resolution < 1e-5 else time.perf_counter

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fastdpo.errors import ConfigError
-from fastdpo.model.frozen import compute_dtype, frozen_state
-from fastdpo.model.head import base_causal_lm
+from ..errors import ConfigError
+from .frozen import compute_dtype, frozen_state
+from .head import base_causal_lm
 
 PROBE_TOKENS, PROBE_TILE = 7, 3
 
