@@ -3,8 +3,11 @@ own).
 """
 
 from pathlib import Path
+from runpy import run_path
 
 from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
 
 DEMO = ["gguf>=0.17"]
 GPU = ['liger-kernel>=0.8.5,<0.9; platform_system == "Linux"']
@@ -24,9 +27,9 @@ TEST = [
 
 setup(
     name="fastdpo",
-    version="0.1.0",
+    version=run_path(str(HERE / "fastdpo" / "version.py"))["__version__"],
     description="Direct Preference Optimization, fast and frugal: shared prefixes, fused heads",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",

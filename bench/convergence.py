@@ -116,19 +116,13 @@ def run_trl(split: Split, model: Path, options: argparse.Namespace) -> Curve:
 
 
 def run_fastdpo(split: Split, model: Path, options: argparse.Namespace) -> Curve:
-    """`fastdpo.train.run.train` with rows of its default length."""
-    from fastdpo.config import TrainConfig
-    from fastdpo.train.run import train
+    """`fastdpo.train` with rows of its default length."""
+    from fastdpo import TrainConfig, train
 
     with tempfile.TemporaryDirectory() as output:
-        files = {"dataset_name": split.train, "eval_dataset_name": split.held_out}
-        for name, rows in files.items():
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            Path(output, f"{name}.jsonl").write_text(text, encoding="utf-8")
         config = TrainConfig.from_dict(
             {
                 "model_name_or_path": str(model),
-                **{name: f"{output}/{name}.jsonl" for name in files},
                 "output_dir": f"{output}/run",
                 "reference_cache_dir": f"{output}/reference",
                 "per_device_train_batch_size": options.pairs_per_step,
@@ -136,7 +130,7 @@ def run_fastdpo(split: Split, model: Path, options: argparse.Namespace) -> Curve
                 **common_keys(options),
             }
         )
-        train(config, say=lambda text: None)
+        train(config, split.train, split.held_out)
         lines = Path(output, "run", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return curve_of([json.loads(line) for line in lines])
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from fastdpo.reference import LogpStore
-from fastdpo.train import checkpoint
+from fastdpo.training import checkpoint
 
 from . import record
 from .killed import Kill, Processes, Run

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 PRELOADED = (
-    "fastdpo.train.run",
+    "fastdpo.training.run",
     "peft",
     "transformers.models.llama.modeling_llama",
     "transformers.models.auto.modeling_auto",
@@ -194,15 +194,15 @@ def _run(values: dict[str, Any], folder: Path, kill: Kill) -> None:
     import torch
 
     from fastdpo import cli, reference
-    from fastdpo.train import checkpoint, loop, run
-    from fastdpo.train.output import Output
+    from fastdpo.training import checkpoint, loop, references
+    from fastdpo.training.output import Output
 
     torch.set_num_threads(1)
     datasets.config.HF_DATASETS_CACHE = Path(values["output_dir"]).parent / "datasets"
     reference._SECONDS_BETWEEN_WRITES = 0.0
     watch = Watch(folder, kill)
     for place, name, phase in (
-        (run, "fill_reference", "reference"),
+        (references, "fill_reference", "reference"),
         (Output, "begin", "starting"),
         (loop.Trainer, "train", "training"),
         (loop.Trainer, "_evaluate", "evaluating"),

@@ -15,7 +15,6 @@ import gc
 import json
 import os
 import random
-import re
 import sys
 import tempfile
 from functools import partial
@@ -26,10 +25,10 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from fastdpo import train
 from fastdpo.config import TrainConfig
 from fastdpo.model import activations
 from fastdpo.model.offload import Offloader
-from fastdpo.train.run import train
 
 from . import record
 from .workloads import model_path
@@ -74,13 +73,10 @@ class Samples:
         self.every = every
         self.table = np.zeros((steps // every, len(NOISE)))
 
-    def say(self, line: str) -> None:
-        """Called with every line that a run says; looks at the process when a step is logged."""
-        if found := re.match(r"step (\d+)/", line):
-            self.take(int(found[1]))
-
-    def take(self, step: int) -> None:
-        """Look at this process."""
+    def look(self, step: int, metrics: dict[str, float]) -> None:
+        """Look at this process, after a step that is a multiple of `every`."""
+        if step % self.every:
+            return
         gc.collect()
         self.table[step // self.every - 1] = (
             int(Path("/proc/self/statm").read_text().split()[1]) * PAGE / 2**20,
@@ -146,7 +142,7 @@ def soak(folder: Path, steps: int, every: int, keys: dict[str, Any]) -> Samples:
     samples = Samples(steps, every)
     # The inputs of so small a model would stay where they are.
     with patch.object(activations, "Offloader", partial(Offloader, min_bytes=0)):
-        train(TrainConfig.from_dict(values), say=samples.say)
+        train(TrainConfig.from_dict(values), on_step=samples.look)
     return samples
 
 

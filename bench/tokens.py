@@ -14,7 +14,8 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from fastdpo.data.groups import count_comparisons, make_groups
-from fastdpo.data.plan import make_plan, part_tokens
+from fastdpo.data.packing import part_tokens
+from fastdpo.data.plan import make_plan
 from fastdpo.data.tokenize import tokenize_dataset
 
 from . import data, models, record

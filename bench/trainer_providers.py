@@ -82,14 +82,14 @@ def provider(name: str) -> Callable[[Provider], Provider]:
 def run_fastdpo(
     rows: list[Row], model: Path, steps: int, per_step: int, batch: int, **options: Any
 ) -> Clock:
-    """`fastdpo.train.run.train`; `batch` is the token budget of a row, 0 the default one; `options`
+    """fastdpo; `batch` is the token budget of a row, 0 the default one; `options`
     are keys of its configuration.
     """
     from fastdpo.config import TrainConfig
-    from fastdpo.memory.devices import at_hand
-    from fastdpo.memory.plan import make_planner
-    from fastdpo.train.retry import Retry
-    from fastdpo.train.run import train
+    from fastdpo.devices import at_hand
+    from fastdpo.memory.planner import make_planner
+    from fastdpo.training.retry import Retry
+    from fastdpo.training.run import train
 
     clock, take = Clock(), Retry.take
 

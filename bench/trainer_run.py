@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from fastdpo.train.metrics import peak_memory_mib
+from fastdpo.devices import peak_memory_mib
 
 from . import peers
 from .trainer_providers import PROVIDERS, Clock

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from fastdpo.train.metrics import peak_tflops
+from fastdpo.devices import known_gpu
 
 from . import peers, record, tables
 from .cli import Parser, split_lists
@@ -123,7 +123,8 @@ def figures(workload: Workload, measured: dict[str, Any]) -> dict[str, Any]:
     computed, response = sum(measured["tokens"][counted]), sum(workload.response_tokens[counted])
     per_weight = 4 if workload.case["lora"] else 6
     flops = per_weight * (workload.layer_weights * computed + workload.head_weights * response)
-    peak = peak_tflops() or measured["product_tflops"]
+    gpu = known_gpu()
+    peak = gpu.bf16 / 1e12 if gpu and gpu.bf16 else measured["product_tflops"]
     return {
         "step_s": measured["step_s"][counted],
         "pairs_per_s": (last - first) * workload.case["pairs_per_step"] / seconds,

@@ -1,3 +1,32 @@
-"""fastdpo: Direct Preference Optimization without padding, repeated prompts or full logits."""
+"""fastdpo: Direct Preference Optimization without padding, repeated prompts or full logits.
 
-__version__ = "0.1.0"
+    from fastdpo import TrainConfig, train
+
+    config = TrainConfig(model_name_or_path="Qwen/Qwen3-0.6B", output_dir="out")
+    result = train(config, rows=[{"prompt": "1+1?", "chosen": "2", "rejected": "3"}])
+
+Nothing heavy is imported before it is used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
+    from .training.run import TrainResult, train
+
+__all__ = ["TrainConfig", "TrainResult", "__version__", "train"]
+
+_PLACES = {"TrainConfig": ".config", "TrainResult": ".training.run", "train": ".training.run"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -14,10 +14,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from . import __version__, terminal
+from . import terminal
 from .config import TrainConfig
 from .config.text import key_help
 from .errors import ConfigError
+from .version import __version__
 
 USAGE = """\
 fastdpo trains language models on preferences (DPO), without padding, repeated prompts or logits.
@@ -119,16 +120,20 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _train(arguments: Sequence[str]) -> None:
     config = _runnable(arguments)
-    from .train.run import train
+    from .training.run import train
 
-    _print_result(train(config))
+    with terminal.heard():
+        result = train(config)
+    _print_result({**result.metrics, "output_dir": str(result.output_dir)})
 
 
 def _precompute(arguments: Sequence[str]) -> None:
     config = _runnable(arguments)
-    from .train.run import precompute
+    from .training.run import precompute
 
-    _print_result(precompute(config))
+    with terminal.heard():
+        result = precompute(config)
+    _print_result(result)
 
 
 def _doctor(arguments: Sequence[str]) -> None:
@@ -150,7 +155,7 @@ def _plan(arguments: Sequence[str]) -> None:
             raise ConfigError("--gpu: expected the name of a GPU (fastdpo plan --help)")
         gpu = words[place + 1]
         del words[place : place + 2]
-    print(plan(TrainConfig.parse(words), gpu=gpu, as_json=as_json))
+    print(plan(TrainConfig.parse(words), gpu=gpu, json=as_json))
 
 
 def _split_gpu(word: str) -> list[str]:
@@ -158,7 +163,7 @@ def _split_gpu(word: str) -> list[str]:
 
 
 def _plan_usage() -> str:
-    from .memory.devices import GPUS
+    from .devices import GPUS
 
     names = textwrap.wrap(", ".join(GPUS), 82)
     return PLAN_USAGE.format(gpus=("\n" + " " * 15).join(names))

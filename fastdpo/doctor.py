@@ -3,14 +3,15 @@
 It asks the functions that a run asks. Whatever is missing or fails becomes a line of the report.
 """
 
-import os
 import platform
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
-from . import __version__
 from .config import TrainConfig
+from .devices import GIB, free_host_memory, total_host_memory
+from .terminal import one_line
+from .version import __version__
 
 PACKAGES = (
     "torch",
@@ -24,7 +25,6 @@ PACKAGES = (
     "torchao",
     "trl",
 )
-GIB = 2**30
 
 
 def report(config: TrainConfig) -> str:
@@ -85,7 +85,7 @@ def _model_lines(config: TrainConfig) -> list[tuple[str, str]]:
         shape = load_model_config(config)
         parameters = _count_parameters(shape, config.trust_remote_code)
     except Exception as error:
-        return [*lines, ("layout", f"not known: {_one_line(error)}")]
+        return [*lines, ("layout", f"not known: {_reason(error)}")]
     width = 2 if config.dtype in ("bfloat16", "float16") else 4
     needed = parameters * width
     held = "of weights before load_in_4bit" if config.load_in_4bit else "of weights"
@@ -102,11 +102,11 @@ def _told(text: Callable[[], str]) -> str:
     try:
         return text()
     except Exception as error:
-        return f"not known: {_one_line(error)}"
+        return f"not known: {_reason(error)}"
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _reason(error: Exception) -> str:
+    return one_line(str(error)) or type(error).__name__
 
 
 def _paths() -> Any:
@@ -128,9 +128,7 @@ def _device_text(config: TrainConfig) -> str:
 
 
 def _memory_text() -> str:
-    page = os.sysconf("SC_PAGE_SIZE")
-    total, free = (os.sysconf(name) * page for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
-    return f"{total / GIB:.1f} GiB, {free / GIB:.1f} GiB of it free"
+    return f"{total_host_memory() / GIB:.1f} GiB, {free_host_memory() / GIB:.1f} GiB of it free"
 
 
 def _precision_text(config: TrainConfig) -> str:
@@ -141,7 +139,7 @@ def _precision_text(config: TrainConfig) -> str:
 
 
 def _optimizer_text(config: TrainConfig) -> str:
-    from .train.optimizer import optimizer_path
+    from .training.optimizer import optimizer_path
 
     return optimizer_path(config, _paths().run_device(config))
 
@@ -166,9 +164,9 @@ def _layout_text(config: TrainConfig, needed: int) -> str:
     """The layout that a run's own start-up check chooses; it runs the model, so that has to fit."""
     from .model.adapter import adopt_adapter
     from .model.precision import choose_precision
-    from .train.run import load_scorer
+    from .model.scorer import load_scorer
 
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = free_host_memory()
     if needed > free / 2:
         return (
             f"not checked: the check runs the model, whose {needed / GIB:.1f} GiB of weights are "
@@ -177,7 +175,7 @@ def _layout_text(config: TrainConfig, needed: int) -> str:
     device = _paths().run_device(config)
     autocast = choose_precision(config.bf16, device)[0]
     config = adopt_adapter(config)
-    return load_scorer(config, device, autocast, say=lambda line: None).layout.reason
+    return load_scorer(config, device, autocast).layout.reason
 
 
 def _dtype_name(dtype: Any) -> str:

@@ -2,7 +2,8 @@
 half a minute each, before it looked at what it has cached.
 """
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from .errors import ModelError
 from .model.place import find_model
 from .terminal import one_line
 
+logger = logging.getLogger(__name__)
+
 
 @contextmanager
-def reached(config: TrainConfig, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+def reached(config: TrainConfig) -> Iterator[None]:
     """Work offline, with what is cached, if something of the configuration lies on the hub and
     nobody answers there.
     """
@@ -26,7 +29,8 @@ def reached(config: TrainConfig, say: Callable[[str], None] = lambda line: None)
     if problem is None:
         yield
         return
-    say(f"hub: {constants.ENDPOINT} cannot be reached ({problem}); only what is cached is used")
+    reason = f"{constants.ENDPOINT} cannot be reached ({problem})"
+    logger.warning(f"hub: {reason}; only what is cached is used")
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:

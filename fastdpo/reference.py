@@ -28,7 +28,8 @@ from safetensors.numpy import load_file, save_file
 from . import files
 from .data.batch import make_batch
 from .data.groups import Group
-from .data.plan import Row, reference_rows
+from .data.packing import Row
+from .data.plan import reference_rows
 from .model.scorer import Scorer
 
 logger = logging.getLogger(__name__)

@@ -90,6 +90,29 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
+class _Lines(logging.Handler):
+    """Prints what is logged between the progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record))
+
+
+@contextmanager
+def heard() -> Iterator[None]:
+    """Print what fastdpo logs, from INFO on."""
+    logger, lines = logging.getLogger(__package__), _Lines()
+    before = logger.level
+    logger.addHandler(lines)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(lines)
+        logger.setLevel(before)
+
+
 @contextmanager
 def withheld() -> Iterator[None]:
     """What transformers warns of, once each, at the end of the block: where it ends with an error

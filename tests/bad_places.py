@@ -42,7 +42,7 @@ def _no_memory(path: Path, patch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1")
 
-    patch.setattr("fastdpo.train.run.add_adapter", fails)
+    patch.setattr("fastdpo.training.references.add_adapter", fails)
 
 
 def _earlier(state: bytes) -> Callable[[Path, pytest.MonkeyPatch], object]:

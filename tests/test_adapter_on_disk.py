@@ -19,8 +19,9 @@ from fastdpo.config import TrainConfig
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.memory.plan import plan
 from fastdpo.model.load import load_model, load_model_config, load_tokenizer
+from fastdpo.model.scorer import load_scorer
 from fastdpo.reference import model_fingerprint
-from fastdpo.train.run import load_scorer, precompute
+from fastdpo.training.run import precompute
 
 CPU = torch.device("cpu")
 FILE = "adapter_model.safetensors"
@@ -212,7 +213,7 @@ def test_on_a_base_in_4_bits(go, tmp_path):
 def test_the_reference_cache_tells_adapters_apart(base, make, adapter, pairs_file, tmp_path):
     def fill(model, **changes):
         keys = settings(model, pairs_file, tmp_path / "out", **changes)
-        report = precompute(TrainConfig.from_dict(keys), say=lambda line: None)
+        report = precompute(TrainConfig.from_dict(keys))
         return report["found"], report["computed"]
 
     for model, keys in [

@@ -1,7 +1,7 @@
 """`bench.soak` calls a run flat that is, and sees what is kept at every step."""
 
 from bench.soak import NOISE, soak
-from fastdpo.train.pending import Pending
+from fastdpo.training.pending import Pending
 
 EVERY = 10
 

@@ -19,7 +19,7 @@ from bench.kill import Trials
 from bench.killed import Kill
 from fastdpo import files
 from fastdpo.errors import CheckpointError, FastDPOError
-from fastdpo.train import checkpoint
+from fastdpo.training import checkpoint
 
 
 @pytest.fixture

@@ -30,16 +30,19 @@ def fastdpo(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Stands in for `fastdpo.train.run`: what it was called with, and what it does."""
-    seen: dict[str, Any] = {"configs": [], "effect": lambda: {"loss": 0.5, "output_dir": "out"}}
+    """Stands in for `fastdpo.training.run`: what it was called with, and what it does."""
+    seen: dict[str, Any] = {"configs": [], "effect": lambda: {"loss": 0.5}}
 
-    def call(config: TrainConfig) -> dict[str, Any]:
+    def precompute(config: TrainConfig) -> dict[str, Any]:
         seen["configs"].append(config)
         return seen["effect"]()
 
-    module = types.ModuleType("fastdpo.train.run")
-    module.train = module.precompute = call
-    monkeypatch.setitem(sys.modules, "fastdpo.train.run", module)
+    def train(config: TrainConfig) -> Any:
+        return types.SimpleNamespace(metrics=precompute(config), output_dir="out")
+
+    module = types.ModuleType("fastdpo.training.run")
+    module.train, module.precompute = train, precompute
+    monkeypatch.setitem(sys.modules, "fastdpo.training.run", module)
     return seen
 
 
@@ -145,7 +148,7 @@ def test_commands_run_with_the_configuration(command, runs, capsys, monkeypatch)
         ["dataset_name", "d", "--dataset_name"],
         ["beta", "0.2", "--beta"],
     ]
-    assert lines[3:] == ["loss: 0.5", "output_dir: out"]
+    assert lines[3:] == ["loss: 0.5", *(["output_dir: out"] if command == "train" else [])]
 
 
 def test_only_the_first_process_prints(runs, capsys, monkeypatch):

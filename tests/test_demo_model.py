@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from training import heard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdpo.demo import model as demo_model
@@ -74,9 +75,9 @@ def test_another_package_is_refused(
 
 
 def test_a_finished_model_is_used_without_a_word(packages: Path, tmp_path: Path) -> None:
-    said: list[str] = []
     path = fake_model(tmp_path)
-    assert demo_model_path(tmp_path, say=said.append) == path
+    with heard() as said:
+        assert demo_model_path(tmp_path) == path
     assert said == []
 
 
@@ -93,13 +94,12 @@ def test_a_finished_model_is_used_without_a_word(packages: Path, tmp_path: Path)
 def test_a_damaged_model_is_noticed_and_kept_until_there_is_a_new_one(
     packages: Path, tmp_path: Path, file: str, content: bytes | None, fault: str
 ) -> None:
-    said: list[str] = []
     path = fake_model(tmp_path)
     (path / file).unlink()
     if content is not None:
         (path / file).write_bytes(content)
-    with pytest.raises(ModelError, match="could not download"):
-        demo_model_path(tmp_path, say=said.append)
+    with heard() as said, pytest.raises(ModelError, match="could not download"):
+        demo_model_path(tmp_path)
     assert re.fullmatch(f"{re.escape(str(path))}: {fault}; it is made again", said[0])
     assert path.exists()
 

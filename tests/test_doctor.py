@@ -75,8 +75,7 @@ def test_doctor_honours_attn_implementation(tiny_model):
 
 
 def test_doctor_does_not_load_what_does_not_fit(tiny_model, monkeypatch):
-    sizes = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 2, "SC_AVPHYS_PAGES": 1}
-    monkeypatch.setattr(doctor.os, "sysconf", sizes.__getitem__)
+    monkeypatch.setattr(doctor, "free_host_memory", lambda: 1)
     found = rows(doctor.report(TrainConfig(model_name_or_path=tiny_model, use_cpu=True)))
     assert found["layout"].startswith("not checked: the check runs the model")
 
@@ -85,7 +84,7 @@ def test_doctor_survives_whatever_fails(tmp_path, monkeypatch):
     def broken(*arguments: Any, **options: Any) -> Any:
         raise RuntimeError("no\nsuch thing")
 
-    monkeypatch.setattr(doctor.os, "sysconf", broken)
+    monkeypatch.setattr(doctor, "free_host_memory", broken)
     monkeypatch.setattr(torch.cuda, "is_available", broken)
     monkeypatch.setattr(precision, "cpu_bf16_is_faster", broken)
     monkeypatch.setattr("fastdpo.model.backends.choose_backend", broken)

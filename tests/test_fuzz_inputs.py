@@ -20,7 +20,7 @@ from fastdpo.data.load import load_rows
 from fastdpo.errors import ConfigError, DataError, FastDPOError
 from fastdpo.model.load import load_model
 from fastdpo.terminal import one_line
-from fastdpo.train import checkpoint
+from fastdpo.training import checkpoint
 
 MORE = int(os.environ.get("FASTDPO_FUZZ", "1"))
 """Multiplies the examples, for a search by hand."""

@@ -18,10 +18,10 @@ from training import metrics, run, weights
 from fastdpo.data.ahead import ahead
 from fastdpo.data.batch import make_batch
 from fastdpo.data.groups import Group
-from fastdpo.data.plan import Part
+from fastdpo.data.packing import Part
+from fastdpo.devices import peak_memory_mib
 from fastdpo.errors import FastDPOError
-from fastdpo.train.metrics import peak_memory_mib
-from fastdpo.train.pending import Pending
+from fastdpo.training.pending import Pending
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_indices_of_the_head_stay_on_the_host():
 def test_peak_memory_is_that_of_this_process_alone():
     """Not of whoever started it."""
     held = np.ones(1 << 30, np.int8)
-    code = "import torch; from fastdpo.train.metrics import peak_memory_mib as peak"
+    code = "import torch; from fastdpo.devices import peak_memory_mib as peak"
     code += "; print(peak(torch.device('cpu')))"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert peak_memory_mib(torch.device("cpu")) > held.nbytes / 2**20 > float(child.stdout) > 50

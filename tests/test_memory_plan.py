@@ -9,18 +9,19 @@ import pytest
 import torch
 from counted import Saved, peak_bytes
 from fastdpo_kernels.tiles import release_workspace
-from training import run, settings
+from training import heard, run, settings
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.workloads import MODEL_CONFIGS
+from fastdpo import TrainConfig, train
 from fastdpo.cli import main
-from fastdpo.config import TrainConfig
 from fastdpo.data.groups import Group
 from fastdpo.data.plan import make_plan
+from fastdpo.devices import GIB, GPUS, Device, named
 from fastdpo.errors import ConfigError
 from fastdpo.losses import make_loss
-from fastdpo.memory import estimate, plan, switches
-from fastdpo.memory.devices import GIB, GPUS, Device, named
+from fastdpo.memory import estimate, switches
+from fastdpo.memory import planner as planning
 from fastdpo.memory.report import as_json, as_text
 from fastdpo.memory.shapes import ModelShape, meta_model, row_shape, step_shapes, weight_bytes
 from fastdpo.model.activations import recompute_layers
@@ -30,10 +31,9 @@ from fastdpo.model.head import find_head
 from fastdpo.model.layout import Layout, beyond_positions
 from fastdpo.model.scorer import Scorer
 from fastdpo.model.tiles import tile_layers
-from fastdpo.train.metrics import StepSums
-from fastdpo.train.optimizer import make_optimizer
-from fastdpo.train.run import train
-from fastdpo.train.step import Objective
+from fastdpo.training.metrics import StepSums
+from fastdpo.training.optimizer import make_optimizer
+from fastdpo.training.step import Objective
 
 SIZES = {
     "hidden_size": 128,
@@ -94,7 +94,7 @@ class Real:
         self.batch = self.objective.batch([group] * pairs, row)
         meta = meta_model(config, model_config)
         self.shape = ModelShape.of(meta, config)
-        probe = plan.probe_of(config, meta, "cpu", self.autocast)
+        probe = planning.probe_of(config, meta, "cpu", self.autocast)
         shapes = step_shapes([group] * pairs, steps, layout)
         self.row = shapes[0][0]
         self.run = estimate.Run(config, self.shape, probe, shapes, "cpu", self.autocast, 1024)
@@ -253,10 +253,10 @@ def planner(tmp_path):
     """A model of 1.5B parameters that is nowhere, and pairs of assumed lengths."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
 
-    def make(device: Device | str, **keys: Any) -> plan.Planner:
+    def make(device: Device | str, **keys: Any) -> planning.Planner:
         config = TrainConfig.from_dict({"model_name_or_path": str(tmp_path), **keys})
         device = named(device) if isinstance(device, str) else device
-        return plan.make_planner(config, device)
+        return planning.make_planner(config, device)
 
     return make
 
@@ -329,7 +329,7 @@ def test_the_peaks_of_the_readme(recipe, tmp_path):
     name = model.split(",")[0].lower()
     (tmp_path / "config.json").write_text(json.dumps(MODEL_CONFIGS[name]))
     config = TrainConfig.parse(["--model_name_or_path", str(tmp_path), *keys.split()])
-    made = plan.make_planner(config, named(gpu))
+    made = planning.make_planner(config, named(gpu))
     found = made.predict(config)
     assert made.fits(found)
     total = (found.estimate.peak + named(gpu).overhead) / GIB
@@ -355,8 +355,8 @@ def test_auto_takes_the_least_that_fits(tiny_model, pairs_file, tmp_path, monkey
     def go(name: str, **more: Any) -> tuple[list[str], TrainConfig]:
         keys = settings(tiny_model, pairs_file, tmp_path / name, memory="auto", max_steps=1)
         del keys["gradient_checkpointing"]
-        said: list[str] = []
-        train(TrainConfig.from_dict(keys | {"optim": "sgd"} | more), say=said.append)
+        with heard() as said:
+            train(TrainConfig.from_dict(keys | {"optim": "sgd"} | more))
         lines = [line.removeprefix("memory: auto: ") for line in said if "memory: auto" in line]
         return lines, TrainConfig.load(tmp_path / name / "training_config.yaml")
 

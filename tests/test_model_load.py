@@ -12,7 +12,7 @@ from families import ALONE, OTHER_HEADS, OTHERS, SHARED, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from training import run, weights
+from training import heard, run, weights
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -336,8 +336,8 @@ def test_left_over_weights_are_a_note(tiny_model, tmp_path, pairs_file, caplog):
 def test_no_architecture_lacks_what_it_saved(tmp_path, family):
     """Tied heads, buffers and fused experts included; and each is causal."""
     build(family, dtype=torch.float32).save_pretrained(tmp_path)
-    said: list[str] = []
-    check_causal(load_model(TrainConfig(model_name_or_path=str(tmp_path)), CPU, say=said.append))
+    with heard() as said:
+        check_causal(load_model(TrainConfig(model_name_or_path=str(tmp_path)), CPU))
     assert said == []
 
 

@@ -9,8 +9,8 @@ from fastdpo_kernels import LOSSES
 from training import metrics, run, weights
 
 from fastdpo.errors import ConfigError, FastDPOError
-from fastdpo.train.pending import Pending
-from fastdpo.train.update import InBackward
+from fastdpo.training.pending import Pending
+from fastdpo.training.update import InBackward
 
 ONE_ROW = {"max_tokens_per_batch": 1 << 20, "max_grad_norm": 0}
 IN_BACKWARD = {**ONE_ROW, "optimizer_in_backward": True}

@@ -14,9 +14,9 @@ from training import metrics, run, weights
 
 from fastdpo.config import TrainConfig
 from fastdpo.errors import ConfigError, FastDPOError
-from fastdpo.train import run as run_module
-from fastdpo.train import update
-from fastdpo.train.optimizer import optimizer_path
+from fastdpo.training import run as run_module
+from fastdpo.training import update
+from fastdpo.training.optimizer import optimizer_path
 
 cpu_offload = pytest.importorskip("torchao.optim.cpu_offload")
 

@@ -10,8 +10,8 @@ from training import metrics, run, weights
 from fastdpo.config import TrainConfig
 from fastdpo.config.optimizer import BITSANDBYTES, TORCHAO
 from fastdpo.errors import CheckpointError, ConfigError
-from fastdpo.train.optimizer import make_optimizer
-from fastdpo.train.optimizer_state import flatten
+from fastdpo.training.optimizer import make_optimizer
+from fastdpo.training.optimizer_state import flatten
 
 EIGHT_BIT = (*TORCHAO, *BITSANDBYTES)
 

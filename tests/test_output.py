@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 from fastdpo import files
 from fastdpo.config import TrainConfig
 from fastdpo.errors import CheckpointError, ConfigError, FastDPOError
-from fastdpo.train import checkpoint
-from fastdpo.train.changes import COMPARED, FIXED, FOLLOWED
-from fastdpo.train.loop import Trainer
+from fastdpo.training import checkpoint
+from fastdpo.training.changes import COMPARED, FIXED, FOLLOWED
+from fastdpo.training.loop import Trainer
 
 LORA = {
     "use_peft": True,

@@ -12,16 +12,8 @@ from hypothesis import strategies as st
 
 from fastdpo.data.batch import make_batch
 from fastdpo.data.groups import Group, count_comparisons
-from fastdpo.data.plan import (
-    LAYOUTS,
-    Part,
-    balance,
-    best_fit_decreasing,
-    make_plan,
-    part_tokens,
-    plan_digest,
-    reference_rows,
-)
+from fastdpo.data.packing import LAYOUTS, Part, balance, best_fit_decreasing, part_tokens
+from fastdpo.data.plan import make_plan, plan_digest, reference_rows
 
 
 def random_groups(count: int, seed: int = 0, longest: int = 40) -> list[Group]:

@@ -17,8 +17,8 @@ from fastdpo.model.head import check_head, effective_weight, find_head
 from fastdpo.model.load import load_model
 from fastdpo.model.quantised import count_weights
 from fastdpo.reference import weights_digest
-from fastdpo.train import checkpoint
-from fastdpo.train.run import precompute
+from fastdpo.training import checkpoint
+from fastdpo.training.run import precompute
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -167,7 +167,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(go, tmp_path):
 def test_the_reference_cache_tells_quantisations_apart(tied_model, pairs_file, tmp_path):
     def fill(**changes):
         keys = settings(tied_model, pairs_file, tmp_path / "out", use_peft=True, **changes)
-        report = precompute(TrainConfig.from_dict(keys), say=lambda text: None)
+        report = precompute(TrainConfig.from_dict(keys))
         return report["found"], report["computed"]
 
     assert fill() == (0, 48)

@@ -16,13 +16,13 @@ from fastdpo import reference
 from fastdpo.config import TrainConfig
 from fastdpo.data.batch import make_batch
 from fastdpo.data.groups import Group
-from fastdpo.data.plan import Part
+from fastdpo.data.packing import Part
 from fastdpo.errors import FastDPOError
 from fastdpo.model.head import find_head
 from fastdpo.model.layout import choose_layout
 from fastdpo.model.scorer import Scorer
 from fastdpo.reference import LogpStore, OnlineReference, fill_reference
-from fastdpo.train.run import precompute
+from fastdpo.training.run import precompute
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def fill(tiny_model, pairs_file, tmp_path):
         config = TrainConfig.from_dict(
             settings(tiny_model, pairs_file, tmp_path / "out", **changes)
         )
-        result = precompute(config, say=lambda text: None)
+        result = precompute(config)
         return result["found"], result["computed"]
 
     return run

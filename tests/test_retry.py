@@ -2,17 +2,16 @@
 
 import threading
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from training import metrics, run, weights
+from training import heard, metrics, run, weights
 
 from fastdpo.config import TrainConfig
 from fastdpo.errors import FastDPOError
-from fastdpo.train.retry import Retry, out_of_memory
-from fastdpo.train.step import Objective
+from fastdpo.training.retry import out_of_memory
+from fastdpo.training.step import Objective
 
 KEYS: dict[str, Any] = {
     "max_tokens_per_batch": 300,
@@ -30,7 +29,7 @@ def go(tiny_model, pairs_file):
 @pytest.fixture
 def no_advice(monkeypatch):
     """What would help is planned, which takes a while, and is another test's concern."""
-    monkeypatch.setattr("fastdpo.train.retry.advice", lambda planner: "nothing helps")
+    monkeypatch.setattr("fastdpo.training.retry.advice", lambda planner: "nothing helps")
 
 
 @pytest.fixture
@@ -121,37 +120,23 @@ def test_switches_follow_when_rows_cannot_be_shorter(go, tmp_path, monkeypatch, 
     assert "gradient_checkpointing is true now" in text and "head_workspace_mib is " in text
 
 
-def test_random_states_are_put_back(go, tmp_path, monkeypatch):
-    """Without dropout nothing reads them, so a fake step does."""
-    drawn: list[float] = []
-    gradients = []
+def test_random_states_are_put_back(go, tmp_path, monkeypatch, no_advice):
+    """Without dropout nothing reads them, so a step does here; gradients are gone too."""
+    score, drawn, gradients = Objective.score, [], []
 
-    class Trainer:
-        device, step, say = torch.device("cpu"), 0, print
-        config = TrainConfig.from_dict({"memory": "auto"})
-        model = torch.nn.Linear(2, 2)
+    def fails_once(self, batch, comparisons, sums):
+        weight = next(self.policy.model.parameters())
+        gradients.append(None if weight.grad is None else weight.grad.abs().sum().item())
+        drawn.append(torch.rand(()).item())
+        loss = score(self, batch, comparisons, sums)
+        if len(drawn) == 1:
+            loss.backward()
+            raise torch.OutOfMemoryError("no")
+        return loss
 
-        def gradients(self, step):
-            drawn.append(torch.rand(()).item())
-            gradients.append(self.model.weight.grad)
-            self.model.weight.grad = torch.ones(2, 2)
-            if len(drawn) == 1:
-                raise torch.OutOfMemoryError("no")
-            return "sums"
-
-        def finish(self, sums, start):
-            self.step += 1
-
-    class Batch:
-        computed_tokens = 8
-
-    trainer: Any = Trainer()
-    trainer.output = SimpleNamespace(save_config=lambda config: None)
-    retry = Retry(trainer)
-    monkeypatch.setattr(retry, "_less", lambda step, largest: "less")
-    step: Any = (1, [Batch()])
-    assert [retry.take(step), retry.take(step)] == [False, True]
-    assert drawn[0] == drawn[1] and gradients == [None, None] and trainer.step == 1
+    monkeypatch.setattr(Objective, "score", fails_once)
+    go(tmp_path / "out", memory="auto", **KEYS)
+    assert drawn[0] == drawn[1] and gradients[1] in (None, 0.0)
 
 
 def test_manual_says_what_would_help(go, tmp_path, short_of_memory):
@@ -178,6 +163,15 @@ def test_what_counts_as_out_of_memory():
     assert not out_of_memory(ValueError("can't allocate memory"))
 
 
-def test_compiled_layers_are_not_tiled():
-    config = SimpleNamespace(layer_tile_tokens=None, torch_compile=True)
-    assert Retry._tile(SimpleNamespace(trainer=SimpleNamespace(config=config)), 8192) == {}
+def test_compiled_layers_are_not_tiled(go, tmp_path, monkeypatch, no_advice):
+    monkeypatch.setattr("fastdpo.training.setup.compile_layers", lambda model: 2)
+
+    def fails(self, batch, comparisons, sums):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(Objective, "score", fails)
+    keys = KEYS | {"memory": "auto", "torch_compile": True, "max_tokens_per_batch": 4000}
+    with heard() as said, pytest.raises(FastDPOError, match="nothing helps"):
+        go(tmp_path / "out", per_device_train_batch_size=24, **keys)
+    text = "\n".join(said)
+    assert "head_workspace_mib is " in text and "layer_tile_tokens is " not in text

@@ -7,14 +7,14 @@ from functools import partial
 
 import pytest
 import torch
-from training import metrics, run, weights
+from training import heard, metrics, run, settings, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from fastdpo.config import TrainConfig
+from fastdpo import TrainConfig, train
 from fastdpo.errors import ConfigError, DataError, FastDPOError, ModelError
 from fastdpo.model import load
 from fastdpo.model.load import load_model
-from fastdpo.train.run import precompute, train
+from fastdpo.training.run import precompute
 
 TRL_METRICS = {
     "loss",
@@ -226,12 +226,10 @@ def test_models_that_cannot_be_trained_are_named(go, tmp_path, tiny_model):
 
 
 def test_precompute_fills_the_cache_that_training_reads(go, tmp_path, tiny_model, pairs_file):
-    from training import settings
-
     config = TrainConfig.from_dict(settings(tiny_model, pairs_file, tmp_path / "out"))
-    assert precompute(config, say=lambda text: None)["computed"] == 48
-    said: list[str] = []
-    train(config, say=said.append)
+    assert precompute(config)["computed"] == 48
+    with heard() as said:
+        train(config)
     assert any("48 found, 0 computed" in line for line in said)
 
 

@@ -1,13 +1,15 @@
 """What the tests of whole runs share."""
 
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
-from fastdpo.config import TrainConfig
-from fastdpo.train.run import train
+from fastdpo import TrainConfig, train
 
 
 def settings(model: Path, data: Path, output: Path, **changes: Any) -> dict[str, Any]:
@@ -33,10 +35,30 @@ def settings(model: Path, data: Path, output: Path, **changes: Any) -> dict[str,
 
 
 def run(model: Path, data: Path, output: Path, **changes: Any) -> tuple[dict[str, Any], list[str]]:
-    """Train; returns the result and every line that was said."""
-    said: list[str] = []
-    config = TrainConfig.from_dict(settings(model, data, output, **changes))
-    return train(config, say=said.append), said
+    """Train; returns the last metrics with output_dir, and every line that was logged."""
+    with heard() as said:
+        result = train(TrainConfig.from_dict(settings(model, data, output, **changes)))
+    return {**result.metrics, "output_dir": str(result.output_dir)}, said
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """Every line that fastdpo logs in the block, from INFO on."""
+    lines: list[str] = []
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    logger, handler = logging.getLogger("fastdpo"), Lines()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def metrics(output: Path) -> list[dict[str, float]]:

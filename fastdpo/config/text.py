@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_origin
 
 import yaml
 
-from .. import __version__
+from ..version import __version__
 from .checks import idle_settings
 from .declare import GROUPS, default_of
 from .values import members_of, show

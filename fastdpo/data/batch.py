@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .groups import Group
-from .plan import Part
+from .packing import Part
 from .segments import Segments
 
 

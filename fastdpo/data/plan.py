@@ -12,21 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
+from ..config import TrainConfig
 from .groups import Group
+from .packing import Part, Row, pack, part_tokens, split
 
-LAYOUTS = ("shared", "packed", "padded")
+TOKENS_PER_ROW = {"cuda": 16384, "cpu": 1024}
+"""The budget of a row where `max_tokens_per_batch` is unset: on a CPU longer rows cost memory and
+save no time, shorter ones split groups."""
 
-
-@dataclass(frozen=True)
-class Part:
-    """Some responses of one group, computed together, and the comparisons among them."""
-
-    group: int
-    responses: tuple[int, ...]
-    comparisons: tuple[int, ...] = ()
-
-
-Row = tuple[Part, ...]
+REFERENCE_ROWS = {"cuda": 4, "cpu": 1}
+"""How many times as long the rows of the reference pass are: a GPU has room for more without
+activations for a backward."""
 
 
 @dataclass(frozen=True)
@@ -39,23 +35,34 @@ class Step:
     comparisons: int
 
 
-def compare(index: int, group: Group, comparisons: Sequence[int]) -> Part:
-    """The part of group number `index` that these comparisons need: the responses that they name,
-    once each.
-    """
-    named = (r for c in comparisons for r in group.comparisons[c][:2])
-    return Part(index, tuple(dict.fromkeys(named)), tuple(comparisons))
+def row_budget(config: TrainConfig, device: str) -> int:
+    """Tokens of a row at most, on a kind of device ("cuda" or "cpu")."""
+    return config.max_tokens_per_batch or TOKENS_PER_ROW[device]
 
 
-def part_tokens(group: Group, responses: Sequence[int], layout: str) -> int:
-    """Tokens that a forward pass over these responses computes, without padding between parts."""
-    lengths = [len(group.responses[r]) for r in responses]
-    prompt = len(group.prompt)
-    if layout == "shared":
-        return prompt + sum(lengths)
-    if layout == "packed":
-        return prompt * len(lengths) + sum(lengths)
-    return (prompt + max(lengths)) * len(lengths)
+def reference_budget(max_tokens: int, device: str) -> int:
+    """Tokens of a row of the reference pass at most, beside training in rows of `max_tokens`."""
+    return max_tokens * REFERENCE_ROWS[device]
+
+
+def comparisons_per_step(config: TrainConfig) -> int:
+    """How many comparisons an optimizer step holds."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps
+
+
+def epoch_plan(
+    config: TrainConfig, groups: Sequence[Group], *, layout: str, max_tokens: int, epoch: int = 0
+) -> list[Step]:
+    """The steps of an epoch of a run: the same for the same data, seed and step size."""
+    seed = config.seed if config.data_seed is None else config.data_seed
+    return make_plan(
+        groups,
+        comparisons_per_step=comparisons_per_step(config),
+        max_tokens=max_tokens,
+        layout=layout,
+        seed=seed if config.shuffle else None,
+        epoch=epoch,
+    )
 
 
 def make_plan(
@@ -81,10 +88,10 @@ def make_plan(
     for cuts, count in _cut_into_steps(groups, order, comparisons_per_step):
         pieces = [
             piece
-            for index, chosen in cuts
-            for piece in _fit(groups[index], index, chosen, max_tokens, layout)
+            for index, comparisons in cuts
+            for piece in split(groups[index], index, comparisons, max_tokens, layout)
         ]
-        rows = _pack(groups, pieces, max_tokens, layout, world_size)
+        rows = pack(groups, pieces, max_tokens, layout, world_size)
         ranks = tuple(tuple(rows[rank::world_size]) for rank in range(world_size))
         steps.append(Step(ranks, count))
     return steps
@@ -134,9 +141,9 @@ def reference_rows(
     for start in range(0, len(parts), window):
         some = parts[start : start + window]
         if missing is None:
-            yield _pack(groups, some, max_tokens, layout, 1)
+            yield pack(groups, some, max_tokens, layout, 1)
         elif any(_only(part, missing) for part in some):
-            packed = _pack(groups, some, max_tokens, layout, 1)
+            packed = pack(groups, some, max_tokens, layout, 1)
             rows = [tuple(left for p in row if (left := _only(p, missing))) for row in packed]
             yield [row for row in rows if row]
 
@@ -164,111 +171,3 @@ def _cut_into_steps(
                 parts, count = [], 0
     if parts:
         yield parts, count
-
-
-def _fit(
-    group: Group, index: int, chosen: Sequence[int], max_tokens: int, layout: str
-) -> Iterator[Part]:
-    """Split comparisons of one group so that no part exceeds the budget, as few parts as first-fit
-    in order gives.
-    """
-    held = compare(index, group, chosen[:1])
-    for comparison in chosen[1:]:
-        grown = compare(index, group, (*held.comparisons, comparison))
-        if part_tokens(group, grown.responses, layout) > max_tokens:
-            yield held
-            grown = compare(index, group, (comparison,))
-        held = grown
-    yield held
-
-
-def _pack(
-    groups: Sequence[Group], parts: list[Part], max_tokens: int, layout: str, multiple: int
-) -> list[Row]:
-    """Rows of at most `max_tokens`, as few as best-fit-decreasing needs, then evened out; a
-    multiple of `multiple`.
-    """
-    costs = [part_tokens(groups[p.group], p.responses, layout) for p in parts]
-    if layout == "padded":
-        bins = _by_length(groups, parts, max_tokens)
-    else:
-        bins = best_fit_decreasing(costs, max_tokens)
-    number = -(-len(bins) // multiple) * multiple
-    if layout != "padded":
-        work = [_attention_and_linear(groups[p.group], p, layout) for p in parts]
-        bins = balance(costs, work, number, max_tokens) or bins
-    bins += [[] for _ in range(number - len(bins))]
-    return [tuple(parts[i] for i in sorted(members)) for members in bins]
-
-
-def best_fit_decreasing(costs: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of `costs` in bins of `capacity`: each, largest first, goes where it leaves the least
-    room.
-    """
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        fitting = [b for b, left in enumerate(room) if left >= costs[index]]
-        if fitting:
-            best = min(fitting, key=lambda b: (room[b], b))
-        else:
-            best = len(bins)
-            bins.append([])
-            room.append(max(capacity, costs[index]))
-        bins[best].append(index)
-        room[best] -= costs[index]
-    return bins
-
-
-def balance(
-    costs: Sequence[int], work: Sequence[float], number: int, capacity: int
-) -> list[list[int]] | None:
-    """Longest-processing-time-first: `number` bins of equal work within `capacity`, or None where
-    that fails.
-    """
-    bins: list[list[int]] = [[] for _ in range(number)]
-    load, room = [0.0] * number, [capacity] * number
-    for index in sorted(range(len(costs)), key=lambda i: (-work[i], i)):
-        fitting = [b for b in range(number) if room[b] >= costs[index] or not bins[b]]
-        if not fitting:
-            return None
-        best = min(fitting, key=lambda b: (load[b], b))
-        bins[best].append(index)
-        load[best] += work[index]
-        room[best] -= costs[index]
-    return bins
-
-
-def _attention_and_linear(group: Group, part: Part, layout: str) -> float:
-    """Relative work of a part: tokens, plus attended token pairs at a weight typical of a 1B
-    model's width.
-    """
-    prompt = len(group.prompt)
-    tokens = part_tokens(group, part.responses, layout)
-    pairs = prompt * prompt / 2.0
-    for r in part.responses:
-        n = len(group.responses[r])
-        pairs += n * (prompt + n / 2.0)
-    return tokens + pairs / 8192.0
-
-
-def _by_length(groups: Sequence[Group], parts: list[Part], max_tokens: int) -> list[list[int]]:
-    """For padded rows: sequences of similar length together, so that a row pads little."""
-
-    def shape(part: Part) -> tuple[int, int]:
-        group = groups[part.group]
-        longest = max(len(group.responses[r]) for r in part.responses)
-        return len(part.responses), len(group.prompt) + longest
-
-    shapes = [shape(part) for part in parts]
-    bins: list[list[int]] = []
-    count = longest = 0
-    for index in sorted(range(len(parts)), key=lambda i: (-shapes[i][1], i)):
-        sequences, length = shapes[index]
-        if bins and (count + sequences) * longest <= max_tokens:
-            bins[-1].append(index)
-            count += sequences
-        else:
-            bins.append([index])
-            count, longest = sequences, length
-    return bins

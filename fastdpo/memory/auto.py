@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ..config import TrainConfig
+from ..config.values import show
 from ..data.groups import Group
-from .devices import GIB, at_hand
-from .plan import Planner
+from ..devices import GIB, at_hand
+from .planner import Planner
 from .report import changes
 from .switches import each_alone, least, strongest
+
+logger = logging.getLogger(__name__)
 
 REASON = "memory: auto"
 
@@ -24,7 +28,6 @@ def fit(
     model_config: Any,
     device: torch.device,
     autocast: torch.dtype | None,
-    say: Callable[[str], None],
 ) -> TrainConfig:
     """The configuration with what its device's free memory asks for; one line about each change.
 
@@ -38,16 +41,15 @@ def fit(
     planner = Planner(start, groups, at_hand(device), autocast, model_config)
     found = least(planner, exact=True, without=_missing())
     if found is None:
-        chosen = strongest(planner, without=_missing())
-        found = planner.predict(chosen)
-        say(
+        found = planner.predict(strongest(planner, without=_missing()))
+        logger.warning(
             "memory: auto: the run is predicted not to fit, with everything on; trying all the same"
         )
     peak, budget = found.estimate.peak / GIB, planner.device.budget / GIB
-    say(f"memory: auto: peak {peak:.2f} GiB predicted, {budget:.2f} GiB are free")
+    logger.info(f"memory: auto: peak {peak:.2f} GiB predicted, {budget:.2f} GiB are free")
     changed = changes(config, found.config)
     for name, value in changed.items():
-        say(f"memory: auto: {name} {str(value).lower() if isinstance(value, bool) else value}")
+        logger.info(f"memory: auto: {name} {show(value)}")
     return config.choose(REASON, **changed) if changed else config
 
 
@@ -63,7 +65,7 @@ def advice(planner: Planner) -> str:
     for switch, other in each_alone(planner):
         if other.estimate.peak < 0.98 * now.estimate.peak:
             keys = changes(now.config, other.config).items()
-            flags = " ".join(f"--{k} {str(v).lower() if v is True else v}" for k, v in keys)
+            flags = " ".join(f"--{name} {show(value)}" for name, value in keys)
             note = "" if switch.exact else ", other numbers"
             helpful.append(f"{flags} ({other.estimate.peak / GIB:.2f} GiB{note})")
     peak = f"a peak of {now.estimate.peak / GIB:.2f} GiB is predicted"

@@ -16,6 +16,7 @@ from functools import cached_property
 import torch
 
 from ..config import TrainConfig
+from ..data.plan import reference_budget
 from .layer import Bytes, LayerBytes, Probe
 from .shapes import ModelShape, RowShape, scaled
 
@@ -32,10 +33,6 @@ COMPONENTS = (
     "rows",
 )
 """Every component, in the order in which reports show them."""
-
-REFERENCE_ROWS = {"cuda": 4, "cpu": 1}
-"""How many times as long the rows of the reference pass are: a GPU has room for more without
-activations for a backward."""
 
 _OFFLOADED_BUFFERS = 2
 _SMALL_STATE, _STATE_BLOCK, _LOOKUP = 4096, 256, 2048
@@ -353,7 +350,7 @@ def precompute(run: Run) -> Estimate:
     """
     everything = sum(row.tokens for rows in run.steps for row in rows)
     largest = max((row for rows in run.steps for row in rows), key=lambda row: row.tokens)
-    wanted = min(everything, max(largest.tokens, REFERENCE_ROWS[run.kind] * run.max_tokens))
+    wanted = min(everything, max(largest.tokens, reference_budget(run.max_tokens, run.kind)))
     row = scaled(largest, wanted // largest.sequences * largest.sequences)
     layer = run.layer(row)
     inside = {

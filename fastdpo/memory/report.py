@@ -8,8 +8,9 @@ import textwrap
 from typing import Any
 
 from ..config import TrainConfig
-from .devices import GIB, HEADROOM
-from .plan import Planner, Prediction, describe_data
+from ..config.values import show
+from ..devices import GIB, HEADROOM
+from .planner import Planner, Prediction, describe_data
 from .speed import UTILISATION
 from .switches import each_alone, least
 
@@ -140,11 +141,10 @@ def _verdict(found: dict[str, Any]) -> list[str]:
         return lines
     if found["least"] is None:
         return [*lines, "no switch known here makes it fit"]
-    chosen = " ".join(
-        f"--{name} {_flag(value)}" for name, value in found["least"]["changes"].items()
-    )
-    cost = _cost(found["least"])
-    return [*lines, f"least that fits ({_gib(found['least']['total_bytes'])} GiB{cost}): {chosen}"]
+    least = found["least"]
+    flags = " ".join(f"--{name} {show(value)}" for name, value in least["changes"].items())
+    needed = f"{_gib(least['total_bytes'])} GiB{_cost(least)}"
+    return [*lines, f"least that fits ({needed}): {flags}"]
 
 
 def _switches(found: dict[str, Any]) -> list[str]:
@@ -174,7 +174,3 @@ def _cost(described: dict[str, Any]) -> str:
 
 def _gib(size: int) -> str:
     return f"{size / GIB:.2f}"
-
-
-def _flag(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

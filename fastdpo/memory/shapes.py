@@ -14,7 +14,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..config import TrainConfig
 from ..data.groups import Group
-from ..data.plan import Row, Step
+from ..data.packing import Row
+from ..data.plan import Step
 from ..errors import ModelError
 from ..model.adapter import add_adapter
 from ..model.head import Head, base_causal_lm, find_head

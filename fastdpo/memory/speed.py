@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from .devices import Device
+from ..devices import Device
 from .estimate import Run, optimizer_states, second_model
 from .shapes import RowShape
 

@@ -1,127 +1,156 @@
 """What makes a run smaller, from cheap to dear, and the least of it that fits a device.
 
-The first group changes memory and time and no number beyond rounding; `memory: auto` and the
-handling of an out-of-memory error use it alone. The second changes what is computed: a plan names
-it, and turning it on is up to the user.
+A switch that is exact changes memory and time and no number beyond rounding; `memory: auto` and the
+handling of an out-of-memory error use those alone. The others change what is computed: a plan names
+them, and turning them on is up to the user. Each goes step by step: asked again, it gives the next
+smaller values, until nothing is left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..config import TrainConfig
 from ..errors import ConfigError
-from .plan import Planner, Prediction
+from .planner import Planner, Prediction
 
 Values = dict[str, Any]
-_TILE, _SMALLEST_WORKSPACE = 4096, 64
+_LARGEST_TILE, _SMALLEST_TILE, _SMALLEST_WORKSPACE = 4096, 256, 64
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What the rows of a run are on its device."""
+
+    device: str
+    """"cuda" or "cpu"."""
+    largest: int
+    """Tokens of the largest row."""
+    longest: int
+    """Tokens of the longest comparison, below which no row budget makes a row shorter."""
 
 
 @dataclass(frozen=True)
 class Switch:
-    """A change of keys: their values from the configuration and the planner, {} where nothing is
-    left to change.
-    """
+    """A change of keys: their next values, {} where nothing is left to change."""
 
     name: str
     exact: bool
     """Whether the run's numbers stay the same, rounding apart."""
-    values: Callable[[TrainConfig, Planner], Values]
+    while_training: bool
+    """Whether a running model can be changed like that."""
+    values: Callable[[TrainConfig, Demand], Values]
+
+    @property
+    def origin(self) -> str:
+        """Of the keys that it changed."""
+        return f"memory: {self.name}"
 
 
-def _lower_budget(config: TrainConfig, planner: Planner) -> Values:
-    longest = planner.longest
-    now = planner.predict(config).max_tokens
-    return {"max_tokens_per_batch": longest} if now > longest else {}
-
-
-def _checkpoint(config: TrainConfig, planner: Planner) -> Values:
-    if config.gradient_checkpointing and config.gradient_checkpointing_every == 1:
+def _lower_budget(config: TrainConfig, demand: Demand) -> Values:
+    if demand.largest <= demand.longest:
         return {}
+    return {"max_tokens_per_batch": max(demand.longest, demand.largest // 2)}
+
+
+def _checkpoint(config: TrainConfig, demand: Demand) -> Values:
     return {"gradient_checkpointing": True, "gradient_checkpointing_every": 1}
 
 
-def _tiles(config: TrainConfig, planner: Planner) -> Values:
-    now = config.layer_tile_tokens
-    return {} if now is not None and now <= _TILE else {"layer_tile_tokens": _TILE}
+def _tiles(config: TrainConfig, demand: Demand) -> Values:
+    tokens = min(_LARGEST_TILE, (config.layer_tile_tokens or demand.largest) // 2)
+    return {} if tokens < _SMALLEST_TILE else {"layer_tile_tokens": tokens}
 
 
-def _offload(config: TrainConfig, planner: Planner) -> Values:
-    if config.activation_offloading or planner.device.kind != "cuda":
+def _offload(config: TrainConfig, demand: Demand) -> Values:
+    if demand.device != "cuda":
         return {}
     return {"activation_offloading": True, "gradient_checkpointing": True}
 
 
-def _workspace(config: TrainConfig, planner: Planner) -> Values:
+def _workspace(config: TrainConfig, demand: Demand) -> Values:
     now = config.head_workspace_mib
-    return {"head_workspace_mib": _SMALLEST_WORKSPACE} if now > _SMALLEST_WORKSPACE else {}
+    return {"head_workspace_mib": min(now, max(_SMALLEST_WORKSPACE, now // 4))}
 
 
-def _eight_bits(config: TrainConfig, planner: Planner) -> Values:
+def _eight_bits(config: TrainConfig, demand: Demand) -> Values:
     plain = config.optim in ("adamw_torch", "adamw_torch_fused") and not config.optimizer_offload
     return {"optim": "adamw_torch_8bit"} if plain else {}
 
 
-def _offload_optimizer(config: TrainConfig, planner: Planner) -> Values:
-    if config.optimizer_offload or config.use_peft or planner.device.kind != "cuda":
+def _offload_optimizer(config: TrainConfig, demand: Demand) -> Values:
+    if config.use_peft or demand.device != "cuda":
         return {}
     optim = "adamw_torch" if config.optim == "adamw_torch" else "adamw_torch_fused"
     return {"optimizer_offload": True, "optim": optim}
 
 
-def _lora(config: TrainConfig, planner: Planner) -> Values:
-    if config.use_peft:
-        return {}
-    values: Values = {"use_peft": True, "dtype": "bfloat16"}
-    return values | {"optimizer_offload": False, "optimizer_in_backward": False}
+def _lora(config: TrainConfig, demand: Demand) -> Values:
+    values: Values = {} if config.use_peft else {"use_peft": True, "dtype": "bfloat16"}
+    return values and values | {"optimizer_offload": False, "optimizer_in_backward": False}
 
 
-def _four_bits(config: TrainConfig, planner: Planner) -> Values:
-    return {} if config.load_in_4bit or not config.use_peft else {"load_in_4bit": True}
+def _four_bits(config: TrainConfig, demand: Demand) -> Values:
+    return {"load_in_4bit": True} if config.use_peft else {}
 
 
 SWITCHES = (
-    Switch("lower max_tokens_per_batch", True, _lower_budget),
-    Switch("gradient_checkpointing", True, _checkpoint),
-    Switch("layer_tile_tokens", True, _tiles),
-    Switch("activation_offloading", True, _offload),
-    Switch("lower head_workspace_mib", True, _workspace),
-    Switch("8-bit optimizer", False, _eight_bits),
-    Switch("optimizer_offload", True, _offload_optimizer),
-    Switch("LoRA", False, _lora),
-    Switch("4-bit base", False, _four_bits),
+    Switch("lower max_tokens_per_batch", True, True, _lower_budget),
+    Switch("gradient_checkpointing", True, True, _checkpoint),
+    Switch("layer_tile_tokens", True, True, _tiles),
+    Switch("activation_offloading", True, True, _offload),
+    Switch("lower head_workspace_mib", True, True, _workspace),
+    Switch("8-bit optimizer", False, False, _eight_bits),
+    Switch("optimizer_offload", True, False, _offload_optimizer),
+    Switch("LoRA", False, False, _lora),
+    Switch("4-bit base", False, False, _four_bits),
 )
 """In the order in which they are tried."""
 
 
-def each_alone(planner: Planner) -> Iterator[tuple[Switch, Prediction]]:
-    """Every switch that can be turned on, by itself, and what the run would need with it."""
-    for switch in SWITCHES:
-        changed = turn_on(switch, planner.config, planner)
-        if changed is not None:
-            yield switch, planner.predict(changed)
-
-
-def turn_on(switch: Switch, config: TrainConfig, planner: Planner) -> TrainConfig | None:
-    """The configuration with a switch on; None where it is on, changes nothing or cannot go with
-    the other keys.
+def turn_on(switch: Switch, config: TrainConfig, demand: Demand) -> TrainConfig | None:
+    """The configuration one step of a switch further; None where nothing is left to change or it
+    cannot go with the other keys.
     """
-    values = switch.values(config, planner)
+    values = switch.values(config, demand)
     changed = {name: value for name, value in values.items() if getattr(config, name) != value}
     if not changed:
         return None
     try:
-        return config.choose(f"memory: {switch.name}", **changed)
+        return config.choose(switch.origin, **changed)
     except ConfigError:
         return None
+
+
+def turn_up(switch: Switch, config: TrainConfig, planner: Planner) -> TrainConfig:
+    """The configuration with a switch as far on as it goes."""
+    while (further := turn_on(switch, config, demand(config, planner))) is not None:
+        config = further
+    return config
+
+
+def demand(config: TrainConfig, planner: Planner) -> Demand:
+    """The rows of a configuration on the planner's device."""
+    largest = max(row.tokens for step in planner.steps(config) for row in step)
+    return Demand(planner.device.kind, largest, planner.longest)
+
+
+def each_alone(planner: Planner) -> Iterator[tuple[Switch, Prediction]]:
+    """Every switch that can be turned on, by itself and as far as it goes, and what the run would
+    need with it.
+    """
+    for switch in SWITCHES:
+        changed = turn_up(switch, planner.config, planner)
+        if changed is not planner.config:
+            yield switch, planner.predict(changed)
 
 
 def least(planner: Planner, *, exact: bool, without: Collection[str] = ()) -> Prediction | None:
     """The configuration with the fewest and cheapest switches that fits; None where none does.
 
-    Switches are turned on one after the other until the run fits; then each that is not needed any
+    Switches are turned up one after the other until the run fits; then each that is not needed any
     more is turned off again, the dearest last, and the row budget is raised as far as it goes.
     `exact`: only those that keep the numbers; `without`: names of switches to leave alone.
     """
@@ -133,13 +162,11 @@ def least(planner: Planner, *, exact: bool, without: Collection[str] = ()) -> Pr
     for switch in SWITCHES:
         if (exact and not switch.exact) or switch.name in without:
             continue
-        changed = turn_on(switch, now.config, planner)
-        if changed is None:
-            continue
         used.append(switch)
-        now = planner.predict(changed)
-        if planner.fits(now):
-            return _widest(planner, start, _needed(planner, start, used))
+        while (further := turn_on(switch, now.config, demand(now.config, planner))) is not None:
+            now = planner.predict(further)
+            if planner.fits(now):
+                return _widest(planner, start, _needed(planner, start, now.config, used))
     return None
 
 
@@ -148,27 +175,22 @@ def strongest(planner: Planner, without: Collection[str] = ()) -> TrainConfig:
     config = planner.config
     for switch in SWITCHES:
         if switch.exact and switch.name not in without:
-            config = turn_on(switch, config, planner) or config
+            config = turn_up(switch, config, planner)
     return config
 
 
-def _needed(planner: Planner, start: TrainConfig, used: list[Switch]) -> TrainConfig:
-    """The configuration with only those of the switches without which it would not fit."""
-    for switch in list(used[:-1]):
-        fewer = [other for other in used if other is not switch]
-        config = _all(planner, start, fewer)
-        if config is not None and planner.fits(planner.predict(config)):
-            used = fewer
-    config = _all(planner, start, used)
-    assert config is not None
-    return config
-
-
-def _all(planner: Planner, start: TrainConfig, switches: list[Switch]) -> TrainConfig | None:
-    config: TrainConfig | None = start
-    for switch in switches:
-        if config is not None:
-            config = turn_on(switch, config, planner)
+def _needed(
+    planner: Planner, start: TrainConfig, config: TrainConfig, used: Sequence[Switch]
+) -> TrainConfig:
+    """The configuration without those of the switches without which it fits too."""
+    for switch in used[:-1]:
+        keys = [name for name, origin in config.origins.items() if origin == switch.origin]
+        try:
+            fewer = config.choose("", **{name: getattr(start, name) for name in keys})
+        except ConfigError:  # another switch needs what this one turned on
+            continue
+        if planner.fits(planner.predict(fewer)):
+            config = fewer
     return config
 
 
@@ -180,9 +202,7 @@ def _widest(planner: Planner, start: TrainConfig, config: TrainConfig) -> Predic
         return low
     while high > low.max_tokens + max(64, low.max_tokens // 16):
         middle = (low.max_tokens + high) // 2
-        tried = planner.predict(
-            config.choose("memory: lower max_tokens_per_batch", max_tokens_per_batch=middle)
-        )
+        tried = planner.predict(config.choose("", max_tokens_per_batch=middle))
         if planner.fits(tried):
             low = tried
         else:

@@ -4,6 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
 Dropouts = dict[tuple[int, str], float]
 """Rates by the part of a configuration that holds them (0 itself, 1 its text model) and name."""
 
@@ -18,6 +21,23 @@ def switch_off(model_config: Any) -> Dropouts:
     }
     _set(model_config, dict.fromkeys(found, 0.0))
     return found
+
+
+def rates(module: nn.Module) -> list[str]:
+    """The names of a module's attributes that are rates of dropouts which are on."""
+    if isinstance(module, _DropoutNd):
+        return ["p"] if module.p > 0 else []
+    values = vars(module).items()
+    return [
+        name for name, rate in values if "drop" in name and isinstance(rate, float) and rate > 0
+    ]
+
+
+def silence(model: nn.Module) -> None:
+    """Set every dropout of a model that has been made to 0."""
+    for module in model.modules():
+        for name in rates(module):
+            setattr(module, name, 0.0)
 
 
 @contextmanager

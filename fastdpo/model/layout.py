@@ -15,7 +15,9 @@ from typing import Any
 
 from torch import nn
 
+from ..config import TrainConfig
 from .attention import NAME, register
+from .dropout import rates
 from .exactness import ExactnessCheck
 from .head import base_causal_lm
 
@@ -66,7 +68,8 @@ def choose_layout(
         )
     check = ExactnessCheck(model, stock)
     objections: dict[str, list[str]] = {}
-    for name, obstacle in _candidates(model, config, share_prefix):
+    dropout = any(rates(module) for module in model.modules())
+    for name, obstacle in _candidates(config, share_prefix, dropout):
         obstacle = obstacle or check.failure(name)
         if obstacle is None:
             base.set_attn_implementation(stock if name == "padded" else NAME)
@@ -75,19 +78,30 @@ def choose_layout(
     return Layout("padded", _reason("padded, one sequence a forward", objections), 1)
 
 
-def _reason(chosen: str, objections: dict[str, list[str]]) -> str:
+def expected_layout(config: TrainConfig, model_config: Any) -> str:
+    """The name of the layout that `choose_layout` is expected to take, from configurations alone.
+
+    It may still fall back: what only the proof finds out is not known here.
+    """
+    text = model_config.get_text_config()
+    if config.attn_implementation or length_dependent_rope(text, config.max_length):
+        return "padded"
+    dropout = config.use_peft and config.lora_dropout > 0
+    candidates = _candidates(text, config.share_prefix, dropout)
+    return next(name for name, obstacle in candidates if obstacle is None)
+
+
+def _reason(verdict: str, objections: dict[str, list[str]]) -> str:
     against = [f"not {' or '.join(names)}: {why}" for why, names in objections.items()]
-    return "; ".join([chosen, *against])
+    return "; ".join([verdict, *against])
 
 
-def _candidates(
-    model: nn.Module, config: Any, share_prefix: bool
-) -> Iterator[tuple[str, str | None]]:
+def _candidates(config: Any, share_prefix: bool, dropout: bool) -> Iterator[tuple[str, str | None]]:
     """Layouts from fast to slow, with what the configuration already says against each."""
     kinds = set(getattr(config, "layer_types", None) or ()) - MIXES_ONLY_BY_ATTENTION
     mixing = f"layers of type {', '.join(sorted(kinds))}" if kinds else None
     sharing = None if share_prefix else "share_prefix is off"
-    if sharing is None and _has_dropout(model):
+    if sharing is None and dropout:
         sharing = "dropout is on, and one prompt would be dropped alike for all its responses"
     yield "shared", mixing or sharing
     yield "packed", mixing
@@ -150,14 +164,3 @@ def _rope_dictionaries(parameters: Any) -> Iterator[dict[str, Any]]:
         yield parameters
         for value in parameters.values():
             yield from _rope_dictionaries(value)
-
-
-def _has_dropout(model: nn.Module) -> bool:
-    """Whether any layer drops activations in training."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            return True
-        rates = (value for name, value in vars(module).items() if "drop" in name)
-        if any(isinstance(rate, float) and rate > 0 for rate in rates):
-            return True
-    return False

@@ -1,6 +1,6 @@
 """Loading a tokenizer and a causal language model, with messages for what can be wrong there."""
 
-from collections.abc import Callable
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.integrations.liger import apply_liger_kernel
 
 from ..config import TrainConfig
-from ..errors import ConfigError, ModelError
+from ..errors import CheckpointError, ConfigError, ModelError
 from .adapter import check_adapter_file, merge_adapter
-from .dropout import switch_off
+from .dropout import silence, switch_off
 from .messages import one_line
 from .place import ADAPTER_CONFIG, Place, find_model, tokenizer_place
 from .quantised import check_packed, compute_in, is_quantised, quantisation
@@ -24,9 +24,11 @@ from .weights import (
     read_json,
 )
 
+logger = logging.getLogger(__name__)
+
 
 def load_tokenizer(config: TrainConfig) -> Any:
-    """The tokenizer of the model; its pad token defaults to its EOS token, as in TRL.
+    """The tokenizer of the model.
 
     Raises:
         ModelError: there is none at that place, or its files are damaged.
@@ -49,6 +51,11 @@ def load_tokenizer(config: TrainConfig) -> Any:
         if Path(path).is_dir() and not files:
             reason = f"it holds none of {', '.join(TOKENIZER_FILES[:2])}"
         raise ModelError(f"{_where(path)}: no tokenizer could be loaded ({reason})") from error
+    return with_pad_token(tokenizer)
+
+
+def with_pad_token(tokenizer: Any) -> Any:
+    """The tokenizer itself; its pad token defaults to its EOS token, as in TRL."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -99,7 +106,6 @@ def load_model(
     device: torch.device,
     path: str | None = None,
     autocast: torch.dtype | None = None,
-    say: Callable[[str], None] = lambda line: None,
 ) -> PreTrainedModel:
     """The causal language model at `path` (default: the policy's), without dropout, from
     safetensors alone; its 4-bit weights, where it has any, multiply in the type of `autocast`.
@@ -113,7 +119,7 @@ def load_model(
     """
     place, model_config = find_model(config, path), load_model_config(config, path)
     dropouts = switch_off(model_config)
-    model = _from_files(config, device, place, model_config, say)
+    model = _from_files(config, device, place, model_config)
     model.fastdpo_dropouts = dropouts
     if config.use_liger_kernel:
         _use_liger_layers(model, device)
@@ -121,7 +127,7 @@ def load_model(
         model = model.to(device)
         if place.adapter is None or config.use_peft:
             return model
-        say(f"adapter: {place.adapter}, merged into {place.name}")
+        logger.info(f"adapter: {place.adapter}, merged into {place.name}")
         return merge_adapter(model, place)
     if not config.use_peft:
         raise ModelError(
@@ -133,12 +139,63 @@ def load_model(
     return model
 
 
+def adopt_model(model: Any, config: TrainConfig, device: torch.device) -> PreTrainedModel:
+    """A model that the caller has in memory, as `load_model` would have returned it: on the device,
+    without dropout, with all weights to be trained. It is changed in place.
+
+    Raises:
+        ModelError: no model of transformers, one with adapters, or a quantised one without adapters
+            to train.
+    """
+    if not isinstance(model, PreTrainedModel):
+        kind = type(model).__name__
+        hint = "; pass its base and set use_peft" if hasattr(model, "peft_config") else ""
+        raise ModelError(f"model: expected a transformers PreTrainedModel, got {kind}{hint}")
+    if is_quantised(model) and not config.use_peft:
+        raise ModelError("model: its weights are quantised: set use_peft to train adapters on it")
+    model.fastdpo_dropouts = switch_off(model.config)
+    silence(model)
+    if config.use_liger_kernel:
+        _use_liger_layers(model, device)
+    return model if is_quantised(model) else model.to(device)
+
+
+def load_weights(model: Any, config: TrainConfig, path: Path) -> None:
+    """Put the weights (or the adapter) of a checkpoint into the model that is being trained.
+
+    Raises:
+        CheckpointError: it holds another model or none.
+    """
+    if config.use_peft:
+        _load_adapter_weights(model, path)
+        return
+    if not (path / "config.json").exists():
+        raise CheckpointError(f"{path}: holds no full model, but use_peft is not set")
+    saved = load_model(config, torch.device("cpu"), str(path))
+    try:
+        model.load_state_dict(saved.state_dict())
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: holds another model ({error})") from error
+
+
+def _load_adapter_weights(model: Any, path: Path) -> None:
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    adapter = path / "adapter_model.safetensors"
+    if not adapter.exists():
+        raise CheckpointError(f"{path}: holds no adapter, but use_peft is set")
+    try:
+        loaded = set_peft_model_state_dict(model, load_peft_weights(str(path), device="cpu"))
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: its adapter has other shapes ({error})") from error
+    missing = [name for name in loaded.missing_keys if "lora_" in name]
+    if missing or loaded.unexpected_keys:
+        names = ", ".join([*missing, *loaded.unexpected_keys][:3])
+        raise CheckpointError(f"{path}: its adapter is on other modules ({names})")
+
+
 def _from_files(
-    config: TrainConfig,
-    device: torch.device,
-    place: Place,
-    model_config: Any,
-    say: Callable[[str], None],
+    config: TrainConfig, device: torch.device, place: Place, model_config: Any
 ) -> PreTrainedModel:
     """The model that transformers makes, all of whose weights came from its files."""
     types = check_files(place.directory) if place.directory is not None else {}
@@ -164,7 +221,7 @@ def _from_files(
             f"{_where(place.name)}: no causal language model in safetensors could be loaded "
             f"({one_line(error)})"
         ) from error
-    check_loaded(model, info, types, place.name, say)
+    check_loaded(model, info, types, place.name)
     return model
 
 

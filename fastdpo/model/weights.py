@@ -7,7 +7,7 @@ shows a table; here that is an error.
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..errors import ModelError
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
@@ -141,9 +143,8 @@ def check_loaded(
     info: dict[str, Any],
     types: dict[str, str],
     where: str,
-    say: Callable[[str], None],
 ) -> None:
-    """Hold the `loading_info` of `from_pretrained` against the model; left-over weights are said.
+    """Hold the `loading_info` of `from_pretrained` against the model; left-over weights are logged.
 
     Raises:
         ModelError: weights that the checkpoint lacks, or has in another shape or as integers.
@@ -168,9 +169,11 @@ def check_loaded(
                 "floating point, or a quantization_config in config.json"
             )
     if buffers := sorted(set(info["missing_keys"]) - own.keys()):
-        say(f"note: {where}: lacks {_count(buffers, 'buffer')}, left as made: {_first(buffers)}")
+        lacks = f"lacks {_count(buffers, 'buffer')}, left as made: {_first(buffers)}"
+        logger.warning(f"note: {where}: {lacks}")
     if left:
-        say(f"note: {where}: {_count(left, 'weight')} not of {name} left out: {_first(left)}")
+        out = f"{_count(left, 'weight')} not of {name} left out: {_first(left)}"
+        logger.warning(f"note: {where}: {out}")
 
 
 def check_adapter(model: nn.Module, found: Any, file: Path, base: str) -> None:
@@ -194,16 +197,16 @@ def check_adapter(model: nn.Module, found: Any, file: Path, base: str) -> None:
 @contextmanager
 def no_report() -> Iterator[None]:
     """Without transformers' table of missing and left-over weights: `check_loaded` replaces it."""
-    logger = logging.getLogger("transformers.modeling_utils")
+    loading = logging.getLogger("transformers.modeling_utils")
 
     def other(record: logging.LogRecord) -> bool:
         return "LOAD REPORT" not in record.getMessage()
 
-    logger.addFilter(other)
+    loading.addFilter(other)
     try:
         yield
     finally:
-        logger.removeFilter(other)
+        loading.removeFilter(other)
 
 
 def _count(names: Iterable[str], what: str) -> str:

@@ -1,8 +1,9 @@
 """The training loop: whole steps of exactly so many comparisons, each packed into a few rows."""
 
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -11,19 +12,24 @@ from typing import Any
 from tqdm import tqdm
 
 from ..config import TrainConfig
-from ..data.batch import Batch
-from ..data.groups import Group, count_comparisons
-from ..data.plan import Step, make_plan, plan_digest
+from ..data.ahead import ahead
+from ..data.dataset import Data
+from ..data.groups import count_comparisons
+from ..data.plan import Step, comparisons_per_step, epoch_plan, plan_digest
+from ..devices import peak_memory_mib
 from ..errors import ConfigError
 from ..losses import loss_at_reference
+from ..model.load import load_weights
 from . import checkpoint, metrics
 from .changes import check_identity, deciding, describe_changes
 from .optimizer import make_scheduler, restart
 from .output import METRICS, TRACE, Output
 from .profile import profiler
-from .retry import Retry
-from .step import Objective
+from .step import Objective, StepBatches
+from .trackers import MetricsLog, make_trackers
 from .update import make_update, require_one_row
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -36,20 +42,18 @@ class Trainer:
         config: TrainConfig,
         objective: Objective,
         tokenizer: Any,
-        groups: list[Group],
-        eval_groups: list[Group],
+        data: Data,
         max_tokens: int,
         output: Output,
         identity: dict[str, Any],
-        load_weights: Callable[[Path], None],
-        say: Callable[[str], None],
+        on_step: Callable[[int, dict[str, float]], None] | None = None,
     ) -> None:
         self.config, self.objective, self.tokenizer = config, objective, tokenizer
-        self.groups, self.eval_groups, self.max_tokens = groups, eval_groups, max_tokens
-        self.output, self.load_weights, self.say = output, load_weights, say
+        self.data, self.max_tokens, self.output = data, max_tokens, output
+        self.on_step = on_step
         self.model, self.device = objective.policy.model, objective.policy.device
-        self.per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        self.steps_per_epoch = math.ceil(count_comparisons(groups) / self.per_step)
+        self.per_step = comparisons_per_step(config)
+        self.steps_per_epoch = math.ceil(count_comparisons(data.train) / self.per_step)
         epochs = math.ceil(config.num_train_epochs * self.steps_per_epoch)
         self.total_steps = config.max_steps if config.max_steps > 0 else epochs
         self.every = {
@@ -65,38 +69,39 @@ class Trainer:
         if config.optimizer_in_backward:
             every_epoch = range(math.ceil(self.total_steps / self.steps_per_epoch))
             layout = objective.policy.layout.name
-            require_one_row(map(self.plan, every_epoch), groups, layout, config)
-        self.identity = identity | {"data": plan_digest(groups, self.plan(0))}
-        self.retry = Retry(self)
+            require_one_row(map(self.plan, every_epoch), data.train, layout, config)
+        self.identity = identity | {"data": plan_digest(data.train, self.plan(0))}
 
     def plan(self, epoch: int) -> list[Step]:
-        """The steps of an epoch: the same for the same data, seed and step size."""
-        seed = self.config.seed if self.config.data_seed is None else self.config.data_seed
-        return make_plan(
-            self.groups,
-            comparisons_per_step=self.per_step,
-            max_tokens=self.max_tokens,
+        """The steps of an epoch."""
+        return epoch_plan(
+            self.config,
+            self.data.train,
             layout=self.objective.policy.layout.name,
-            seed=seed if self.config.shuffle else None,
+            max_tokens=self.max_tokens,
             epoch=epoch,
         )
 
-    def train(self) -> dict[str, float]:
-        """Run to the last step; returns the last value of every metric."""
+    def train(self, steps: Generator[None, None, None] | None = None) -> dict[str, float]:
+        """Run to the last step; returns the last value of every metric.
+
+        `steps` takes every step that is left and yields after each (default: `take_steps`).
+        """
         config, folder = self.config, self.output.path
-        trackers = metrics.make_trackers(
-            config.report_to, folder, config.run_name, config.to_dict()
-        )
-        self.log = metrics.MetricsLog(folder / METRICS, trackers, self.resumed)
+        trackers = make_trackers(config.report_to, folder, config.run_name, config.to_dict())
+        self.log = MetricsLog(folder / METRICS, trackers, self.resumed)
         last = self.log.last()
         if config.eval_on_start and self.step == 0:
             last |= self._evaluate()
         self.model.train()
         trace = profiler(config.profile_steps, folder / TRACE, self.device)
-        with closing(self.retry.steps(self._steps)) as taken, trace as watch:
+        with closing(steps or self.take_steps()) as taken, trace as watch:
             for _ in taken:
                 watch.step()
-                last |= self._after_step()
+                logged = self._after_step()
+                last |= logged
+                if self.on_step is not None:
+                    self.on_step(self.step, logged)
         self.bar.close()
         self._begin()
         return last
@@ -114,22 +119,28 @@ class Trainer:
             return end or self.step % self.steps_per_epoch == 0
         return strategy == "steps" and (end or self.step % self.every[name] == 0)
 
-    def _steps(self) -> Iterator[tuple[int, list[Batch]]]:
-        """The steps that are left: their comparisons and their rows, on the host."""
+    def steps_left(self) -> Iterator[StepBatches]:
+        """The steps that are left, on the host, as they are packed now."""
         first = self.step
         for number in range(first, self.total_steps):
             epoch, place = divmod(number, self.steps_per_epoch)
             if place == 0 or number == first:
                 plan = self.plan(epoch)
-            rows = [self.objective.batch(self.groups, row) for row in plan[place].ranks[0]]
-            yield plan[place].comparisons, rows
+            yield self.objective.batches(self.data.train, plan[place])
 
-    def gradients(self, step: tuple[int, list[Batch]]) -> metrics.StepSums:
+    def take_steps(self) -> Generator[None, None, None]:
+        """Take every step that is left; yields after each."""
+        with closing(ahead(self.steps_left())) as made:
+            for step in made:
+                start = time.perf_counter()
+                self.finish(self.gradients(step), start)
+                yield
+
+    def gradients(self, step: StepBatches) -> metrics.StepSums:
         """Score a step's rows forward and backward; nothing but gradients changes."""
-        comparisons, rows = step
         sums = metrics.StepSums(self.device)
-        for batch in rows:
-            self.update.backward(self.objective.score(batch, comparisons, sums), self.step)
+        for batch in step.batches:
+            self.update.backward(self.objective.score(batch, step.comparisons, sums), self.step)
         return sums
 
     def finish(self, sums: metrics.StepSums, start: float) -> None:
@@ -145,48 +156,50 @@ class Trainer:
         self.bar.update()
 
     def _after_step(self) -> dict[str, float]:
-        """Read, log, evaluate and save where that is due; what was found."""
+        """Read, log, evaluate and save where that is due; the metrics that were logged."""
         config, first = self.config, self.step == (self.resumed or 0) + 1
         log = self._due("steps", "logging") or (config.logging_first_step and self.step == 1)
         evaluate = self._due(config.eval_strategy, "eval")
         evaluate |= config.do_eval and self.step == self.total_steps
-        evaluate &= bool(self.eval_groups)
+        evaluate &= bool(self.data.evaluation)
         save = self._due(config.save_strategy, "save")
         if self.pending.waits or first or log or evaluate or save:
             self._read()
         self.output.require()
         if first:
             self._begin()
-        found = self._write_metrics() if log else {}
+        logged = self._write_metrics() if log else {}
         if evaluate:
-            found |= self._evaluate()
+            logged |= self._evaluate()
         if save:
             self._save()
-        return found
+        return logged
 
     def _read(self) -> None:
-        """Bring metrics to the host; show whether the first loss is what it has to be."""
+        """Bring metrics to the host; log the first loss beside that of a policy which still is its
+        reference.
+        """
         values = self.pending.read(partial(metrics.rates, self.model))
         self.bar.set_postfix_str(metrics.show(values), refresh=False)
         if self.step == 1 and self.config.ref_model_name_or_path is None:
             expected = loss_at_reference(self.objective.loss_function)
-            self.say(f"first loss {values['loss']:.7f}, with policy = reference {expected:.7f}")
+            logger.info(f"first loss {values['loss']:.7f}, with policy = reference {expected:.7f}")
 
     def _write_metrics(self) -> dict[str, float]:
         result = self.pending.line() | self._position()
-        result["peak_memory_mib"] = metrics.peak_memory_mib(self.device)
+        result["peak_memory_mib"] = peak_memory_mib(self.device)
         self.log.write(result, self.step)
         if self.bar.disable:
-            self.say(f"step {self.step}/{self.total_steps}: {metrics.show(result)}")
+            logger.info(f"step {self.step}/{self.total_steps}: {metrics.show(result)}")
         return result
 
     def _position(self) -> dict[str, float]:
         return {"epoch": self.step / self.steps_per_epoch, "num_tokens": self.num_tokens}
 
     def _evaluate(self) -> dict[str, float]:
-        result = self.objective.evaluate(self.eval_groups, self.max_tokens) | self._position()
+        result = self.objective.evaluate(self.data.evaluation, self.max_tokens) | self._position()
         self.log.write(result, self.step)
-        self.say(f"evaluation at step {self.step}: {metrics.show(result)}")
+        logger.info(f"evaluation at step {self.step}: {metrics.show(result)}")
         return result
 
     def _save(self) -> None:
@@ -220,12 +233,12 @@ class Trainer:
                 f"resume_from_checkpoint: {path} was taken at step {state['step']}, after the last "
                 f"of this run's {self.total_steps}; raise max_steps or num_train_epochs"
             )
-        self.load_weights(path)
+        load_weights(self.model, self.config, path)
         checkpoint.restore(path, state, self.optimizer)
         self.step = self.resumed = state["step"]
         restart(self.scheduler, self.step)
         self.num_tokens, self.pending.values = state["num_tokens"], state["pending"]
         self.bar.update(self.step)
-        self.say(f"resumed at step {self.step} from {path}")
+        logger.info(f"resumed at step {self.step} from {path}")
         if line := describe_changes(state, self.config):
-            self.say(line)
+            logger.info(line)

@@ -16,7 +16,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..config import TrainConfig
 from ..data.groups import Group
-from ..data.plan import Step, part_tokens
+from ..data.packing import part_tokens
+from ..data.plan import Step
 from ..errors import ConfigError
 from .optimizer import make_optimizer
 from .pending import Pending

@@ -12,12 +12,21 @@ from torch import Tensor
 from ..data.ahead import ahead
 from ..data.batch import Batch, make_batch
 from ..data.groups import Group, count_comparisons
-from ..data.plan import Row, make_plan
+from ..data.packing import Row
+from ..data.plan import Step, make_plan
 from ..model.scorer import Scorer
 from ..reference import OnlineReference
 from .metrics import TOKEN_STATS, StepSums
 
 _EVAL_WINDOW = 1024
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """A step on the host: how many comparisons it holds, and its rows."""
+
+    comparisons: int
+    batches: list[Batch]
 
 
 @dataclass
@@ -28,6 +37,10 @@ class Objective:
     loss_function: Callable[[Comparisons], Tensor]
     beta: float
     reference: OnlineReference | None = None  # None: precomputed, in the groups
+
+    def batches(self, groups: Sequence[Group], step: Step) -> StepBatches:
+        """The rows of a step, for one process."""
+        return StepBatches(step.comparisons, [self.batch(groups, row) for row in step.ranks[0]])
 
     def batch(self, groups: Sequence[Group], row: Row) -> Batch:
         """A row on the host, ready to be copied to the device."""

@@ -1,4 +1,4 @@
-"""Devices to plan for: GPUs by name, from their vendors' data sheets, or the one at hand.
+"""What is known of devices: GPUs by name, from their vendors' data sheets, and the one at hand.
 
 A card reports less than its data sheet says: the driver keeps some (an "80 GB" H100 reports 79.1 to
 79.6 GiB, a "24 GB" RTX 4090 23.5 to 24.0), and cards with GDDR memory and error correction on store
@@ -8,12 +8,14 @@ its codes there (an L4 reports 22.2 of 24 GiB, an L40S 44.4 of 48). `usable` is 
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ConfigError
+from .errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -105,18 +107,45 @@ def at_hand(device: torch.device) -> Device:
 
     free, _ = torch.cuda.mem_get_info(device)
     taken = torch.cuda.memory_reserved(device)
-    title = torch.cuda.get_device_name(device)
-    known = _known(title, torch.cuda.get_device_properties(device).total_memory)
+    title, known = torch.cuda.get_device_name(device), known_gpu(device)
     rates = (known.bf16, known.fp32, known.bandwidth, known.host_link) if known else (None,) * 4
     # The context exists by now, and a device's budget takes it off once.
     return Device(title, "cuda", free + taken + CUDA_OVERHEAD, *rates)
 
 
-def _known(title: str, total: int) -> Device | None:
-    """The entry of `GPUS` whose model stands in the name that the driver gives."""
-    words = title.lower().replace(" ", "")
+def known_gpu(device: torch.device | None = None) -> Device | None:
+    """The entry of `GPUS` whose model stands in the name that the driver gives for a GPU (default:
+    the current one); None for another device.
+    """
+    import torch
+
+    if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
+        return None
+    words = torch.cuda.get_device_name(device).lower().replace(" ", "")
+    total = torch.cuda.get_device_properties(device or 0).total_memory
     fitting = [gpu for name, gpu in GPUS.items() if name.split("-")[0] in words]
     return min(fitting, key=lambda gpu: abs(gpu.memory - total), default=None)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Most memory held so far: allocated on the GPU, or resident in this process on a CPU. MiB."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage's figure begins with that of the process that started this one
+        lines = status.read_text().splitlines()
+        found = next((line for line in lines if line.startswith("VmHWM:")), None)
+        if found is not None:
+            return int(found.split()[1]) / 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def total_host_memory() -> int:
+    """Bytes of RAM of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def free_host_memory() -> int:

@@ -1,0 +1,109 @@
+"""`train` and `precompute`: from a configuration, and what the caller has in memory, to a trained
+model or to reference log-probabilities.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import TrainConfig
+from ..data.dataset import Rows
+from ..hub import reached
+from ..model.adapter import adopt_adapter
+from ..terminal import progress_bars, withheld
+from .card import model_card
+from .output import Output, claim
+from .references import precompute_reference
+from .retry import enough_memory, retried
+from .setup import Given, load, set_up
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves behind."""
+
+    step: int
+    """The last optimizer step."""
+    metrics: dict[str, float]
+    """The last value of every metric, under TRL's names; empty where nothing was left to do."""
+    output_dir: Path
+    model: Any = None
+    """The trained transformers or peft model; None where nothing was left to do."""
+
+
+def train(
+    config: TrainConfig,
+    rows: Rows | None = None,
+    eval_rows: Rows | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
+) -> TrainResult:
+    """Train as `fastdpo train` does.
+
+    Lines about the run go to the logger "fastdpo", at INFO.
+
+    Args:
+        config: every key of the run.
+        rows: preference data in place of `dataset_name`, in any layout that a file may have: a list
+            of dicts or a `datasets.Dataset`.
+        eval_rows: the same in place of the data to evaluate on, where the run evaluates.
+        model: a transformers causal language model in place of `model_name_or_path`. It is trained
+            in place, in its own dtype, on the device of the run; `use_peft` wraps it.
+        tokenizer: its tokenizer, in place of the one at `model_name_or_path`.
+        on_step: called after every optimizer step with its number, from 1 on, and the metrics that
+            were logged at that step ({} where none were). What it raises ends the run.
+
+    Raises:
+        FastDPOError: anything wrong with configuration, data, model or checkpoint, before the first
+            step; a loss or gradient that is not finite, later.
+    """
+    given = Given(rows, eval_rows, model, tokenizer)
+    given.require(config)
+    with claim(config) as output, _surroundings(config):
+        if given.is_empty and config.resume_from_checkpoint is True and output.holds_this_run():
+            logger.info(
+                f"{output.path}: the run with these keys is finished (step {output.step}), nothing "
+                "is left to do"
+            )
+            return TrainResult(output.step, {}, output.path)
+        return _train(config, given, output, on_step)
+
+
+def _train(
+    config: TrainConfig, given: Given, output: Output, on_step: Callable[..., None] | None
+) -> TrainResult:
+    with withheld():
+        trainer = set_up(config, given, output, on_step)
+    if output.finished and trainer.step == trainer.total_steps:
+        logger.info(
+            f"{output.path}: this run is finished (step {trainer.step}), nothing is left to do"
+        )
+        return TrainResult(output.step, {}, output.path)
+    metrics = trainer.train(retried(trainer))
+    card = model_card(trainer.config, metrics)
+    output.finish(trainer.config, trainer.step, trainer.model, trainer.tokenizer, card)
+    return TrainResult(trainer.step, metrics, output.path, trainer.model)
+
+
+def precompute(config: TrainConfig) -> dict[str, Any]:
+    """Run `fastdpo precompute`: fills the reference cache, returns what was found and computed."""
+    config.require("model_name_or_path", "dataset_name")
+    with _surroundings(config), withheld():
+        loaded = load(adopt_adapter(config), Given(), config.bf16)
+        report, _ = precompute_reference(
+            loaded.config, loaded.policy, loaded.data, loaded.max_tokens
+        )
+    return {"found": report.found, "computed": report.computed, "cache": str(report.directory)}
+
+
+@contextmanager
+def _surroundings(config: TrainConfig) -> Iterator[None]:
+    """Terminal, network and memory, each of which may be less than what libraries expect."""
+    with progress_bars(config.disable_tqdm), reached(config), enough_memory():
+        yield

@@ -1,0 +1,188 @@
+"""Everything that is loaded, checked and computed before the first step."""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fastdpo_kernels.losses import Comparisons
+from transformers import set_seed
+
+from ..config import TrainConfig
+from ..data.dataset import Data, Rows, load_data
+from ..data.groups import count_comparisons
+from ..data.packing import longest_comparison
+from ..data.plan import row_budget
+from ..errors import ConfigError
+from ..losses import make_loss
+from ..memory.allocator import keep_freed_memory, return_freed_memory
+from ..memory.auto import fit
+from ..model.activations import recompute_layers
+from ..model.adapter import adopt_adapter
+from ..model.compiled import compile_layers
+from ..model.layout import beyond_positions
+from ..model.load import check_model_files, load_model_config, load_tokenizer, with_pad_token
+from ..model.offload import transfer_of
+from ..model.paths import activations_path, attention_path, run_device
+from ..model.precision import choose_precision
+from ..model.scorer import Scorer, load_scorer
+from .changes import check_keys
+from .checkpoint import read_state
+from .loop import Trainer
+from .optimizer import optimizer_path
+from .output import Output
+from .references import make_reference
+from .step import Objective
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the caller has in memory; the rest is where the configuration says."""
+
+    rows: Rows | None = None
+    eval_rows: Rows | None = None
+    model: Any = None
+    tokenizer: Any = None
+
+    def require(self, config: TrainConfig) -> None:
+        """Raise ConfigError unless the configuration names what is not given."""
+        if self.model is None or self.tokenizer is None:
+            config.require("model_name_or_path")
+        if self.rows is None:
+            config.require("dataset_name")
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the configuration alone says what is trained."""
+        return all(value is None for value in vars(self).values())
+
+
+@dataclass
+class Loaded:
+    """What training and precomputing begin with."""
+
+    config: TrainConfig
+    tokenizer: Any
+    data: Data
+    policy: Scorer
+    max_tokens: int
+
+
+def load(config: TrainConfig, given: Given, bf16: bool | None) -> Loaded:
+    """Tokenizer, data and policy; `bf16` as the configuration or a checkpoint has it."""
+    if given.model is None:
+        check_model_files(config)
+        model_config = load_model_config(config)
+    else:
+        model_config, dtype = given.model.config, str(given.model.dtype).removeprefix("torch.")
+        config = config.choose("model", dtype=dtype) if dtype in _DTYPES else config
+    device = _device(config)
+    tokenizer = load_tokenizer(config) if given.tokenizer is None else given.tokenizer
+    vocab_size = getattr(model_config.get_text_config(), "vocab_size", None)
+    data = load_data(config, with_pad_token(tokenizer), vocab_size, given.rows, given.eval_rows)
+    _note_positions(config, model_config, data)
+    autocast, reason = choose_precision(bf16, device)
+    precision = "bf16 autocast" if autocast else config.dtype
+    logger.info(f"precision: {precision} on {device.type} ({reason})")
+    if config.memory == "auto":
+        config = fit(config, data.train, model_config, device, autocast)
+    policy = load_scorer(config, device, autocast, model=given.model)
+    return Loaded(config, tokenizer, data, policy, row_budget(config, device.type))
+
+
+def set_up(
+    config: TrainConfig, given: Given, output: Output, on_step: Callable[..., None] | None
+) -> Trainer:
+    """A trainer that stands before the first step that is left."""
+    loss = _loss(config)
+    attention_path(config)  # a backend that cannot be had here is an error before anything else
+    if given.model is None:
+        config = adopt_adapter(config)
+    optimizer = optimizer_path(config, run_device(config))
+    start, bf16 = output.checkpoint(), config.bf16
+    if start is not None:
+        state = read_state(start)
+        check_keys(start, state, config)
+        if bf16 is None and "identity" in state:  # not what this machine would choose
+            bf16 = state["identity"]["precision"] == str(torch.bfloat16)
+    set_seed(config.seed)
+    loaded = load(config, given, bf16)
+    config, policy, data = loaded.config, loaded.policy, loaded.data
+    reference, digests = make_reference(config, policy, data, loaded.max_tokens)
+    logger.info(f"activations: {activations_path(config)}")
+    logger.info(f"optimizer: {optimizer}")
+    _change_layers(config, policy.model, policy.device, output)
+    trainer = Trainer(
+        config=config,
+        objective=Objective(policy, loss, config.beta, reference),
+        tokenizer=loaded.tokenizer,
+        data=data,
+        max_tokens=loaded.max_tokens,
+        output=output,
+        identity={"precision": str(policy.autocast), **digests},
+        on_step=on_step,
+    )
+    logger.info(
+        f"training: {count_comparisons(data.train)} comparisons, {trainer.per_step} a step, "
+        f"{trainer.total_steps} steps, rows of up to {loaded.max_tokens} tokens"
+    )
+    if policy.device.type == "cpu":
+        longest = longest_comparison(data.train, policy.layout.name)
+        keep_freed_memory(max(loaded.max_tokens, longest))
+        return_freed_memory()
+    if start is not None:
+        trainer.resume(start, state)
+    elif config.resume_from_checkpoint:
+        logger.info(
+            f"resume_from_checkpoint: {output.path} holds no checkpoint, starting at step 0"
+        )
+    return trainer
+
+
+def _loss(config: TrainConfig) -> Callable[[Comparisons], torch.Tensor]:
+    try:
+        return make_loss(
+            config.loss_type,
+            beta=config.beta,
+            label_smoothing=config.label_smoothing,
+            loss_weights=config.loss_weights,
+        )
+    except ConfigError as error:  # which does not know where the key stood
+        raise config.error("loss_type", str(error).removeprefix("loss_type: ")) from error
+
+
+def _device(config: TrainConfig) -> torch.device:
+    world = os.environ.get("WORLD_SIZE", "1")
+    if not world.isdecimal() or int(world) > 1:
+        raise ConfigError(
+            f"WORLD_SIZE: expected 1, since several processes are not supported yet, got {world}"
+        )
+    if run_device(config).type == "cpu":
+        keep_freed_memory()
+    if config.tf32 is not None:
+        torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    return run_device(config)
+
+
+def _note_positions(config: TrainConfig, model_config: Any, data: Data) -> None:
+    """Warn of sequences that are longer than any the model has positions for."""
+    length, what = config.max_length, "max_length"
+    if length is None:
+        length, what = data.longest_sequence(), "the longest sequence,"
+    if warning := beyond_positions(model_config, length, what):
+        logger.warning(f"note: {warning}")
+
+
+def _change_layers(config: TrainConfig, model: Any, device: torch.device, output: Output) -> None:
+    """Recompute and compile the layers as the configuration asks."""
+    if config.gradient_checkpointing:
+        transfer = transfer_of(device, output.path) if config.activation_offloading else None
+        recompute_layers(model, every=config.gradient_checkpointing_every, offload=transfer)
+    if config.torch_compile:
+        logger.info(f"layers: {compile_layers(model)} compiled")
