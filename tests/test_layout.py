@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import (
@@ -23,12 +25,16 @@ from families import (
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from fastdpo.data.segments import Segments
+from fastdpo.data.batch import Batch, make_batch
+from fastdpo.data.groups import Group
+from fastdpo.data.packing import Part
+from fastdpo.data.segments import Bound, Segments
 from fastdpo.errors import ModelError
 from fastdpo.model import exactness
 from fastdpo.model.attention import NAME
-from fastdpo.model.exactness import ExactnessCheck, padded_row, stream_row
-from fastdpo.model.head import find_head, hidden_states
+from fastdpo.model.exactness import ExactnessCheck
+from fastdpo.model.forward import batch_states
+from fastdpo.model.head import find_head
 from fastdpo.model.layout import choose_layout
 
 EAGER = {"gemma2", "gpt_oss"}
@@ -85,10 +91,15 @@ def test_rows_equal_a_dense_mask_through_stock_attention(family: str) -> None:
 
 def padded_logps(model: Any) -> Tensor:
     """Log-probabilities of one padded batch, the way a trainer computes them."""
-    row = padded_row(GROUPS, device=torch.device("cpu"))
-    states = hidden_states(model, **row.inputs).flatten(0, 1)[row.score_index]
+    groups = [
+        Group(np.array(prompt, np.int32), [np.array(r, np.int32) for r in responses])
+        for prompt, responses in GROUPS
+    ]
+    row = [Part(number, tuple(range(len(g.responses)))) for number, g in enumerate(groups)]
+    batch = make_batch(groups, row, "padded")
+    states = batch_states(model, batch).flatten(0, 1)[batch.score_index]
     logps = find_head(model).logits(states).double().log_softmax(-1)
-    return logps.gather(-1, row.targets[:, None])[:, 0]
+    return logps.gather(-1, batch.targets[:, None])[:, 0]
 
 
 def could_share(model: Any, truth: Truth) -> bool:
@@ -115,7 +126,7 @@ def test_what_cannot_be_shared_is_padded(family: str) -> None:
     if layout.name == "shared":
         truth.check(model, row_logps(model, pack(GROUPS, share=True)))
         return
-    assert (layout.name, layout.max_batch) == ("padded", None)
+    assert (layout.name, layout.one_by_one) == ("padded", False)
     assert "not shared or packed: " in layout.reason and "\n" not in layout.reason
     assert model.config._attn_implementation == stock
     truth.check(model, padded_logps(model))
@@ -125,7 +136,7 @@ def test_what_cannot_be_shared_is_padded(family: str) -> None:
 def test_architectures_that_need_one_sequence_a_forward(family: str) -> None:
     model = build(family)
     layout = choose_layout(model)
-    assert (layout.name, layout.max_batch) == ("padded", 1)
+    assert (layout.name, layout.one_by_one) == ("padded", True)
     assert model.config._attn_implementation != NAME
     # And it is needed: beside a longer sequence a short one changes.
     difference = (padded_logps(model) - separate_logps(build(family), GROUPS)).abs().max()
@@ -134,7 +145,7 @@ def test_architectures_that_need_one_sequence_a_forward(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["phi3+longrope", "llama+dynamic"])
 def test_scaled_rope_is_no_obstacle_below_its_length(family: str) -> None:
-    assert choose_layout(build(family), max_length=11).max_batch == 1
+    assert choose_layout(build(family), max_length=11).one_by_one
     model = build(family)
     model.config.max_position_embeddings = max(model.config.max_position_embeddings, 10)
     short = random_groups([(3, [5, 2]), (4, [6, 1, 1])])
@@ -184,7 +195,7 @@ def test_scaled_rope_of_one_layer_type_is_seen() -> None:
     plain = {"rope_type": "default", "rope_theta": 1e4}
     scaled = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     rope = {"sliding_attention": plain, "full_attention": scaled}
-    assert choose_layout(build("gemma3_text", rope_parameters=rope)).max_batch == 1
+    assert choose_layout(build("gemma3_text", rope_parameters=rope)).one_by_one
 
 
 def test_dropout_is_not_shared() -> None:
@@ -219,34 +230,34 @@ def test_nothing_is_left_behind() -> None:
         assert torch.equal(p, weights[name]) and p.requires_grad
 
 
-def wrong_positions(row: exactness.Row) -> None:
-    row.inputs["position_ids"] = torch.arange(row.inputs["input_ids"].shape[1])[None]
+def wrong_positions(batch: Batch) -> Batch:
+    return replace(batch, position_ids=torch.arange(batch.input_ids.shape[1])[None])
 
 
-def leaked_neighbour(row: exactness.Row) -> None:
-    bounds = list(row.inputs["fastdpo_segments"].bounds)
-    start, end = bounds[0][0], bounds[1][1]
-    row.inputs["fastdpo_segments"] = Segments.build([(start, end, 0, 0), *bounds[2:]])
+def with_bounds(batch: Batch, bounds: list[Bound]) -> Batch:
+    return replace(batch, segments=Segments.build(bounds))
 
 
-def lost_prompt(row: exactness.Row) -> None:
-    bounds = [(start, end, 0, 0) for start, end, _, _ in row.inputs["fastdpo_segments"].bounds]
-    row.inputs["fastdpo_segments"] = Segments.build(bounds)
+def leaked_neighbour(batch: Batch) -> Batch:
+    first, second, *rest = batch.segments.bounds
+    return with_bounds(batch, [(first[0], second[1], 0, 0), *rest])
 
 
-def neighbours_prompt(row: exactness.Row) -> None:
-    *bounds, last = row.inputs["fastdpo_segments"].bounds
-    row.inputs["fastdpo_segments"] = Segments.build([*bounds, (*last[:2], 0, last[3] - last[2])])
+def lost_prompt(batch: Batch) -> Batch:
+    return with_bounds(batch, [(start, end, 0, 0) for start, end, _, _ in batch.segments.bounds])
 
 
-def wrong_score(row: exactness.Row) -> None:
-    row.score_index.add_(1)
+def neighbours_prompt(batch: Batch) -> Batch:
+    *bounds, last = batch.segments.bounds
+    return with_bounds(batch, [*bounds, (*last[:2], 0, last[3] - last[2])])
 
 
-def one_causal_row(row: exactness.Row) -> None:
-    end = row.inputs["fastdpo_segments"].length
-    row.inputs["fastdpo_segments"] = Segments.build([(0, end, 0, 0)])
-    wrong_positions(row)
+def wrong_score(batch: Batch) -> Batch:
+    return replace(batch, score_index=batch.score_index + 1)
+
+
+def one_causal_row(batch: Batch) -> Batch:
+    return wrong_positions(with_bounds(batch, [(0, batch.segments.length, 0, 0)]))
 
 
 SUBTLE = [wrong_positions, neighbours_prompt, wrong_score]
@@ -263,15 +274,14 @@ GROSS = [lost_prompt, one_causal_row]
 def test_the_check_sees_mistakes(
     monkeypatch: pytest.MonkeyPatch, mistake: Any, dtype: torch.dtype, family: str
 ) -> None:
-    def broken(*args: Any, trace: Any, **kwargs: Any) -> exactness.Row:
-        row = stream_row(*args, trace=trace, **kwargs)
-        mistake(row)
-        segments = row.inputs["fastdpo_segments"]
-        row.inputs["fastdpo_segments"] = Segments.build(segments.bounds, trace=trace)
-        return row
+    """A mistake in the rows of training is found in the rows of the proof: they are the same."""
+
+    def broken(groups: Any, row: Any, layout: str) -> Batch:
+        batch = make_batch(groups, row, layout)
+        return batch if layout == "padded" else mistake(batch)
 
     model = build(family, dtype=dtype)
-    monkeypatch.setattr(exactness, "stream_row", broken)
+    monkeypatch.setattr(exactness, "make_batch", broken)
     layout = choose_layout(model)
     assert layout.name != "shared"
     assert re.search(r"not shared( or packed)?: log-probabilities (are|move by)", layout.reason)

@@ -1,7 +1,8 @@
 """The start-up proof of a row layout: log-probabilities against separate sequences.
 
 Two short prompts with three and two random responses go through the model in the layout to be
-proved, and every prompt with every response on its own through the model's stock attention. A
+proved, in a row made as those of training are, and every prompt with every response on its own
+through the model's stock attention. A
 wrong position, a leaked neighbour or a dropped keyword moves log-probabilities by hundreds of times
 what rounding does in fp32. In bf16 rounding can move a token by a whole nat, and of such mistakes
 only gross ones (a lost prompt, an ordinary causal row) are told from it with certainty. A leak is
@@ -12,19 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..data.segments import Segments
+from ..data.batch import Batch, make_batch
+from ..data.groups import Group
+from ..data.packing import Part
 from ..errors import ModelError
 from .attention import NAME
+from .forward import batch_states
 from .frozen import compute_dtype, frozen_state, probe_tokens
-from .head import base_causal_lm, find_head, hidden_states
+from .head import base_causal_lm, find_head
 
 LENGTHS = ((5, (6, 3, 4)), (7, (2, 5)))
 """Prompt and response lengths of the probe: 32 tokens in a shared row."""
@@ -34,75 +39,6 @@ ATTEMPTS = 3
 
 LEAK = 0.01
 """How far other responses' tokens may move a response, as a share of what a wrong prompt does."""
-
-Group = tuple[list[int], list[list[int]]]
-"""A prompt and its responses, token ids."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One forward pass and where to read its log-probabilities."""
-
-    inputs: dict[str, Any]
-    """Keyword arguments of the decoder's forward."""
-    score_index: torch.Tensor
-    """int64 (T,): which flattened hidden state predicts each target."""
-    targets: torch.Tensor
-    """int64 (T,): the responses' tokens, in order."""
-
-
-def stream_row(
-    groups: list[Group],
-    *,
-    share: bool,
-    device: torch.device,
-    trace: list[dict[str, Any]] | None = None,
-) -> Row:
-    """All groups in one stream; each prompt once (`share`) or before each of its responses."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    bounds: list[tuple[int, int, int, int]] = []
-    score: list[int] = []
-    for prompt, responses in groups:
-        for nth, response in enumerate(responses):
-            if nth == 0 or not share:
-                start, prefix = len(tokens), (0, 0)
-                tokens += prompt
-                positions += range(len(prompt))
-                begin = start
-            else:
-                begin, prefix = len(tokens), (start, start + len(prompt))
-            score += [start + len(prompt) - 1, *range(len(tokens), len(tokens) + len(response) - 1)]
-            tokens += response
-            positions += range(len(prompt), len(prompt) + len(response))
-            bounds.append((begin, len(tokens), *prefix))
-    inputs = {
-        "input_ids": torch.tensor([tokens], device=device),
-        "position_ids": torch.tensor([positions], device=device),
-        "fastdpo_segments": Segments.build(bounds, device, trace=trace),
-    }
-    return Row(inputs, torch.tensor(score, device=device), _targets(groups, device))
-
-
-def padded_row(groups: list[Group], *, device: torch.device) -> Row:
-    """Every prompt with every response as one line of a batch padded on the right."""
-    lines = [(prompt, response) for prompt, responses in groups for response in responses]
-    width = max(len(prompt) + len(response) for prompt, response in lines)
-    ids = torch.full((len(lines), width), lines[0][0][0], device=device)
-    mask = torch.zeros_like(ids)
-    score: list[int] = []
-    for line, (prompt, response) in enumerate(lines):
-        length = len(prompt) + len(response)
-        ids[line, :length] = torch.tensor(prompt + response, device=device)
-        mask[line, :length] = 1
-        score += range(line * width + len(prompt) - 1, line * width + length - 1)
-    inputs = {"input_ids": ids} | ({"attention_mask": mask} if len(lines) > 1 else {})
-    return Row(inputs, torch.tensor(score, device=device), _targets(groups, device))
-
-
-def _targets(groups: list[Group], device: torch.device) -> torch.Tensor:
-    tokens = [token for _, responses in groups for response in responses for token in response]
-    return torch.tensor(tokens, device=device)
 
 
 @dataclass(frozen=True)
@@ -185,13 +121,16 @@ class ExactnessCheck:
 
     def _row(
         self, layout: str, groups: list[Group], trace: list[dict[str, Any]] | None = None
-    ) -> Row:
-        """The groups in `layout`, for which the model's attention is set."""
-        if layout == "padded":
-            self.base.set_attn_implementation(self.stock)
-            return padded_row(groups, device=self.device)
-        self.base.set_attn_implementation(NAME)
-        return stream_row(groups, share=layout == "shared", device=self.device, trace=trace)
+    ) -> Batch:
+        """The groups in one row of `layout`, for which the model's attention is set; calls of the
+        attention function are noted in `trace`.
+        """
+        self.base.set_attn_implementation(self.stock if layout == "padded" else NAME)
+        row = [Part(number, tuple(range(len(g.responses)))) for number, g in enumerate(groups)]
+        batch = make_batch(groups, row, layout)
+        if batch.segments is not None:
+            batch = replace(batch, segments=replace(batch.segments, trace=trace))
+        return batch.to(self.device)
 
     def _moved(self, layout: str, seed: int) -> float:
         """How far a response moves (rms) where every second one in its row has other tokens."""
@@ -200,8 +139,14 @@ class ExactnessCheck:
         for kept in (0, 1):
             number = count(kept)
             groups = [
-                (prompt, [(a, b)[next(number) % 2] for a, b in zip(answers, other, strict=True)])
-                for (prompt, answers), (_, other) in zip(mine, others, strict=True)
+                Group(
+                    group.prompt,
+                    [
+                        pair[next(number) % 2]
+                        for pair in zip(group.responses, other.responses, strict=True)
+                    ],
+                )
+                for group, other in zip(mine, others, strict=True)
             ]
             parts = _responses(self._logps(self._row(layout, groups)) - logps)
             moved += [_rms(part) for part in parts[kept::2]]
@@ -211,18 +156,16 @@ class ExactnessCheck:
         if seed not in self._probes:
             self.base.set_attn_implementation(self.stock)
             groups = self._groups(seed)
-            pairs = [(prompt, response) for prompt, answers in groups for response in answers]
+            pairs = [(group.prompt, response) for group in groups for response in group.responses]
             expected = torch.cat([self._separate(*pair) for pair in pairs])
             self._probes[seed] = Probe(groups, expected, *self._tolerance(groups, expected))
         return self._probes[seed]
 
     def _groups(self, seed: int) -> list[Group]:
         sizes = [n for prompt, responses in LENGTHS for n in (prompt, *responses)]
-        pieces = iter(probe_tokens(self.base, sum(sizes), seed).split(sizes))
-        return [
-            (next(pieces).tolist(), [next(pieces).tolist() for _ in responses])
-            for _, responses in LENGTHS
-        ]
+        tokens = probe_tokens(self.base, sum(sizes), seed).int().cpu()
+        pieces = (piece.numpy() for piece in tokens.split(sizes))
+        return [Group(next(pieces), [next(pieces) for _ in answers]) for _, answers in LENGTHS]
 
     def _tolerance(self, groups: list[Group], expected: torch.Tensor) -> tuple[float, float]:
         """What a wrong prompt changes; and half its digits, or some roundings of the numbers.
@@ -232,24 +175,24 @@ class ExactnessCheck:
         dtype = compute_dtype(self.model, self.head.weight.dtype)
         # Norms and rotary embeddings round to fp32 in fp64 models too.
         eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-        (one, answers), (other, others) = groups
-        swapped = self._separate(other, answers[0]), self._separate(one, others[-1])
-        right = expected[: len(answers[0])], expected[-len(others[-1]) :]
+        one, other = groups
+        first, last = one.responses[0], other.responses[-1]
+        swapped = self._separate(other.prompt, first), self._separate(one.prompt, last)
+        right = expected[: len(first)], expected[-len(last) :]
         effect = _rms(torch.cat(swapped) - torch.cat(right))
         return effect, max(2 * eps**0.5 * effect, 8 * eps * expected.std().item())
 
-    def _separate(self, prompt: list[int], response: list[int]) -> torch.Tensor:
+    def _separate(self, prompt: np.ndarray, response: np.ndarray) -> torch.Tensor:
         """(T,) log-probabilities of one response after one prompt, alone in its forward."""
-        return self._logps(padded_row([(prompt, [response])], device=self.device))
+        return self._logps(self._row("padded", [Group(prompt, [response])]))
 
-    def _logps(self, row: Row, *, training: bool = False) -> torch.Tensor:
+    def _logps(self, batch: Batch, *, training: bool = False) -> torch.Tensor:
         """(T,) log-probabilities of the targets, in fp32 at least."""
         with frozen_state(self.model, training=training):
-            states = hidden_states(self.model, **row.inputs).flatten(0, 1)
-            logits = self.head.logits(states[row.score_index.to(states.device)])
+            states = batch_states(self.model, batch).flatten(0, 1)
+            logits = self.head.logits(states[batch.score_index])
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            targets = row.targets.to(logits.device)
-            return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+            return logits.log_softmax(-1).gather(-1, batch.targets[:, None])[:, 0]
 
     def _check_calls(self, trace: list[dict[str, Any]]) -> None:
         """Raise ModelError for layers that bypass the attention function or hide their window."""

@@ -38,8 +38,8 @@ class Layout:
     """
     reason: str
     """One line for the start-up log: why this one, and why not a faster one."""
-    max_batch: int | None = None
-    """Most sequences in one padded forward; None for no limit."""
+    one_by_one: bool = False
+    """Whether padded sequences go through the model each by itself."""
 
 
 def choose_layout(
@@ -64,7 +64,9 @@ def choose_layout(
     config = base.config.get_text_config()
     if rope := length_dependent_rope(config, max_length):
         return Layout(
-            "padded", f"padded, one sequence a forward: rope_type {rope} depends on the length", 1
+            "padded",
+            f"padded, one sequence a forward: rope_type {rope} depends on the length",
+            True,
         )
     check = ExactnessCheck(model, stock)
     objections: dict[str, list[str]] = {}
@@ -75,7 +77,7 @@ def choose_layout(
             base.set_attn_implementation(stock if name == "padded" else NAME)
             return Layout(name, _reason(f"{name}: {check.verdict}", objections))
         objections.setdefault(obstacle, []).append(name)
-    return Layout("padded", _reason("padded, one sequence a forward", objections), 1)
+    return Layout("padded", _reason("padded, one sequence a forward", objections), True)
 
 
 def expected_layout(config: TrainConfig, model_config: Any) -> str:

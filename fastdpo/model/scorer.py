@@ -14,7 +14,8 @@ from torch import Tensor
 from ..config import TrainConfig
 from ..data.batch import Batch
 from .adapter import check_targets, load_adapter
-from .head import Head, check_causal, check_head, effective_weight, find_head, hidden_states
+from .forward import batch_states
+from .head import Head, check_causal, check_head, effective_weight, find_head
 from .layout import Layout, choose_layout
 from .load import adopt_model, load_model
 from .paths import attention_path, head_path
@@ -50,32 +51,13 @@ class Scorer:
 
     def scored_states(self, batch: Batch) -> Tensor:
         """Hidden states (T, H) that predict the scored tokens of a batch on this device."""
-        with self.precision():
-            states = self._forward(batch)
-        return states.reshape(-1, states.shape[-1]).index_select(0, batch.score_index)
-
-    def _forward(self, batch: Batch) -> Tensor:
         if batch.layout != self.layout.name:
             raise ValueError(
                 f"a {batch.layout} batch for a model whose rows are {self.layout.name}"
             )
-        if batch.layout != "padded":
-            return hidden_states(
-                self.model,
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                fastdpo_segments=batch.segments,
-            )
-        ids, mask = batch.input_ids, batch.attention_mask
-        assert mask is not None
-        if self.layout.max_batch is None:
-            return hidden_states(self.model, input_ids=ids, attention_mask=mask)
-        lines = []
-        for line, length in enumerate(batch.lengths()):
-            one = slice(line, line + 1), slice(0, length)
-            states = hidden_states(self.model, input_ids=ids[one], attention_mask=mask[one])
-            lines.append(torch.nn.functional.pad(states, (0, 0, 0, ids.shape[1] - length)))
-        return torch.cat(lines)
+        with self.precision():
+            states = batch_states(self.model, batch, one_by_one=self.layout.one_by_one)
+        return states.reshape(-1, states.shape[-1]).index_select(0, batch.score_index)
 
     def _head_operands(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Hidden states and weight; the head computes in the dtype of the states."""
