@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
-from fastdpo_kernels.triton import TritonTiles, dpo_step, exponential, score
+from fastdpo_kernels.triton import dpo_step, exponential, score
+from fastdpo_kernels.triton.tiles import TritonTiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -6,6 +6,7 @@ loss of packed preference comparisons together with its gradient. `LinearDPOLoss
 put them into trainers that are written for Liger and into TRL.
 """
 
+from .backends import workspace_bytes
 from .integrations.liger import LinearDPOLoss
 from .integrations.trl import patch_trl
 from .losses import LOSSES, Comparisons, register_loss
@@ -19,4 +20,5 @@ __all__ = [
     "linear_logprob",
     "patch_trl",
     "register_loss",
+    "workspace_bytes",
 ]

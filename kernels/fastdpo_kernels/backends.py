@@ -1,12 +1,13 @@
-"""Which engine computes the tiles of a head."""
+"""Which engine computes the tiles of a head, and the memory that they take."""
 
 from collections.abc import Callable
 from functools import cache
 
 import torch
 
-from .head import Head, Tiles
-from .tiles import TorchTiles
+from .head import WORKSPACE_MIB, Head, Tiles, WorkspaceBytes
+from .tiles import TorchLayout, TorchTiles
+from .triton.layout import TritonLayout
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 _NARROWEST_FUSED_HEAD = 16
@@ -16,7 +17,7 @@ _NARROWEST_FUSED_HEAD = 16
 def _triton_tiles() -> Callable[[Head, int], Tiles] | None:
     """`TritonTiles`, or None without Triton; imported where it is first used, which takes time."""
     try:
-        from .triton import TritonTiles
+        from .triton.tiles import TritonTiles
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "triton":
             raise
@@ -42,3 +43,44 @@ def make_tiles(backend: str, head: Head, workspace_mib: int) -> Tiles:
     if engine is None:
         raise RuntimeError('backend "triton": Triton cannot be imported here; use "torch"')
     return engine(head, workspace_mib)
+
+
+def workspace_bytes(
+    tokens: int,
+    vocab: int,
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    workspace_mib: int = WORKSPACE_MIB,
+    outputs: tuple[str, ...] = (),
+    softcap: bool = False,
+    backend: str = "auto",
+) -> WorkspaceBytes:
+    """Bytes that a call takes for its tiles, by the rules that lay them out, before it runs.
+
+    Hidden states, weight and their gradients come on top, with the copies of them that rounding to
+    another dtype makes.
+
+    Args:
+        tokens: how many are scored: a host leaves out ignored ones.
+        vocab, width: V and H of the head.
+        dtype: what the head computes in.
+        device: "cpu" or "cuda", which need not be there.
+        outputs, workspace_mib, backend: as in `linear_logprob`.
+        softcap: whether the head has a soft cap.
+
+    Raises:
+        ValueError: backend "reference", which has no tiles but the whole logits several times.
+    """
+    engine = choose_backend(backend, device, dtype, width)
+    if engine not in _LAYOUTS:
+        raise ValueError(f'backend: expected "auto", "triton" or "torch", got {backend!r}')
+    layout = _LAYOUTS[engine](vocab, width, dtype, device.type, workspace_mib)
+    return layout.bytes(tokens, outputs, softcap)
+
+
+_LAYOUTS: dict[str, type[TorchLayout] | type[TritonLayout]] = {
+    "torch": TorchLayout,
+    "triton": TritonLayout,
+}

@@ -7,6 +7,7 @@ know what has to be computed when, and a device's way of computing it: `tiles.py
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,16 @@ def transposed(weight: Tensor) -> bool:
     """
     vocab, width = weight.shape
     return width > 1 and weight.stride(0) == 1 and weight.stride(1) >= vocab > 1
+
+
+class WorkspaceBytes(NamedTuple):
+    """The memory that a call needs for its tiles; plain PyTorch on a CPU keeps `tile` until the
+    next call, all else is freed with the call.
+    """
+
+    tile: int
+    beside: int
+    """What is made from a tile or for it: partial sums, blocks of it, products (t, H)."""
 
 
 @dataclass(frozen=True)

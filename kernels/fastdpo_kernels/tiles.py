@@ -7,11 +7,12 @@ is worked on a few rows at a time, so that on a CPU all element-wise passes run 
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .head import Head, Stats, Tiles
+from .head import Head, Stats, Tiles, WorkspaceBytes
 from .products import mm
 
 _MAX_TILE_ROWS = 2048
@@ -20,6 +21,8 @@ _TILE_SHARE = 0.98
 _FAR = 1e4  # nats beyond which exp is 0 in any dtype
 _CACHE_BLOCK_BYTES = 3 << 20
 _DEVICE_BLOCK_BYTES = 64 << 20
+_APART = {"entropy", "log_sum_sq_prob"}
+"""Outputs that need the exponentials and the logits of a block at once."""
 _workspaces: dict[torch.dtype, Tensor] = {}
 
 
@@ -38,12 +41,61 @@ def _kept_workspace(size: int, dtype: torch.dtype) -> Tensor:
     return buffer[:size]
 
 
-def tile_rows(vocab: int, dtype: torch.dtype, workspace_mib: int) -> int:
-    """How many tokens a tile holds so that it and what is needed beside it, a few blocks, stay
-    within `workspace_mib` MiB.
-    """
-    budget = int((workspace_mib << 20) * _TILE_SHARE)
-    return max(1, min(_MAX_TILE_ROWS, budget // (vocab * dtype.itemsize)))
+@dataclass(frozen=True)
+class TorchLayout:
+    """How the tiles of a head (V, H) that computes in `dtype` are cut on a kind of device."""
+
+    vocab: int
+    width: int
+    dtype: torch.dtype
+    device: str
+    workspace_mib: int
+
+    @property
+    def tile_dtype(self) -> torch.dtype:
+        """The dtype of a tile and of everything after it."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def native(self) -> bool:
+        """Whether operands stay in `dtype`: a GPU multiplies bf16 and accumulates in fp32;
+        elsewhere they are widened once.
+        """
+        return self.device == "cuda" and self.dtype == torch.bfloat16
+
+    @property
+    def rows(self) -> int:
+        """How many tokens a tile holds so that on a CPU it and the blocks beside it stay within
+        `workspace_mib` MiB.
+        """
+        budget = int((self.workspace_mib << 20) * _TILE_SHARE)
+        return max(1, min(_MAX_TILE_ROWS, budget // self._row_bytes))
+
+    @property
+    def block_rows(self) -> int:
+        """How many tokens of a tile are worked on at a time."""
+        limit = _CACHE_BLOCK_BYTES if self.device == "cpu" else _DEVICE_BLOCK_BYTES
+        return max(1, limit // self._row_bytes)
+
+    def bytes(self, tokens: int, outputs: tuple[str, ...], softcap: bool) -> WorkspaceBytes:
+        """What a call for so many scored tokens needs, the gradient of the head included."""
+        rows = min(tokens, self.rows)
+        states = rows * self.width * self.tile_dtype.itemsize
+        # The slope of a soft cap; the exponentials and their products with something else.
+        copies = int(softcap) + (2 if _APART & set(outputs) else 0)
+        blocks = copies * min(rows, self.block_rows) * self._row_bytes
+        targets = 3 * min(rows, _TARGET_ROWS) * self.width * torch.float64.itemsize
+        rounded = self.tile_dtype != self.dtype
+        projected = targets + (states if rounded and not self.native else 0)
+        # A product with the tile, and once more where it is rounded.
+        product = states * (2 if rounded else 1)
+        if self.native:
+            product += rows * self.vocab * self.dtype.itemsize
+        return WorkspaceBytes(rows * self._row_bytes, max(blocks, projected, product))
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.vocab * self.tile_dtype.itemsize
 
 
 class TorchTiles(Tiles):
@@ -51,12 +103,11 @@ class TorchTiles(Tiles):
 
     def __init__(self, head: Head, workspace_mib: int) -> None:
         weight = head.weight
-        self._operands = weight.dtype
-        self._dtype = torch.promote_types(weight.dtype, torch.float32)
-        # A GPU multiplies bf16 and accumulates in fp32; elsewhere the operands are widened once.
-        native = weight.is_cuda and weight.dtype == torch.bfloat16
-        self.head = head.cast(weight.dtype if native else self._dtype)
-        self.rows = tile_rows(weight.shape[0], self._dtype, workspace_mib)
+        vocab, width = weight.shape
+        self._layout = TorchLayout(vocab, width, weight.dtype, weight.device.type, workspace_mib)
+        self._operands, self._dtype = weight.dtype, self._layout.tile_dtype
+        self.head = head.cast(weight.dtype if self._layout.native else self._dtype)
+        self.rows = self._layout.rows
         self._buffer: Tensor | None = None
 
     def score(self, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> Stats:
@@ -81,13 +132,7 @@ class TorchTiles(Tiles):
         index = self._index(targets)
         tile = self._products(hidden, index)
         for some in self._blocks(tile):
-            z, target = tile[some], index[some]
-            slope = self._finish_logits(z, slope=True)
-            # log p = (z − z_y) + log p_y: lse is too coarse a number where logits are large.
-            p = z.sub_(z.gather(1, target)).add_(logprob[some]).exp_()
-            p.scatter_(1, target, logprob[some].expm1())
-            if slope is not None:
-                p.mul_(slope)
+            self._normalise_block(tile[some], index[some], logprob[some])
         row_scale = torch.ones_like(stats["logprob"])
         self._mark(row_scale, targets)
         return tile, row_scale
@@ -122,8 +167,7 @@ class TorchTiles(Tiles):
         return self._buffer[:size]
 
     def _blocks(self, tile: Tensor) -> Iterator[slice]:
-        limit = _CACHE_BLOCK_BYTES if tile.device.type == "cpu" else _DEVICE_BLOCK_BYTES
-        rows = max(1, limit // (tile.shape[1] * tile.element_size()))
+        rows = self._layout.block_rows
         for start in range(0, tile.shape[0], rows):
             yield slice(start, start + rows)
 
@@ -149,7 +193,7 @@ class TorchTiles(Tiles):
             torch.ge(target_logit.squeeze(1), 0, out=stats["is_top1"])
         if "mean_logit" in stats:
             torch.add(z.mean(-1), peak.squeeze(1), out=stats["mean_logit"])
-        apart = {"entropy", "log_sum_sq_prob"} & stats.keys()
+        apart = _APART & stats.keys()
         e = z.exp() if apart else z.exp_()
         moment = None
         if "entropy" in stats:  # where a logit is −∞, 0·log 0 = 0
@@ -175,6 +219,14 @@ class TorchTiles(Tiles):
             elif apart:
                 z.copy_(e)
 
+    def _normalise_block(self, z: Tensor, target: Tensor, logprob: Tensor) -> None:
+        slope = self._finish_logits(z, slope=True)
+        # log p = (z − z_y) + log p_y: lse is too coarse a number where logits are large.
+        p = z.sub_(z.gather(1, target)).add_(logprob).exp_()
+        p.scatter_(1, target, logprob.expm1())
+        if slope is not None:
+            p.mul_(slope)
+
     def _finish_logits(self, z: Tensor, *, slope: bool) -> Tensor | None:
         """From x·Wᵀ to logits, in place; with `slope`, the soft cap's derivative."""
         head, factor = self.head, None
@@ -184,7 +236,7 @@ class TorchTiles(Tiles):
             z.mul_(head.logit_scale)
         if head.softcap is not None:
             z.div_(head.softcap).tanh_()
-            factor = 1 - z * z if slope else None
+            factor = z.square().neg_().add_(1) if slope else None
             z.mul_(head.softcap)
         if head.temperature != 1.0:
             z.div_(head.temperature)

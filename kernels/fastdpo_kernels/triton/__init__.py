@@ -1,5 +1,1 @@
 """The head in fused Triton kernels: CUDA, or any device under `TRITON_INTERPRET=1`."""
-
-from .tiles import TritonTiles
-
-__all__ = ["TritonTiles"]

@@ -7,13 +7,8 @@ from ..head import Head, Stats, Tiles
 from ..problem import Chosen, Problem
 from . import exponential
 from .dpo_step import DERIVATIVES, add_response_sums, coefficients
+from .layout import TritonLayout
 from .score import score
-
-_PITCH = 64
-"""Rows of a tile begin at multiples of so many elements, as the copy engine needs it."""
-_ROWS = 128
-_SMALLEST_BLOCK = 64
-_PARTIAL_SUMS = 5
 
 
 class TritonTiles(Tiles):
@@ -25,12 +20,8 @@ class TritonTiles(Tiles):
             raise ValueError('backend "triton" has no fp64; use "torch" or "reference"')
         self.head = head.cast(weight.dtype)
         vocab, width = weight.shape
-        self._pitch = -(-vocab // _PITCH) * _PITCH
-        size = weight.element_size()
-        sums = 4 * _PARTIAL_SUMS * (vocab // _SMALLEST_BLOCK + 1)
-        row_bytes = self._pitch * size + sums + width * (4 + size)
-        rows = (workspace_mib << 20) // row_bytes
-        self.rows = max(1, rows if rows < 2 * _ROWS else rows // _ROWS * _ROWS)
+        self._layout = TritonLayout(vocab, width, weight.dtype, weight.device.type, workspace_mib)
+        self.rows = self._layout.rows
         self._buffer: Tensor | None = None
 
     def score(self, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> Stats:
@@ -81,5 +72,5 @@ class TritonTiles(Tiles):
         """(tokens, V) of the workspace, uninitialised."""
         if self._buffer is None or self._buffer.shape[0] < tokens:
             self._buffer = None
-            self._buffer = self.head.weight.new_empty((tokens, self._pitch))
+            self._buffer = self.head.weight.new_empty((tokens, self._layout.pitch))
         return self._buffer[:tokens, : self.head.weight.shape[0]]

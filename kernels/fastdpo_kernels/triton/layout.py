@@ -1,0 +1,56 @@
+"""How tiles are laid out for the fused kernels; like `configs`, it can do without Triton."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..head import OUTPUTS, WorkspaceBytes
+from .configs import TABLE
+
+_PITCH = 64
+"""Rows of a tile begin at multiples of so many elements, as the copy engine needs it."""
+_ROWS = 128
+
+
+@dataclass(frozen=True)
+class TritonLayout:
+    """How the tiles of a head (V, H) that computes in `dtype` are cut on a kind of device."""
+
+    vocab: int
+    width: int
+    dtype: torch.dtype
+    device: str
+    workspace_mib: int
+
+    @property
+    def pitch(self) -> int:
+        """Elements from one row of a tile to the next."""
+        return -(-self.vocab // _PITCH) * _PITCH
+
+    @property
+    def rows(self) -> int:
+        """How many tokens a tile holds so that it and everything beside it stay within
+        `workspace_mib` MiB, whole blocks of them where there are several.
+        """
+        row_bytes = self.pitch * self.dtype.itemsize + self._beside(OUTPUTS)
+        rows = (self.workspace_mib << 20) // row_bytes
+        return max(1, rows if rows < 2 * _ROWS else rows // _ROWS * _ROWS)
+
+    def bytes(self, tokens: int, outputs: tuple[str, ...], softcap: bool) -> WorkspaceBytes:
+        """What a call for so many tokens needs, the gradient of the head included."""
+        rows = min(tokens, self.rows)
+        return WorkspaceBytes(rows * self.pitch * self.dtype.itemsize, rows * self._beside(outputs))
+
+    def _beside(self, outputs: tuple[str, ...]) -> int:
+        """Bytes for each row of a tile: the partial sums of its blocks, a product (t, H) and states
+        (t, H) that carry their coefficients.
+        """
+        sums = 1 + len({*outputs} - {"lse"})
+        blocks = self.vocab // _narrowest_block(self.device) + 1
+        return 4 * sums * blocks + self.width * (4 + self.dtype.itemsize)
+
+
+def _narrowest_block(device: str) -> int:
+    """The fewest columns of a block of logits in any configuration of a kind of device."""
+    entries = [entry for arch, entry in TABLE.items() if (arch > 0) == (device == "cuda")]
+    return min(c.block_v for entry in entries for family in entry.values() for c in family)
