@@ -1,12 +1,8 @@
-"""How weights are updated: the optimizer's keys, and what goes together with which of them."""
+"""How weights are updated: the optimizer's keys."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from .declare import NOT_NEGATIVE, POSITIVE, SHARE, key
-
-if TYPE_CHECKING:
-    from . import TrainConfig
 
 TORCHAO = ("adamw_torch_8bit",)
 """Values of `optim` that torchao provides."""
@@ -58,31 +54,3 @@ class OptimizerKeys:
             rule=NOT_NEGATIVE,
         ),
     )
-
-
-def check_optimizer(config: "TrainConfig") -> None:
-    """Raise `ConfigError` for optimizer keys that cannot go together."""
-    if config.optimizer_in_backward and not config.optimizer_offload and config.max_grad_norm > 0:
-        raise config.error(
-            "optimizer_in_backward",
-            f"needs max_grad_norm 0, got {config.max_grad_norm}: weights are stepped before the "
-            "norm of all gradients is known",
-        )
-    if config.optimizer_offload and config.optim not in OFFLOADED:
-        raise config.error(
-            "optimizer_offload", f"expected optim {' or '.join(OFFLOADED)}, got {config.optim}"
-        )
-    if config.optimizer_in_backward and config.use_peft:
-        raise config.error(
-            "optimizer_in_backward",
-            "is for training all weights: an adapter's gradients are too small to matter",
-        )
-    if config.stochastic_rounding and config.optim not in TORCHAO:
-        raise config.error(
-            "stochastic_rounding", f"expected optim {' or '.join(TORCHAO)}, got {config.optim}"
-        )
-    if config.stochastic_rounding and config.dtype != "bfloat16":
-        raise config.error(
-            "stochastic_rounding",
-            f"expected dtype bfloat16, got {config.dtype}: other weights are not rounded",
-        )
