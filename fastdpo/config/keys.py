@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .adapters import AdapterKeys
-from .declare import GROUPS, default_of
+from .declare import default_of
 from .inputs import DataKeys, LossKeys, ModelKeys, OwnKeys, ReferenceKeys
 from .memory import MemoryKeys
 from .optimizer import OptimizerKeys
@@ -45,10 +45,7 @@ class Keys(
     @classmethod
     def key_fields(cls) -> "dict[str, Field[Any]]":
         """Every key with its declaration, in the order of the sections in `GROUPS`."""
-        declared = [item for item in fields(cls) if "group" in item.metadata]
-        order = list(GROUPS)
-        declared.sort(key=lambda item: order.index(item.metadata["group"]))
-        return {item.name: item for item in declared}
+        return {item.name: item for item in fields(cls) if "group" in item.metadata}
 
     def error(self, name: str, problem: str) -> ConfigError:
         """A `ConfigError` about one key, which says where the key was given."""
