@@ -35,20 +35,17 @@ def key_help(keys: "Mapping[str, Field[Any]]") -> str:
 
 
 def _takes(declared: "Field[Any]") -> str:
-    choices = declared.metadata["choices"]
-    if choices and sum(map(len, choices)) < 60:
-        return "{" + ",".join(choices) + "}"
+    if choices := declared.metadata["choices"]:
+        if sum(map(len, choices)) < 60:
+            return "{" + ",".join(choices) + "}"
+        fours = (", ".join(choices[i : i + 4]) for i in range(0, len(choices), 4))
+        return "{" + ",\n      ".join(fours) + "}"
     kinds = [get_origin(member) or member for member in members_of(declared.type)]
     words = [TYPE_WORDS[kind] for kind in kinds if kind is not NoneType]
+    if "LIST" in words:
+        return f"{words[0]} ..."
     text = "NUMBER" if "NUMBER" in words else "|".join(words)
-    about = f"[{text}]" if "BOOL" in words else text
-    if choices:
-        return (
-            "{"
-            + ",\n      ".join(", ".join(choices[i : i + 4]) for i in range(0, len(choices), 4))
-            + "}"
-        )
-    return f"{words[0]} ..." if "LIST" in words else about
+    return f"[{text}]" if "BOOL" in words else text
 
 
 def _default(declared: "Field[Any]") -> str:
@@ -61,17 +58,16 @@ def _default(declared: "Field[Any]") -> str:
 def table(keys: Keys, defaults: bool) -> str:
     """Keys, values and origins, the changed ones first; then the settings that have no effect."""
     changed = keys.changed()
-    origin = {name: keys.origins.get(name, "given") for name in changed}
     rows = [
-        (name, show(value), origin.get(name, keys.origins.get(name, "default")))
+        (name, show(value), keys.origins.get(name, "given" if name in changed else "default"))
         for name, value in keys.to_dict().items()
     ]
     first = [row for row in rows if row[0] in changed]
     rest = [row for row in rows if row[0] not in changed] if defaults else []
-    wide = [max((len(row[column]) for row in first + rest), default=0) for column in (0, 1)]
-    lines = [f"{name:<{wide[0]}}  {value:<{wide[1]}}  {place}" for name, value, place in first]
-    lines += [""] if first and rest else []
-    lines += [f"{name:<{wide[0]}}  {value:<{wide[1]}}  {place}" for name, value, place in rest]
+    width, wide = (max((len(row[i]) for row in first + rest), default=0) for i in (0, 1))
+    lines = [f"{name:<{width}}  {value:<{wide}}  {place}" for name, value, place in first + rest]
+    if first and rest:
+        lines.insert(len(first), "")
     return "\n".join([*lines, *(f"note: {line}" for line in idle_settings(keys))])
 
 

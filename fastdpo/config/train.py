@@ -3,15 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, replace
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any
 
 from ..errors import ConfigError
 from .checks import check_together
 from .keys import Keys
-from .peers import PEER_KEYS
 from .source import Given, check_foreign_key, read_flags, read_yaml
 from .text import as_yaml, table
-from .values import convert, limits, members_of, show_short
+from .values import convert, limits, show_short
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,22 +33,12 @@ class TrainConfig(Keys):
         Raises:
             ConfigError: see the class, and for keys that are unknown, gone or not honoured.
         """
-        own = cls.key_fields()
-        flags = {name for name, item in own.items() if bool in members_of(item.type)}
-        flags |= {name for name, peer in PEER_KEYS.items() if isinstance(peer.default, bool)}
-        lists = {
-            name
-            for name, item in own.items()
-            if any(get_origin(member) is list for member in members_of(item.type))
-        }
-        valued = {*own, *PEER_KEYS, "config"} - flags
-        words, given = read_flags(arguments, flags, lists, valued)
+        words, given = read_flags(arguments, cls.key_fields())
         if "config" in given:
             words.append(given.pop("config").value)
         if len(words) > 1:
-            raise ConfigError(
-                f"expected one configuration file, got {len(words)}: {' '.join(words)}"
-            )
+            found = f"{len(words)}: {' '.join(words)}"
+            raise ConfigError(f"expected one configuration file, got {found}")
         return cls._build({**(read_yaml(words[0]) if words else {}), **given})
 
     @classmethod
@@ -68,9 +57,8 @@ class TrainConfig(Keys):
         for name, entry in given.items():
             if name not in own:
                 check_foreign_key(name, entry, own)
-        mine = {name: entry for name, entry in given.items() if name in own}
-        origins = {name: entry.place for name, entry in mine.items()}
-        return cls(**{name: entry.value for name, entry in mine.items()}, origins=origins)
+        values = {name: entry.value for name, entry in given.items() if name in own}
+        return cls(**values, origins={name: given[name].place for name in values})
 
     def _checked(self, name: str, declared: "Field[Any]") -> Any:
         """The value of `name`, of its declared type, within its rule and its choices."""

@@ -4,9 +4,9 @@ Flags are always text and YAML reads `1e-6` as text, so text that spells a value
 Nothing is rounded, cut or guessed: whatever does not fit is a `ValueError`.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Callable
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
@@ -28,10 +28,9 @@ def convert(value: Any, annotation: Any) -> Any:
     if NoneType in members and (value is None or _spells(value, NONE_WORDS)):
         return None
     for member in members:
-        try:
-            return _read(value, member)
-        except (ValueError, OverflowError, RecursionError):
-            continue
+        if member is not NoneType:
+            with contextlib.suppress(ValueError, OverflowError, RecursionError):
+                return _read(value, member)
     names = [_name(member) for member in members]
     if int in members and float in members:
         names.remove(_name(int))
@@ -93,14 +92,7 @@ def _read(value: Any, member: Any) -> Any:
     if get_origin(member) is list:
         entries = value if isinstance(value, list | tuple) else [value]
         return [_read(entry, get_args(member)[0]) for entry in entries]
-    readers: dict[Any, Callable[[Any], Any]] = {
-        NoneType: _nothing,
-        bool: _boolean,
-        int: _whole,
-        float: _number,
-        str: _text,
-        dict: _mapping,
-    }
+    readers = {bool: _boolean, int: _whole, float: _number, str: _text, dict: _mapping}
     return readers[get_origin(member) or member](value)
 
 
@@ -164,9 +156,6 @@ def _plain(value: Any) -> Any:
             return _number(value)
         except ValueError:
             return value
-    return value if value is None or isinstance(value, bool) else _finite(value)
-
-
-def _finite(value: Any) -> int | float:
-    _number(value)
+    if value is not None and not isinstance(value, bool):
+        _number(value)  # neither a list nor infinite
     return value
