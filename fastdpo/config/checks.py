@@ -1,177 +1,177 @@
 """Conditions between several keys, and settings that have no effect in this combination."""
 
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
-from ..errors import ConfigError
 from .declare import Rule
-from .optimizer import check_optimizer
+from .keys import ONE_FILE, Keys
+from .optimizer import OFFLOADED, TORCHAO
 from .schedule import SCHEDULE_OPTIONS, SCHEDULERS
 from .values import show_short
 
-if TYPE_CHECKING:
-    from . import TrainConfig
 
-ONE_FILE = (".jsonl", ".json", ".parquet", ".csv", ".arrow", ".gz")
-"""How the name of a data set ends that is one file; all its rows are the split "train"."""
-
-
-def check_together(config: "TrainConfig") -> None:
+def check_together(keys: Keys) -> None:
     """Raise `ConfigError` for values that are right one by one and wrong together."""
-    if not config.loss_type:
-        raise config.error("loss_type", "expected at least one loss")
-    if config.loss_weights is not None and len(config.loss_weights) != len(config.loss_type):
-        raise config.error(
+    for conflicts in (_loss, _schedule, _optimizer, _layers, _files):
+        for name, problem in conflicts(keys):
+            raise keys.error(name, problem)
+
+
+def _loss(keys: Keys) -> Iterator[tuple[str, str]]:
+    losses, weights = keys.loss_type, keys.loss_weights
+    if not losses:
+        yield "loss_type", "expected at least one loss"
+    if weights is not None and len(weights) != len(losses):
+        yield (
             "loss_weights",
-            f"expected one weight for each entry of loss_type, {len(config.loss_type)}, "
-            f"got {len(config.loss_weights)}",
+            f"expected one weight for each entry of loss_type, {len(losses)}, got {len(weights)}",
         )
-    if config.loss_weights is not None and not any(config.loss_weights):
-        raise config.error("loss_weights", "expected at least one weight above 0")
-    if "exo_pair" in config.loss_type and config.label_smoothing == 0:
-        raise config.error(
-            "loss_type", "exo_pair needs a label_smoothing above 0; its paper recommends 1e-3"
+    if weights is not None and not any(weights):
+        yield "loss_weights", "expected at least one weight above 0"
+    if "exo_pair" in losses and keys.label_smoothing == 0:
+        yield "loss_type", "exo_pair needs a label_smoothing above 0; its paper recommends 1e-3"
+
+
+def _schedule(keys: Keys) -> Iterator[tuple[str, str]]:
+    name = keys.lr_scheduler_type
+    options = {k: v for k, v in (keys.lr_scheduler_kwargs or {}).items() if v is not None}
+    key = "lr_scheduler_kwargs" if keys.lr_scheduler_kwargs else "lr_scheduler_type"
+    for option, value in options.items():
+        if option not in SCHEDULERS[name]:
+            known = ", ".join(SCHEDULERS[name]) or "no options"
+            yield key, f"the {name} schedule takes {known}, not {option}"
+        elif not _fits(value, SCHEDULE_OPTIONS[option]):
+            expected = SCHEDULE_OPTIONS[option].expected
+            yield key, f"{option}: expected {expected}, got {show_short(value)}"
+    if name == "warmup_stable_decay" and "num_decay_steps" not in options:
+        yield key, f"the {name} schedule needs num_decay_steps"
+    if "min_lr" in SCHEDULERS[name] and ("min_lr" in options) == ("min_lr_rate" in options):
+        yield key, f"the {name} schedule needs either min_lr or min_lr_rate"
+    # transformers' default, and what it divides by.
+    least = options.get("lr_end", 1e-7) if name == "polynomial" else None
+    if "min_lr" in options:
+        least = 0
+    if least is not None and keys.learning_rate <= least:
+        problem = f"the {name} schedule needs one above {least}, got {keys.learning_rate}"
+        yield "learning_rate", problem
+
+
+def _fits(value: Any, rule: Rule) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return (rule.choices is not None or is_number) and rule.holds(value)
+
+
+def _optimizer(keys: Keys) -> Iterator[tuple[str, str]]:
+    if keys.optimizer_in_backward and not keys.optimizer_offload and keys.max_grad_norm > 0:
+        yield (
+            "optimizer_in_backward",
+            f"needs max_grad_norm 0, got {keys.max_grad_norm}: weights are stepped before the "
+            "norm of all gradients is known",
         )
-    _check_schedule(config)
-    check_optimizer(config)
-    _check_targets(config)
-    if config.load_in_4bit and not config.use_peft:
-        raise config.error("load_in_4bit", "needs use_peft: 4-bit weights cannot be trained")
-    if config.activation_offloading and not config.gradient_checkpointing:
-        raise config.error(
+    if keys.optimizer_offload and keys.optim not in OFFLOADED:
+        yield "optimizer_offload", f"expected optim {' or '.join(OFFLOADED)}, got {keys.optim}"
+    if keys.optimizer_in_backward and keys.use_peft:
+        yield (
+            "optimizer_in_backward",
+            "is for training all weights: an adapter's gradients are too small to matter",
+        )
+    if keys.stochastic_rounding and keys.optim not in TORCHAO:
+        yield "stochastic_rounding", f"expected optim {' or '.join(TORCHAO)}, got {keys.optim}"
+    if keys.stochastic_rounding and keys.dtype != "bfloat16":
+        yield (
+            "stochastic_rounding",
+            f"expected dtype bfloat16, got {keys.dtype}: other weights are not rounded",
+        )
+
+
+def _layers(keys: Keys) -> Iterator[tuple[str, str]]:
+    if isinstance(pattern := keys.lora_targets, str):
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            yield "lora_target_modules", f"expected a regular expression, got {pattern} ({error})"
+    if keys.load_in_4bit and not keys.use_peft:
+        yield "load_in_4bit", "needs use_peft: 4-bit weights cannot be trained"
+    if keys.activation_offloading and not keys.gradient_checkpointing:
+        yield (
             "activation_offloading",
             "needs gradient_checkpointing: the inputs of recomputed layers are what is offloaded",
         )
-    if config.torch_compile and config.layer_tile_tokens is not None:
-        raise config.error(
-            "torch_compile", "cannot go with layer_tile_tokens, whose tiles run outside of graphs"
+    if keys.torch_compile and keys.layer_tile_tokens is not None:
+        yield (
+            "torch_compile",
+            "cannot go with layer_tile_tokens, whose tiles run outside of graphs",
         )
-    if config.resume_from_checkpoint and config.overwrite_output_dir:
-        raise config.error(
+
+
+def _files(keys: Keys) -> Iterator[tuple[str, str]]:
+    if keys.resume_from_checkpoint and keys.overwrite_output_dir:
+        yield (
             "overwrite_output_dir",
             "cannot go with resume_from_checkpoint: one starts anew, the other goes on",
         )
-    if config.eval_source is not None and config.eval_dataset_name is None:
-        name, split = config.eval_source
+    if keys.eval_source is not None and keys.eval_dataset_name is None:
+        name, split = keys.eval_source
         if name.endswith(ONE_FILE) and not split.startswith("train"):
-            raise config.error(
+            yield (
                 "eval_dataset_name",
                 f"expected the data to evaluate on, since {name} is one file without a {split} "
                 "split; or a part of it, such as dataset_test_split: train[90%:]",
             )
 
 
-def _check_targets(config: "TrainConfig") -> None:
-    pattern = config.lora_targets
-    if isinstance(pattern, str):
-        try:
-            re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise config.error(
-                "lora_target_modules", f"expected a regular expression, got {pattern} ({error})"
-            ) from error
-
-
-def _check_schedule(config: "TrainConfig") -> None:
-    name = config.lr_scheduler_type
-    options = {k: v for k, v in (config.lr_scheduler_kwargs or {}).items() if v is not None}
-
-    def error(problem: str) -> ConfigError:
-        key = "lr_scheduler_kwargs" if config.lr_scheduler_kwargs else "lr_scheduler_type"
-        return config.error(key, problem)
-
-    for option, value in options.items():
-        if option not in SCHEDULERS[name]:
-            known = ", ".join(SCHEDULERS[name]) or "no options"
-            raise error(f"the {name} schedule takes {known}, not {option}")
-        if expected := _unfit(SCHEDULE_OPTIONS[option], value):
-            raise error(f"{option}: expected {expected}, got {show_short(value)}")
-    if name == "warmup_stable_decay" and "num_decay_steps" not in options:
-        raise error(f"the {name} schedule needs num_decay_steps")
-    if "min_lr" in SCHEDULERS[name] and ("min_lr" in options) == ("min_lr_rate" in options):
-        raise error(f"the {name} schedule needs either min_lr or min_lr_rate")
-    # transformers' default, and what it divides by.
-    least = options.get("lr_end", 1e-7) if name == "polynomial" else None
-    if "min_lr" in options:
-        least = 0
-    if least is not None and config.learning_rate <= least:
-        raise config.error(
-            "learning_rate",
-            f"the {name} schedule needs one above {least}, got {config.learning_rate}",
-        )
-
-
-def _unfit(wanted: Rule | tuple[str, ...], value: Any) -> str | None:
-    """What was expected of an option of a schedule; None if `value` is it."""
-    if isinstance(wanted, tuple):
-        return None if value in wanted else f"one of {', '.join(wanted)}"
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if (
-        is_number
-        and wanted.holds(value)
-        and ("whole" not in wanted.expected or value == int(value))
-    ):
-        return None
-    return wanted.expected
-
-
-def idle_settings(config: "TrainConfig") -> list[str]:
+def idle_settings(keys: Keys) -> list[str]:
     """One line for each key that was set and does nothing because of another key's value."""
-    conditions = {
-        "use_peft is false": (
-            not config.use_peft,
-            [
-                *(name for name in vars(config) if name.startswith("lora_")),
-                "use_rslora",
-                "use_dora",
-            ],
-        ),
-        "load_in_4bit is false": (
-            not config.load_in_4bit,
-            ["bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"],
-        ),
-        "gradient_checkpointing is false": (
-            not config.gradient_checkpointing,
+    lora = [name for name in keys.key_fields() if name.startswith("lora_")]
+    quantised = ["bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"]
+    optim, schedule, attention = keys.optim, keys.lr_scheduler_type, keys.attn_implementation
+    idle: list[tuple[bool, str, list[str]]] = [
+        (not keys.use_peft, "use_peft is false", [*lora, "use_rslora", "use_dora"]),
+        (not keys.load_in_4bit, "load_in_4bit is false", quantised),
+        (
+            not keys.gradient_checkpointing,
+            "gradient_checkpointing is false",
             ["gradient_checkpointing_every"],
         ),
-        f"attn_implementation is {config.attn_implementation}": (
-            config.attn_implementation is not None,
-            ["attention_backend"],
-        ),
-        "nothing is evaluated (eval_strategy is no)": (
-            not config.evaluates,
+        (attention is not None, f"attn_implementation is {attention}", ["attention_backend"]),
+        (
+            not keys.evaluates,
+            "nothing is evaluated (eval_strategy is no)",
             ["eval_dataset_name"],
         ),
-        "evaluation is packed by max_tokens_per_batch, with the same result": (
+        (
             True,
+            "evaluation is packed by max_tokens_per_batch, with the same result",
             ["per_device_eval_batch_size"],
         ),
-        f"eval_strategy is {config.eval_strategy}": (
-            config.eval_strategy != "steps",
+        (
+            keys.eval_strategy != "steps",
+            f"eval_strategy is {keys.eval_strategy}",
             ["eval_steps"],
         ),
-        f"save_strategy is {config.save_strategy}": (
-            config.save_strategy != "steps",
+        (
+            keys.save_strategy != "steps",
+            f"save_strategy is {keys.save_strategy}",
             ["save_steps"],
         ),
-        "max_steps sets the length of the run": (config.max_steps > 0, ["num_train_epochs"]),
-        "precompute_ref_log_probs is false": (
-            not config.precompute_ref_log_probs,
+        (keys.max_steps > 0, "max_steps sets the length of the run", ["num_train_epochs"]),
+        (
+            not keys.precompute_ref_log_probs,
+            "precompute_ref_log_probs is false",
             ["reference_cache_dir"],
         ),
-        "the constant schedule has no warm-up; constant_with_warmup has": (
-            config.lr_scheduler_type == "constant",
+        (
+            schedule == "constant",
+            "the constant schedule has no warm-up; constant_with_warmup has",
             ["warmup_steps"],
         ),
-        "sgd has no moments": (
-            config.optim == "sgd",
-            ["adam_beta1", "adam_beta2", "adam_epsilon"],
-        ),
-    }
-    changed = set(config.changed())
+        (optim == "sgd", "sgd has no moments", ["adam_beta1", "adam_beta2", "adam_epsilon"]),
+    ]
+    changed = keys.changed()
     return [
         f"{name} has no effect: {reason}"
-        for reason, (holds, names) in conditions.items()
+        for holds, reason, names in idle
         if holds
         for name in names
         if name in changed

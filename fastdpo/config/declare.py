@@ -5,8 +5,11 @@ error message, the help text and the check all come from the same place.
 """
 
 from collections.abc import Callable
-from dataclasses import Field, dataclass
-from typing import Any
+from dataclasses import Field, dataclass, field
+from types import MappingProxyType
+from typing import Any, TypeVar, dataclass_transform
+
+T = TypeVar("T")
 
 GROUPS = {
     "model": "Model",
@@ -26,15 +29,28 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class Rule:
-    """A condition on one value (on each item, for a list), with the words an error uses for it."""
+    """A condition on one value (on each item, for a list), with the words an error uses for it.
+
+    Attributes:
+        expected: what was expected, where the value is another one.
+        holds: the condition; numbers are given to it as numbers.
+        choices: the texts that fulfil it; None where it is about numbers, or any text may.
+    """
 
     expected: str
     holds: Callable[[Any], bool]
+    choices: tuple[str, ...] | None = None
+
+
+def one_of(*choices: str) -> Rule:
+    """The rule of a key that takes one of these texts."""
+    listed = ", ".join(choices)
+    return Rule(f"one of {listed}" if len(choices) > 1 else listed, choices.__contains__, choices)
 
 
 POSITIVE = Rule("a number greater than 0", lambda v: v > 0)
 NOT_NEGATIVE = Rule("a number of at least 0", lambda v: v >= 0)
-AT_LEAST_ONE = Rule("a whole number of at least 1", lambda v: v >= 1)
+AT_LEAST_ONE = Rule("a whole number of at least 1", lambda v: v >= 1 and v == int(v))
 AT_LEAST_TWO = Rule("a whole number of at least 2", lambda v: v >= 2)
 SHARE = Rule("a number of at least 0 and less than 1", lambda v: 0 <= v < 1)
 BELOW_HALF = Rule("a number of at least 0 and less than 0.5", lambda v: 0 <= v < 0.5)
@@ -55,32 +71,41 @@ WARMUP = Rule(
 
 
 def key(
-    group: str,
+    default: T,
     help: str,
-    *,
     rule: Rule | None = None,
-    choices: tuple[str, ...] | None = None,
+    *,
     path: bool = False,
     prepare: Callable[[Any], Any] | None = None,
-) -> dict[str, Any]:
-    """The metadata of a dataclass field that makes it a configuration key.
+) -> T:
+    """Declare a key in a class that `section` decorates.
 
     Args:
-        group: the section it is shown in, one of `GROUPS`.
-        help: one or two sentences for `--help`.
-        rule: a condition on the converted value (on each item of a list); None is never checked.
-        choices: the texts it may take.
+        default: its default.
+        help: one or two sentences for `--help` and the documentation.
+        rule: a condition on the converted value (on each item of a list).
         path: whether a leading `~` stands for the home directory.
         prepare: applied to the raw value before its type is checked.
     """
-    return {
-        "group": group,
-        "help": help,
-        "rule": rule,
-        "choices": choices,
-        "path": path,
-        "prepare": prepare,
-    }
+    choices = rule.choices if rule else None
+    about = {"help": help, "rule": rule, "choices": choices, "path": path, "prepare": prepare}
+    if not isinstance(default, list):
+        return field(default=default, metadata=about)
+    made: Any = field(default_factory=default.copy, metadata=about)
+    return made
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def section(group: str) -> Callable[[type[T]], type[T]]:
+    """Make a class of keys a dataclass whose keys are shown in this section, one of `GROUPS`."""
+
+    def declare(keys: type[T]) -> type[T]:
+        for declared in vars(keys).values():
+            if isinstance(declared, Field):
+                declared.metadata = MappingProxyType({**declared.metadata, "group": group})
+        return dataclass(frozen=True, kw_only=True)(keys)
+
+    return declare
 
 
 def default_of(declared: "Field[Any]") -> Any:

@@ -1,17 +1,17 @@
 """Where values come from: YAML files and flags, each value with the words for where it stood."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import Field, dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 
 from ..errors import ConfigError
 from .peers import PEER_KEYS
 from .replaced import OTHER_NAMES, REPLACED_KEYS
-from .values import show_short
+from .values import members_of, show_short
 
 
 @dataclass(frozen=True)
@@ -77,23 +77,23 @@ def _mapping_with_lines(text: str, path: str) -> dict[str, Given]:
             return {}
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path}: expected a mapping of keys to values, one a line")
-        found: dict[str, Given] = {}
+        given: dict[str, Given] = {}
         for key_node, value_node in node.value:
             place = f"{path}, line {key_node.start_mark.line + 1}"
             name = loader.construct_object(key_node, deep=True)
             if not isinstance(name, str):
                 raise ConfigError(f"{place}: expected the name of a key, got {show_short(name)}")
             name = name.replace("-", "_")
-            if name in found:
-                raise ConfigError(f"{place}: {name} was already given at {found[name].place}")
-            found[name] = Given(loader.construct_object(value_node, deep=True), place)
-        return found
+            if name in given:
+                raise ConfigError(f"{place}: {name} was already given at {given[name].place}")
+            given[name] = Given(loader.construct_object(value_node, deep=True), place)
+        return given
     finally:
         loader.dispose()
 
 
 def read_flags(
-    arguments: Sequence[str], flags: Iterable[str], lists: Iterable[str], valued: Iterable[str]
+    arguments: Sequence[str], keys: Mapping[str, Field[Any]]
 ) -> tuple[list[str], dict[str, Given]]:
     """Split a command line into the words before its first flag and its flags.
 
@@ -102,45 +102,40 @@ def read_flags(
 
     Args:
         arguments: the command line after the command.
-        flags: keys that are true or false, for which the value may be left out.
-        lists: keys that take several words.
-        valued: keys that need a value.
+        keys: our own, by their names.
 
     Raises:
         ConfigError: a key without its value, or with too many.
     """
     words: list[str] = []
-    found: dict[str, list[str]] = {}
+    flags: dict[str, list[str]] = {}
     current = words
     for argument in arguments:
         if argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
-            current = found[name.replace("-", "_")] = [value] if equals else []
+            current = flags[name.replace("-", "_")] = [value] if equals else []
         else:
             current.append(argument)
-    kinds = (frozenset(flags), frozenset(lists), frozenset(valued))
-    return words, dict(_flag_value(name, values, *kinds) for name, values in found.items())
-
-
-def _flag_value(
-    name: str,
-    values: list[str],
-    flags: frozenset[str],
-    lists: frozenset[str],
-    valued: frozenset[str],
-) -> tuple[str, Given]:
-    place = f"--{name}"
-    if name.startswith("no_") and name[3:] in flags:
-        if values:
-            raise ConfigError(f"{place}: takes no value, got {' '.join(values)}")
-        return name[3:], Given(False, place)
-    if name in lists and values:
-        return name, Given(values, place)
-    if len(values) > 1:
-        raise ConfigError(f"{place}: expected one value, got {len(values)}: {' '.join(values)}")
-    if not values and name in valued:
-        raise ConfigError(f"{place}: expected a value after it")
-    return name, Given(values[0] if values else True, place)
+    types = {name: {type(peer.default)} for name, peer in PEER_KEYS.items()} | {"config": {str}}
+    for name, declared in keys.items():
+        types[name] = {get_origin(member) or member for member in members_of(declared.type)}
+    given = {}
+    for name, values in flags.items():
+        place = f"--{name}"
+        positive = name.removeprefix("no_")
+        if positive != name and bool in types.get(positive, set()):
+            if values:
+                raise ConfigError(f"{place}: takes no value, got {' '.join(values)}")
+            given[positive] = Given(False, place)
+        elif values and name in keys and list in types[name]:
+            given[name] = Given(values, place)
+        elif len(values) > 1:
+            raise ConfigError(f"{place}: expected one value, got {len(values)}: {' '.join(values)}")
+        elif not values and bool not in types.get(name, {bool}):
+            raise ConfigError(f"{place}: expected a value after it")
+        else:
+            given[name] = Given(values[0] if values else True, place)
+    return words, given
 
 
 def check_foreign_key(name: str, given: Given, known: Iterable[str]) -> None:

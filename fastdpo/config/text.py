@@ -5,17 +5,15 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import Field
 from types import NoneType
-from typing import TYPE_CHECKING, Any, get_origin
+from typing import Any, get_origin
 
 import yaml
 
 from ..version import __version__
 from .checks import idle_settings
 from .declare import GROUPS, default_of
+from .keys import Keys
 from .values import members_of, show
-
-if TYPE_CHECKING:
-    from . import TrainConfig
 
 TYPE_WORDS = {bool: "BOOL", int: "INT", float: "NUMBER", str: "TEXT", list: "LIST", dict: "JSON"}
 
@@ -37,20 +35,17 @@ def key_help(keys: "Mapping[str, Field[Any]]") -> str:
 
 
 def _takes(declared: "Field[Any]") -> str:
-    choices = declared.metadata["choices"]
-    if choices and sum(map(len, choices)) < 60:
-        return "{" + ",".join(choices) + "}"
+    if choices := declared.metadata["choices"]:
+        if sum(map(len, choices)) < 60:
+            return "{" + ",".join(choices) + "}"
+        fours = (", ".join(choices[i : i + 4]) for i in range(0, len(choices), 4))
+        return "{" + ",\n      ".join(fours) + "}"
     kinds = [get_origin(member) or member for member in members_of(declared.type)]
     words = [TYPE_WORDS[kind] for kind in kinds if kind is not NoneType]
+    if "LIST" in words:
+        return f"{words[0]} ..."
     text = "NUMBER" if "NUMBER" in words else "|".join(words)
-    about = f"[{text}]" if "BOOL" in words else text
-    if choices:
-        return (
-            "{"
-            + ",\n      ".join(", ".join(choices[i : i + 4]) for i in range(0, len(choices), 4))
-            + "}"
-        )
-    return f"{words[0]} ..." if "LIST" in words else about
+    return f"[{text}]" if "BOOL" in words else text
 
 
 def _default(declared: "Field[Any]") -> str:
@@ -60,32 +55,31 @@ def _default(declared: "Field[Any]") -> str:
     return "unset" if default is None else show(default)
 
 
-def table(config: "TrainConfig", defaults: bool) -> str:
+def table(keys: Keys, defaults: bool) -> str:
     """Keys, values and origins, the changed ones first; then the settings that have no effect."""
-    changed = config.changed()
-    origin = {name: config.origins.get(name, "given") for name in changed}
+    changed = keys.changed()
     rows = [
-        (name, show(value), origin.get(name, config.origins.get(name, "default")))
-        for name, value in config.to_dict().items()
+        (name, show(value), keys.origins.get(name, "given" if name in changed else "default"))
+        for name, value in keys.to_dict().items()
     ]
     first = [row for row in rows if row[0] in changed]
     rest = [row for row in rows if row[0] not in changed] if defaults else []
-    wide = [max((len(row[column]) for row in first + rest), default=0) for column in (0, 1)]
-    lines = [f"{name:<{wide[0]}}  {value:<{wide[1]}}  {place}" for name, value, place in first]
-    lines += [""] if first and rest else []
-    lines += [f"{name:<{wide[0]}}  {value:<{wide[1]}}  {place}" for name, value, place in rest]
-    return "\n".join([*lines, *(f"note: {line}" for line in idle_settings(config))])
+    width, wide = (max((len(row[i]) for row in first + rest), default=0) for i in (0, 1))
+    lines = [f"{name:<{width}}  {value:<{wide}}  {place}" for name, value, place in first + rest]
+    if first and rest:
+        lines.insert(len(first), "")
+    return "\n".join([*lines, *(f"note: {line}" for line in idle_settings(keys))])
 
 
-def as_yaml(config: "TrainConfig") -> str:
+def as_yaml(keys: Keys) -> str:
     """Every key by sections, so that reading it gives an equal configuration."""
     lines = [f"# fastdpo {__version__}"]
     group = ""
-    for name, declared in config.key_fields().items():
+    for name, declared in keys.key_fields().items():
         if declared.metadata["group"] != group:
             group = declared.metadata["group"]
             lines += ["", f"# {GROUPS[group]}"]
-        value = getattr(config, name)
+        value = getattr(keys, name)
         # PyYAML folds these line breaks when it writes them as they are.
         plain = not any(sign in str(value) for sign in "\x85\u2028\u2029")
         entry = yaml.safe_dump({name: value}, allow_unicode=plain, width=1000)

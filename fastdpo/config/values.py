@@ -4,9 +4,9 @@ Flags are always text and YAML reads `1e-6` as text, so text that spells a value
 Nothing is rounded, cut or guessed: whatever does not fit is a `ValueError`.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Callable
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
@@ -28,13 +28,13 @@ def convert(value: Any, annotation: Any) -> Any:
     if NoneType in members and (value is None or _spells(value, NONE_WORDS)):
         return None
     for member in members:
-        if member is NoneType:
-            continue
-        try:
-            return _reader(member)(value)
-        except (ValueError, OverflowError, RecursionError):
-            continue
-    raise ValueError(describe_type(annotation))
+        if member is not NoneType:
+            with contextlib.suppress(ValueError, OverflowError, RecursionError):
+                return _read(value, member)
+    names = [_name(member) for member in members]
+    if int in members and float in members:
+        names.remove(_name(int))
+    raise ValueError(" or ".join(names))
 
 
 def limits(value: Any, is_path: bool) -> str | None:
@@ -57,15 +57,6 @@ def limits(value: Any, is_path: bool) -> str | None:
 def members_of(annotation: Any) -> tuple[Any, ...]:
     """The types of a union, or the one type that it is."""
     return get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
-
-
-def describe_type(annotation: Any) -> str:
-    """The words for a type in an error message, such as "a whole number or none"."""
-    members = members_of(annotation)
-    names = [_name(member) for member in members]
-    if "a whole number" in names and "a number" in names:
-        names.remove("a whole number")
-    return " or ".join(names)
 
 
 def show(value: Any) -> str:
@@ -97,22 +88,12 @@ def _name(member: Any) -> str:
     return "none" if member is NoneType else names[member]
 
 
-def _reader(member: Any) -> Callable[[Any], Any]:
+def _read(value: Any, member: Any) -> Any:
     if get_origin(member) is list:
-        item = get_args(member)[0]
-        return lambda value: [
-            _reader(item)(entry)
-            for entry in (value if isinstance(value, list | tuple) else [value])
-        ]
-    if get_origin(member) is dict:
-        return _mapping
-    readers: dict[Any, Callable[[Any], Any]] = {
-        bool: _boolean,
-        int: _whole,
-        float: _number,
-        str: _text,
-    }
-    return readers[member]
+        entries = value if isinstance(value, list | tuple) else [value]
+        return [_read(entry, get_args(member)[0]) for entry in entries]
+    readers = {bool: _boolean, int: _whole, float: _number, str: _text, dict: _mapping}
+    return readers[get_origin(member) or member](value)
 
 
 def _spells(value: Any, words: frozenset[str]) -> bool:
@@ -175,9 +156,6 @@ def _plain(value: Any) -> Any:
             return _number(value)
         except ValueError:
             return value
-    return value if value is None or isinstance(value, bool) else _finite(value)
-
-
-def _finite(value: Any) -> int | float:
-    _number(value)
+    if value is not None and not isinstance(value, bool):
+        _number(value)  # neither a list nor infinite
     return value

@@ -1,0 +1,111 @@
+"""All keys with their values, and what follows from them for a run."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
+
+from ..errors import ConfigError
+from .adapters import AdapterKeys
+from .declare import default_of
+from .inputs import DataKeys, LossKeys, ModelKeys, OwnKeys, ReferenceKeys
+from .memory import MemoryKeys
+from .optimizer import OptimizerKeys
+from .schedule import EvaluationKeys, LoggingKeys, SavingKeys, TrainingKeys
+
+ONE_FILE = (".jsonl", ".json", ".parquet", ".csv", ".arrow", ".gz")
+"""How the name of a data set ends that is one file; all its rows are the split "train"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keys(
+    # Dataclasses take inherited fields from the last base first: the sections stand in reverse.
+    SavingKeys,
+    LoggingKeys,
+    EvaluationKeys,
+    OptimizerKeys,
+    TrainingKeys,
+    MemoryKeys,
+    AdapterKeys,
+    OwnKeys,
+    LossKeys,
+    ReferenceKeys,
+    DataKeys,
+    ModelKeys,
+):
+    """The keys of all sections, as they were given: `TrainConfig` is the same, checked.
+
+    Attributes:
+        origins: where each key that was given stood (`config.yaml, line 3`, `--beta`); every other
+            key has its default.
+    """
+
+    origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def key_fields(cls) -> "dict[str, Field[Any]]":
+        """Every key with its declaration, in the order of the sections in `GROUPS`."""
+        return {item.name: item for item in fields(cls) if "group" in item.metadata}
+
+    def error(self, name: str, problem: str) -> ConfigError:
+        """A `ConfigError` about one key, which says where the key was given."""
+        place = self.origins.get(name, "")
+        if place == f"--{name}":
+            return ConfigError(f"{place}: {problem}")
+        return ConfigError(f"{place}: {name}: {problem}" if place else f"{name}: {problem}")
+
+    def require(self, *names: str) -> None:
+        """Raise `ConfigError` unless each of these keys has a value."""
+        for name in names:
+            if getattr(self, name) is None:
+                what = self.key_fields()[name].metadata["help"].split(". ")[0]
+                raise self.error(
+                    name, f"expected a value (--{name}, or {name}: in the file). {what}"
+                )
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run evaluates at all."""
+        return self.do_eval or self.eval_on_start or self.eval_strategy != "no"
+
+    @property
+    def eval_source(self) -> tuple[str, str] | None:
+        """The data set and the split to evaluate on; None where nothing is evaluated.
+
+        A file of `eval_dataset_name` is evaluated whole unless `dataset_test_split` names a part.
+        """
+        name = self.eval_dataset_name or self.dataset_name
+        if not self.evaluates or name is None:
+            return None
+        whole = self.eval_dataset_name is not None and name.endswith(ONE_FILE)
+        return (
+            name,
+            "train" if whole and self.dataset_test_split == "test" else self.dataset_test_split,
+        )
+
+    def interval(self, name: str, total_steps: int) -> int:
+        """`logging_steps`, `save_steps` or `eval_steps` in steps; a share is of `total_steps`.
+
+        An unset `eval_steps` is `logging_steps`, as in transformers.
+        """
+        value = getattr(self, name)
+        if value is None:
+            value = self.logging_steps
+        return max(1, math.ceil(total_steps * value)) if value < 1 else int(value)
+
+    def warmup(self, total_steps: int) -> int:
+        """`warmup_steps` in steps; a share is of `total_steps`."""
+        value = self.warmup_steps
+        return math.ceil(total_steps * value) if value < 1 else int(value)
+
+    def changed(self) -> dict[str, Any]:
+        """The keys whose value is not the default."""
+        return {
+            name: getattr(self, name)
+            for name, declared in self.key_fields().items()
+            if getattr(self, name) != default_of(declared)
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key with its value, as plain types."""
+        return {name: getattr(self, name) for name in self.key_fields()}
