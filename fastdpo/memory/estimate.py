@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from fastdpo_kernels import workspace_bytes
+from fastdpo_kernels.head import WorkspaceBytes
 
 from ..config import TrainConfig
 from ..data.plan import reference_budget
+from ..model.scorer import TOKEN_STATS
 from .layer import Bytes, LayerBytes, Probe
 from .shapes import ModelShape, RowShape, scaled
 
@@ -36,7 +39,6 @@ COMPONENTS = (
 
 _OFFLOADED_BUFFERS = 2
 _SMALL_STATE, _STATE_BLOCK, _LOOKUP = 4096, 256, 2048
-_CPU_TILE_ROWS, _CPU_TILE_SHARE, _CPU_BLOCK = 2048, 0.98, 3 << 20
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ class Run:
     def accumulates(self) -> bool:
         """Whether rows find gradients from before: of other rows or, on a CPU, zeros."""
         return self.kind == "cpu" or any(len(rows) > 1 for rows in self.steps)
+
+    @cached_property
+    def head_dtype(self) -> torch.dtype:
+        """What the head computes in."""
+        return self.autocast or self.model.head_dtype
 
     @cached_property
     def offloads(self) -> bool:
@@ -169,7 +176,7 @@ def held_gradients(run: Run, layers_done: int, *, head: bool = True) -> int:
 
 def head_weight(model: ModelShape) -> int:
     """V·H·itemsize."""
-    return model.vocab * model.hidden * model.head_itemsize
+    return model.vocab * model.hidden * model.head_dtype.itemsize
 
 
 def row_tensors(run: Run, row: RowShape) -> int:
@@ -182,14 +189,21 @@ def row_tensors(run: Run, row: RowShape) -> int:
 
 def kept_workspace(run: Run, row: RowShape) -> int:
     """On a CPU the head's tile is kept from one call to the next."""
-    return cpu_tile_rows(run, row) * run.model.vocab * 4 if run.kind == "cpu" else 0
+    return head_workspace(run, row).tile if run.kind == "cpu" else 0
 
 
-def cpu_tile_rows(run: Run, row: RowShape) -> int:
-    """Rows of a tile on a CPU: those scored, as far as head_workspace_mib goes."""
-    workspace = run.config.head_workspace_mib << 20
-    fits = int(workspace * _CPU_TILE_SHARE) // (run.model.vocab * 4)
-    return min(row.scored, max(1, min(_CPU_TILE_ROWS, fits)))
+def head_workspace(run: Run, row: RowShape) -> WorkspaceBytes:
+    """The head's tile, and what is made beside it."""
+    return workspace_bytes(
+        row.scored,
+        run.model.vocab,
+        run.model.hidden,
+        run.head_dtype,
+        torch.device(run.kind),
+        workspace_mib=run.config.head_workspace_mib,
+        outputs=TOKEN_STATS,
+        softcap=run.model.softcap,
+    )
 
 
 # The moments of a step
@@ -232,8 +246,12 @@ def forward(run: Run, row: RowShape) -> Estimate:
 
 
 def head(run: Run, row: RowShape) -> Estimate:
-    """The head: states and gradient of T tokens, a tile, the gradient of the weight."""
-    inside = head_states(run, row) + head_weights(run, row) + head_tile(run, row)
+    """The head: states and gradient of T tokens, the gradient of the weight, what is made beside a
+    tile; and the tile itself, where it is not kept.
+    """
+    tile = head_workspace(run, row)
+    inside = head_states(run, row) + head_weights(run, row) + tile.beside
+    inside += 0 if run.kind == "cpu" else tile.tile
     return _moment(
         "head",
         run,
@@ -247,7 +265,7 @@ def head_states(run: Run, row: RowShape) -> int:
     """T·H: the scored states, their rounded copy where the head computes in another type, and their
     gradient.
     """
-    size, compute = run.layer(row).states, _head_itemsize(run)
+    size, compute = run.layer(row).states, run.head_dtype.itemsize
     rounded = compute if compute != size else 0
     return row.scored * run.model.hidden * (2 * size + rounded)
 
@@ -256,40 +274,16 @@ def head_weights(run: Run, row: RowShape) -> int:
     """V·H: the weight rounded to the type of the computation (on a CPU widened again to fp32), and
     its gradient, in fp32 while more than one tile is added up.
     """
-    model, compute = run.model, _head_itemsize(run)
+    model, compute = run.model, run.head_dtype.itemsize
     elements, total = model.vocab * model.hidden, 0
-    if compute != model.head_itemsize:
+    if compute != model.head_dtype.itemsize:
         total += elements * compute
     if run.kind == "cpu" and compute < 4:
         total += elements * 4
     if model.head_trained:
         total += elements * 4
-        total += elements * model.head_itemsize if model.head_itemsize < 4 else 0
+        total += elements * model.head_dtype.itemsize if model.head_dtype.itemsize < 4 else 0
     return total
-
-
-def head_tile(run: Run, row: RowShape) -> int:
-    """min(T, rows that fit head_workspace_mib) rows of V logits and of what is made beside them; on
-    a CPU the blocks that a tile (see `kept_workspace`) is worked on in, and two products of rows ×
-    H.
-    """
-    model = run.model
-    if run.kind == "cpu":
-        count = cpu_tile_rows(run, row)
-        block = min(count, max(1, _CPU_BLOCK // (model.vocab * 4)))
-        return block * model.vocab * 4 + 2 * count * model.hidden * 4
-    size = _head_itemsize(run)
-    sums = 4 * 5 * (model.vocab // 64 + 1)
-    a_row = -(-model.vocab // 64) * 64 * size + sums + model.hidden * (4 + size)
-    fits = (run.config.head_workspace_mib << 20) // a_row
-    return min(row.scored, max(1, fits)) * a_row
-
-
-def _head_itemsize(run: Run) -> int:
-    """Bytes of a number in the type that the head computes in."""
-    if run.autocast is not None:
-        return run.autocast.itemsize
-    return run.model.head_itemsize
 
 
 def backward(run: Run, row: RowShape) -> list[Estimate]:

@@ -18,7 +18,7 @@ from ..data.packing import Row
 from ..data.plan import Step
 from ..errors import ModelError
 from ..model.adapter import add_adapter
-from ..model.head import Head, base_causal_lm, find_head
+from ..model.head import base_causal_lm, find_head
 
 _BLOCK_4BIT, _BLOCK_NESTED = 64, 256
 
@@ -169,7 +169,9 @@ class ModelShape:
     """Elements of the largest matrix of a layer."""
     cast: int
     """Elements of one layer's trained fp32 matrices, of which autocast keeps a copy."""
-    head_itemsize: int
+    head_dtype: torch.dtype
+    softcap: bool
+    """Whether the head ends in a soft cap."""
     head_trained: bool
     embedding_trained: int
     """Bytes of the input embedding's gradient; 0 where it is frozen."""
@@ -207,10 +209,11 @@ class ModelShape:
             linear_tokenwise=sum(w.numel() for w in tokenwise) + experts,
             largest_linear=max((w.numel() for w in base), default=0),
             cast=sum(casts) // len(layers),
-            head_itemsize=head.weight.element_size(),
+            head_dtype=head.weight.dtype,
+            softcap=head.softcap is not None,
             head_trained=head.weight.requires_grad,
             embedding_trained=embedding.nbytes if embedding.requires_grad else 0,
-            tied=_tied(head, embedding),
+            tied=head.weight is embedding,
         )
 
 
@@ -238,7 +241,3 @@ def _active_experts(layers: nn.ModuleList, text: Any) -> int:
     chosen = getattr(text, "num_experts_per_tok", None) or 0
     stacks = (p for layer in layers for p in layer.parameters() if p.dim() == 3)
     return sum(p[0].numel() * min(chosen, p.shape[0]) for p in stacks)
-
-
-def _tied(head: Head, embedding: torch.Tensor) -> bool:
-    return head.weight is embedding

@@ -40,7 +40,7 @@ class Seconds:
 
 def step_seconds(run: Run, device: Device) -> Seconds | None:
     """The mean step of a run; None where the device's rates are not known."""
-    peak = device.bf16 if run.autocast is not None or run.model.head_itemsize == 2 else device.fp32
+    peak = device.bf16 if run.head_dtype.itemsize == 2 else device.fp32
     if peak is None or device.bandwidth is None or device.host_link is None:
         return None
     rate, steps = peak * UTILISATION, len(run.steps)

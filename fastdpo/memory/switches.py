@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from .planner import Planner, Prediction
 
 Values = dict[str, Any]
-_LARGEST_TILE, _SMALLEST_TILE, _SMALLEST_WORKSPACE = 4096, 256, 64
+_LARGEST_TILE, _SMALLEST_TILE, _MOST_TILES, _SMALLEST_WORKSPACE = 4096, 256, 16, 64
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ def _checkpoint(config: TrainConfig, demand: Demand) -> Values:
 
 def _tiles(config: TrainConfig, demand: Demand) -> Values:
     tokens = min(_LARGEST_TILE, (config.layer_tile_tokens or demand.largest) // 2)
-    return {} if tokens < _SMALLEST_TILE else {"layer_tile_tokens": tokens}
+    smallest = max(_SMALLEST_TILE, demand.largest // _MOST_TILES)
+    return {} if tokens < smallest else {"layer_tile_tokens": tokens}
 
 
 def _offload(config: TrainConfig, demand: Demand) -> Values:
@@ -162,12 +163,25 @@ def least(planner: Planner, *, exact: bool, without: Collection[str] = ()) -> Pr
     for switch in SWITCHES:
         if (exact and not switch.exact) or switch.name in without:
             continue
+        furthest = turn_up(switch, now.config, planner)
+        if furthest is now.config:
+            continue
         used.append(switch)
-        while (further := turn_on(switch, now.config, demand(now.config, planner))) is not None:
-            now = planner.predict(further)
-            if planner.fits(now):
-                return _widest(planner, start, _needed(planner, start, now.config, used))
+        last = planner.predict(furthest)
+        if planner.fits(last):
+            found = _first_that_fits(switch, now.config, planner)
+            return _widest(planner, start, _needed(planner, start, found, used))
+        now = last
     return None
+
+
+def _first_that_fits(switch: Switch, config: TrainConfig, planner: Planner) -> TrainConfig:
+    """The configuration with a switch no further on than it has to be."""
+    while not planner.fits(planner.predict(config)):
+        further = turn_on(switch, config, demand(config, planner))
+        assert further is not None
+        config = further
+    return config
 
 
 def strongest(planner: Planner, without: Collection[str] = ()) -> TrainConfig:

@@ -25,6 +25,9 @@ from .tiles import tile_layers
 
 logger = logging.getLogger(__name__)
 
+TOKEN_STATS = ("entropy", "mean_logit", "is_top1")
+"""What is measured of every scored token beside its log-probability."""
+
 
 @dataclass
 class Scorer:

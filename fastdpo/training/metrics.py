@@ -11,7 +11,6 @@ from ..data.batch import Batch
 from ..devices import known_gpu
 from ..model.quantised import count_weights
 
-TOKEN_STATS = ("entropy", "mean_logit", "is_top1")
 # Rewards closer than this differ by the rounding of fp32 sums alone.
 _TIE = 1e-5
 _SUMS = (

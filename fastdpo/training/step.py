@@ -14,9 +14,9 @@ from ..data.batch import Batch, make_batch
 from ..data.groups import Group, count_comparisons
 from ..data.packing import Row
 from ..data.plan import Step, make_plan
-from ..model.scorer import Scorer
+from ..model.scorer import TOKEN_STATS, Scorer
 from ..reference import OnlineReference
-from .metrics import TOKEN_STATS, StepSums
+from .metrics import StepSums
 
 _EVAL_WINDOW = 1024
 
