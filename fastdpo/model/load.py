@@ -139,13 +139,9 @@ def load_model(
     return model
 
 
-def adopt_model(model: Any, config: TrainConfig, device: torch.device) -> PreTrainedModel:
-    """A model that the caller has in memory, as `load_model` would have returned it: on the device,
-    without dropout, with all weights to be trained. It is changed in place.
-
-    Raises:
-        ModelError: no model of transformers, one with adapters, or a quantised one without adapters
-            to train.
+def check_given(model: Any, config: TrainConfig) -> None:
+    """Raise ModelError for what cannot be trained in place of a model that is loaded: no model of
+    transformers, one with adapters, or a quantised one without adapters to train.
     """
     if not isinstance(model, PreTrainedModel):
         kind = type(model).__name__
@@ -153,6 +149,12 @@ def adopt_model(model: Any, config: TrainConfig, device: torch.device) -> PreTra
         raise ModelError(f"model: expected a transformers PreTrainedModel, got {kind}{hint}")
     if is_quantised(model) and not config.use_peft:
         raise ModelError("model: its weights are quantised: set use_peft to train adapters on it")
+
+
+def adopt_model(model: Any, config: TrainConfig, device: torch.device) -> PreTrainedModel:
+    """A model that the caller has in memory, as `load_model` would have returned it: on the device
+    and without dropout. It is changed in place.
+    """
     model.fastdpo_dropouts = switch_off(model.config)
     silence(model)
     if config.use_liger_kernel:

@@ -86,9 +86,16 @@ def _train(
         )
         return TrainResult(output.step, {}, output.path)
     metrics = trainer.train(retried(trainer))
-    card = model_card(trainer.config, metrics)
+    card = model_card(trainer.config, _base(config, given), metrics)
     output.finish(trainer.config, trainer.step, trainer.model, trainer.tokenizer, card)
     return TrainResult(trainer.step, metrics, output.path, trainer.model)
+
+
+def _base(config: TrainConfig, given: Given) -> str:
+    """The name of the model that was trained."""
+    if given.model is None:
+        return str(config.model_name_or_path)
+    return str(given.model.name_or_path or type(given.model).__name__)
 
 
 def precompute(config: TrainConfig) -> dict[str, Any]:

@@ -23,7 +23,13 @@ from ..model.activations import recompute_layers
 from ..model.adapter import adopt_adapter
 from ..model.compiled import compile_layers
 from ..model.layout import beyond_positions
-from ..model.load import check_model_files, load_model_config, load_tokenizer, with_pad_token
+from ..model.load import (
+    check_given,
+    check_model_files,
+    load_model_config,
+    load_tokenizer,
+    with_pad_token,
+)
 from ..model.offload import transfer_of
 from ..model.paths import activations_path, attention_path, run_device
 from ..model.precision import choose_precision
@@ -80,6 +86,7 @@ def load(config: TrainConfig, given: Given, bf16: bool | None) -> Loaded:
         check_model_files(config)
         model_config = load_model_config(config)
     else:
+        check_given(given.model, config)
         model_config, dtype = given.model.config, str(given.model.dtype).removeprefix("torch.")
         config = config.choose("model", dtype=dtype) if dtype in _DTYPES else config
     device = _device(config)

@@ -1,0 +1,201 @@
+"""`from fastdpo import TrainConfig, train`: what is in memory trains as what is on disk does."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from training import heard, metrics, settings, weights
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastdpo import TrainConfig, train
+from fastdpo.errors import ConfigError, DataError, ModelError
+
+PAIR = {"prompt": "the cat ", "chosen": "sat", "rejected": "ran"}
+
+
+@pytest.fixture
+def rows(pairs_file) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in pairs_file.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def config(tiny_model, pairs_file, tmp_path):
+    """A configuration without the keys that are None, its output in a folder of that name."""
+
+    def make(name: str, **keys: Any) -> TrainConfig:
+        values = settings(tiny_model, pairs_file, tmp_path / name, **keys)
+        return TrainConfig.from_dict({k: v for k, v in values.items() if v is not None})
+
+    return make
+
+
+def load(path: Path) -> dict[str, Any]:
+    return {
+        "model": AutoModelForCausalLM.from_pretrained(path),
+        "tokenizer": AutoTokenizer.from_pretrained(path),
+    }
+
+
+def same(one: Path, other: Path, file: str = "model.safetensors") -> None:
+    expected = weights(other, file)
+    for name, weight in weights(one, file).items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=0)
+
+
+def test_importing_it_is_light() -> None:
+    code = (
+        "import sys, fastdpo; print(fastdpo.__version__, dir(fastdpo)); "
+        "heavy = {'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules); "
+        "sys.exit(' '.join(heavy) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(ImportError, match="nothing_such"):
+        from fastdpo import nothing_such  # noqa: F401
+
+
+@pytest.mark.parametrize("make", [list, datasets.Dataset.from_list])
+def test_rows_in_memory_train_as_their_file_does(config, rows, make, tmp_path):
+    keys = {"eval_strategy": "steps", "eval_steps": 2}
+    whole = train(config("file", eval_dataset_name=None, **keys, dataset_test_split="train"))
+    given = train(config("rows", dataset_name=None, **keys), make(rows), make(rows))
+    assert (given.step, given.output_dir) == (4, tmp_path / "rows")
+    assert given.metrics["loss"] == whole.metrics["loss"]
+    assert given.metrics["eval_loss"] == whole.metrics["eval_loss"]
+    same(tmp_path / "rows", tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"precompute_ref_log_probs": False},
+        {"use_peft": True, "lora_dropout": 0.0},
+        {"use_peft": True, "precompute_ref_log_probs": False, "lora_dropout": 0.0},
+        {"memory": "auto"},
+    ],
+)
+def test_a_model_in_memory_trains_as_its_directory_does(config, tiny_model, tmp_path, keys):
+    """Its dropout is off while training, as in TRL, and saved as it was."""
+    train(config("disk", **keys))
+    loaded = load(tiny_model)
+    result = train(config("memory", model_name_or_path=None, **keys), **loaded)
+    file = "adapter_model.safetensors" if "use_peft" in keys else "model.safetensors"
+    same(tmp_path / "memory", tmp_path / "disk", file)
+    if "use_peft" in keys:
+        assert type(result.model).__name__ == "PeftModelForCausalLM"
+        return
+    assert result.model is loaded["model"]
+    saved = json.loads((tmp_path / "memory" / "config.json").read_text())
+    assert saved["attention_dropout"] == 0.1
+    card = (tmp_path / "memory" / "README.md").read_text(encoding="utf-8")
+    assert f"# {tiny_model.name}, tuned with DPO" in card
+
+
+def test_a_run_in_memory_is_resumed(config, tiny_model, rows, tmp_path):
+    def go(name: str, **keys: Any) -> Any:
+        keys = {"model_name_or_path": None, "dataset_name": None, **keys}
+        return train(config(name, **keys), rows, **load(tiny_model))
+
+    go("whole")
+    go("parts", max_steps=4, save_strategy="steps", save_steps=2)
+    for path in (tmp_path / "parts" / "checkpoint-4").iterdir():
+        path.unlink()
+    (tmp_path / "parts" / "checkpoint-4").rmdir()
+    result = go("parts", resume_from_checkpoint=True)
+    assert result.step == 4
+    same(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_other_rows_are_not_taken_for_the_finished_run(config, rows, tmp_path):
+    keys = {"dataset_name": None, "save_strategy": "steps", "save_steps": 2}
+    train(config("out", **keys), rows)
+    with pytest.raises(ValueError, match="other data"):
+        train(config("out", resume_from_checkpoint=True, **keys), rows[::-1])
+
+
+def test_every_step_is_told(config, tmp_path):
+    told: list[tuple[int, dict[str, float]]] = []
+    train(config("out", logging_steps=2), on_step=lambda step, found: told.append((step, found)))
+    assert [step for step, _ in told] == [1, 2, 3, 4]
+    assert [found for _, found in told if found] == [
+        {name: value for name, value in line.items() if name != "step"}
+        for line in metrics(tmp_path / "out")
+    ]
+
+
+def test_what_on_step_raises_ends_the_run(config):
+    def stop(step: int, found: dict[str, float]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config("out"), on_step=stop)
+
+
+def test_a_library_logs_and_does_not_print(config, capsys):
+    with heard() as said:
+        train(config("out"))
+    assert any(line.startswith("training: 24 comparisons") for line in said)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rows": [PAIR, "text"]}, "rows, row 2: expected a dict, got str"),
+        ({"rows": []}, "rows: has no rows"),
+        ({"rows": PAIR}, "rows: expected a list of dicts or a datasets.Dataset, got dict"),
+        (
+            {"rows": datasets.DatasetDict()},
+            "rows: expected a list of dicts or a datasets.Dataset, got DatasetDict",
+        ),
+        ({"rows": [{"prompt": "a", "chosen": "b"}]}, "rows: missing columns: found chosen, prompt"),
+        ({"rows": [PAIR, {**PAIR, "chosen": 1}]}, "rows, row 2: chosen: "),
+        ({"rows": [PAIR, {**PAIR, "chosen": object()}]}, "rows, row 2: chosen: expected plain"),
+        ({"rows": [PAIR, {"prompt": "a", "chosen": "b"}]}, "rows, row 2: rejected: "),
+    ],
+)
+def test_rows_that_cannot_be_trained_on(config, given, message):
+    with pytest.raises(DataError) as raised:
+        train(config("out", dataset_name=None), **given)
+    assert str(raised.value).startswith(message)
+
+
+def test_messages_and_types_that_differ_are_read_as_in_a_file(config, tmp_path):
+    rows = [
+        {**PAIR, "prompt": "the dog ", "chosen": "42"},
+        {
+            "prompt": [{"role": "user", "content": "the cat"}],
+            "chosen": [{"role": "assistant", "content": "sat"}],
+            "rejected": [{"role": "assistant", "content": "ran"}],
+        },
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    train(config("file", dataset_name=str(file)))
+    train(config("rows", dataset_name=None), rows)
+    same(tmp_path / "rows", tmp_path / "file")
+
+
+def test_what_is_missing_is_named(config, rows, tiny_model):
+    with pytest.raises(ConfigError, match="dataset_name: expected a value"):
+        train(config("out", dataset_name=None))
+    with pytest.raises(ConfigError, match="model_name_or_path: expected a value"):
+        train(config("out", model_name_or_path=None), rows)
+    model = load(tiny_model)["model"]
+    with pytest.raises(ConfigError, match="model_name_or_path: expected a value"):
+        train(config("out", model_name_or_path=None), rows, model=model)
+
+
+def test_models_that_cannot_be_trained(config, rows, tiny_model):
+    with pytest.raises(ModelError, match="model: expected a transformers PreTrainedModel, got str"):
+        train(config("out"), model=str(tiny_model))
+    adapted = get_peft_model(load(tiny_model)["model"], LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ModelError, match=r"got PeftModel.*; pass its base and set use_peft"):
+        train(config("out", use_peft=True), model=adapted)
