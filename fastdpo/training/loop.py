@@ -1,7 +1,6 @@
 """The training loop: whole steps of exactly so many comparisons, each packed into a few rows."""
 
 import logging
-import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -14,8 +13,7 @@ from tqdm import tqdm
 from ..config import TrainConfig
 from ..data.ahead import ahead
 from ..data.dataset import Data
-from ..data.groups import count_comparisons
-from ..data.plan import Step, comparisons_per_step, epoch_plan, plan_digest
+from ..data.plan import Step, epoch_plan, plan_digest
 from ..devices import peak_memory_mib
 from ..errors import ConfigError
 from ..losses import loss_at_reference
@@ -25,6 +23,7 @@ from .changes import check_identity, deciding, describe_changes
 from .optimizer import make_scheduler, restart
 from .output import METRICS, TRACE, Output
 from .profile import profiler
+from .schedule import Schedule
 from .step import Objective, StepBatches
 from .trackers import MetricsLog, make_trackers
 from .update import make_update, require_one_row
@@ -52,14 +51,8 @@ class Trainer:
         self.data, self.max_tokens, self.output = data, max_tokens, output
         self.on_step = on_step
         self.model, self.device = objective.policy.model, objective.policy.device
-        self.per_step = comparisons_per_step(config)
-        self.steps_per_epoch = math.ceil(count_comparisons(data.train) / self.per_step)
-        epochs = math.ceil(config.num_train_epochs * self.steps_per_epoch)
-        self.total_steps = config.max_steps if config.max_steps > 0 else epochs
-        self.every = {
-            name: config.interval(f"{name}_steps", self.total_steps)
-            for name in ("logging", "save", "eval")
-        }
+        self.schedule = Schedule(config, data.train)
+        self.total_steps = self.schedule.steps
         self.update = make_update(self.model, config, self.device)
         self.optimizer, self.pending = self.update.optimizer, self.update.pending
         self.scheduler = make_scheduler(self.optimizer, config, self.total_steps)
@@ -67,9 +60,8 @@ class Trainer:
         self.step = self.num_tokens = 0
         self.resumed: int | None = None
         if config.optimizer_in_backward:
-            every_epoch = range(math.ceil(self.total_steps / self.steps_per_epoch))
-            layout = objective.policy.layout.name
-            require_one_row(map(self.plan, every_epoch), data.train, layout, config)
+            epochs = map(self.plan, range(self.schedule.epochs))
+            require_one_row(epochs, data.train, objective.policy.layout.name, config)
         self.identity = identity | {"data": plan_digest(data.train, self.plan(0))}
 
     def plan(self, epoch: int) -> list[Step]:
@@ -113,17 +105,11 @@ class Trainer:
         if self.resumed is not None:  # a kill may have come between a save and its rotation
             checkpoint.rotate(self.output.path, self.config.save_total_limit, self.resumed)
 
-    def _due(self, strategy: str, name: str) -> bool:
-        end = self.step == self.total_steps
-        if strategy == "epoch":
-            return end or self.step % self.steps_per_epoch == 0
-        return strategy == "steps" and (end or self.step % self.every[name] == 0)
-
     def steps_left(self) -> Iterator[StepBatches]:
         """The steps that are left, on the host, as they are packed now."""
         first = self.step
         for number in range(first, self.total_steps):
-            epoch, place = divmod(number, self.steps_per_epoch)
+            epoch, place = divmod(number, self.schedule.steps_per_epoch)
             if place == 0 or number == first:
                 plan = self.plan(epoch)
             yield self.objective.batches(self.data.train, plan[place])
@@ -157,12 +143,9 @@ class Trainer:
 
     def _after_step(self) -> dict[str, float]:
         """Read, log, evaluate and save where that is due; the metrics that were logged."""
-        config, first = self.config, self.step == (self.resumed or 0) + 1
-        log = self._due("steps", "logging") or (config.logging_first_step and self.step == 1)
-        evaluate = self._due(config.eval_strategy, "eval")
-        evaluate |= config.do_eval and self.step == self.total_steps
-        evaluate &= bool(self.data.evaluation)
-        save = self._due(config.save_strategy, "save")
+        first = self.step == (self.resumed or 0) + 1
+        log, save = self.schedule.logs(self.step), self.schedule.saves(self.step)
+        evaluate = bool(self.data.evaluation) and self.schedule.evaluates(self.step)
         if self.pending.waits or first or log or evaluate or save:
             self._read()
         self.output.require()
@@ -194,7 +177,7 @@ class Trainer:
         return result
 
     def _position(self) -> dict[str, float]:
-        return {"epoch": self.step / self.steps_per_epoch, "num_tokens": self.num_tokens}
+        return {"epoch": self.step / self.schedule.steps_per_epoch, "num_tokens": self.num_tokens}
 
     def _evaluate(self) -> dict[str, float]:
         result = self.objective.evaluate(self.data.evaluation, self.max_tokens) | self._position()

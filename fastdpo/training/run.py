@@ -102,7 +102,7 @@ def precompute(config: TrainConfig) -> dict[str, Any]:
     """Run `fastdpo precompute`: fills the reference cache, returns what was found and computed."""
     config.require("model_name_or_path", "dataset_name")
     with _surroundings(config), withheld():
-        loaded = load(adopt_adapter(config), Given(), config.bf16)
+        loaded = load(adopt_adapter(config), Given(), config.bf16, trains=False)
         report, _ = precompute_reference(
             loaded.config, loaded.policy, loaded.data, loaded.max_tokens
         )

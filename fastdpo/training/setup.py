@@ -80,8 +80,10 @@ class Loaded:
     max_tokens: int
 
 
-def load(config: TrainConfig, given: Given, bf16: bool | None) -> Loaded:
-    """Tokenizer, data and policy; `bf16` as the configuration or a checkpoint has it."""
+def load(config: TrainConfig, given: Given, bf16: bool | None, *, trains: bool = True) -> Loaded:
+    """Tokenizer, data and policy, made to fit the device if it `trains` and `memory` is auto;
+    `bf16` as the configuration or a checkpoint has it.
+    """
     if given.model is None:
         check_model_files(config)
         model_config = load_model_config(config)
@@ -97,7 +99,7 @@ def load(config: TrainConfig, given: Given, bf16: bool | None) -> Loaded:
     autocast, reason = choose_precision(bf16, device)
     precision = "bf16 autocast" if autocast else config.dtype
     logger.info(f"precision: {precision} on {device.type} ({reason})")
-    if config.memory == "auto":
+    if trains and config.memory == "auto":
         config = fit(config, data.train, model_config, device, autocast)
     policy = load_scorer(config, device, autocast, model=given.model)
     return Loaded(config, tokenizer, data, policy, row_budget(config, device.type))
@@ -135,14 +137,12 @@ def set_up(
         identity={"precision": str(policy.autocast), **digests},
         on_step=on_step,
     )
+    count, per_step = count_comparisons(data.train), trainer.schedule.comparisons
     logger.info(
-        f"training: {count_comparisons(data.train)} comparisons, {trainer.per_step} a step, "
-        f"{trainer.total_steps} steps, rows of up to {loaded.max_tokens} tokens"
+        f"training: {count} comparisons, {per_step} a step, {trainer.total_steps} steps, rows of "
+        f"up to {loaded.max_tokens} tokens"
     )
-    if policy.device.type == "cpu":
-        longest = longest_comparison(data.train, policy.layout.name)
-        keep_freed_memory(max(loaded.max_tokens, longest))
-        return_freed_memory()
+    _keep_memory(loaded)
     if start is not None:
         trainer.resume(start, state)
     elif config.resume_from_checkpoint:
@@ -150,6 +150,14 @@ def set_up(
             f"resume_from_checkpoint: {output.path} holds no checkpoint, starting at step 0"
         )
     return trainer
+
+
+def _keep_memory(loaded: Loaded) -> None:
+    """On a CPU, keep what steps free for the steps after them."""
+    if loaded.policy.device.type == "cpu":
+        longest = longest_comparison(loaded.data.train, loaded.policy.layout.name)
+        keep_freed_memory(max(loaded.max_tokens, longest))
+        return_freed_memory()
 
 
 def _loss(config: TrainConfig) -> Callable[[Comparisons], torch.Tensor]:

@@ -1,0 +1,52 @@
+"""How many optimizer steps a run has, and what is due after each."""
+
+import math
+from collections.abc import Sequence
+
+from ..config import TrainConfig
+from ..data.groups import Group, count_comparisons
+from ..data.plan import comparisons_per_step
+
+
+class Schedule:
+    """Of a configuration over its training data.
+
+    Attributes:
+        comparisons: how many a step holds, the last one of an epoch apart.
+        steps_per_epoch: optimizer steps of one pass over the data.
+        steps: of the whole run.
+    """
+
+    def __init__(self, config: TrainConfig, groups: Sequence[Group]) -> None:
+        self.config = config
+        self.comparisons = comparisons_per_step(config)
+        self.steps_per_epoch = math.ceil(count_comparisons(groups) / self.comparisons)
+        epochs = math.ceil(config.num_train_epochs * self.steps_per_epoch)
+        self.steps = config.max_steps if config.max_steps > 0 else epochs
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that the run begins."""
+        return math.ceil(self.steps / self.steps_per_epoch)
+
+    def logs(self, step: int) -> bool:
+        """Whether metrics are logged after a step."""
+        first = self.config.logging_first_step and step == 1
+        return first or self._due("steps", "logging_steps", step)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the policy is evaluated after a step, if there is data for it."""
+        last = self.config.do_eval and step == self.steps
+        return last or self._due(self.config.eval_strategy, "eval_steps", step)
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is written after a step."""
+        return self._due(self.config.save_strategy, "save_steps", step)
+
+    def _due(self, strategy: str, key: str, step: int) -> bool:
+        if strategy == "no":
+            return False
+        every = self.steps_per_epoch
+        if strategy == "steps":
+            every = self.config.interval(key, self.steps)
+        return step == self.steps or step % every == 0
