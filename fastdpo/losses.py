@@ -24,7 +24,7 @@ def make_loss(
     """Σ_k weight_k · loss_k of each comparison, shape (C,); weights default to 1.
 
     Raises:
-        ConfigError: an unknown loss, or as many weights as there are not losses.
+        ConfigError: an unknown loss, or another number of weights than of losses.
     """
     unknown = [name for name in loss_types if name not in LOSSES]
     if unknown:

@@ -25,6 +25,7 @@ from families import (
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from fastdpo.config import TrainConfig
 from fastdpo.data.batch import Batch, make_batch
 from fastdpo.data.groups import Group
 from fastdpo.data.packing import Part
@@ -35,7 +36,7 @@ from fastdpo.model.attention import NAME
 from fastdpo.model.exactness import ExactnessCheck
 from fastdpo.model.forward import batch_states
 from fastdpo.model.head import find_head
-from fastdpo.model.layout import choose_layout
+from fastdpo.model.layout import MIXES_ONLY_BY_ATTENTION, choose_layout, expected_layout
 
 EAGER = {"gemma2", "gpt_oss"}
 """Families whose soft cap or sinks transformers' sdpa leaves out, or has left out."""
@@ -317,6 +318,19 @@ def test_failures_of_the_forward_fall_back_but_memory_errors_do_not() -> None:
     error = torch.OutOfMemoryError("full")
     with pytest.raises(torch.OutOfMemoryError):
         check.failure("shared")
+
+
+@pytest.mark.parametrize("family", [*SHARED, *OTHERS, *ALONE])
+def test_the_configuration_alone_expects_no_less_than_there_is(family: str) -> None:
+    """What `fastdpo plan` assumes; where layers mix tokens otherwise, the configuration says so."""
+    model = build(family)
+    order = ("shared", "packed", "padded")
+    config = model.config.get_text_config()
+    expected = expected_layout(TrainConfig(max_length=None), model.config)
+    layout = choose_layout(model).name
+    assert order.index(expected) <= order.index(layout)
+    if set(getattr(config, "layer_types", None) or ()) - MIXES_ONLY_BY_ATTENTION:
+        assert expected == layout == "padded"
 
 
 def test_stock_models_have_no_segments_to_lose() -> None:

@@ -16,7 +16,7 @@ from bench.workloads import MODEL_CONFIGS
 from fastdpo import TrainConfig, train
 from fastdpo.cli import main
 from fastdpo.data.groups import Group
-from fastdpo.data.plan import make_plan
+from fastdpo.data.plan import epoch_plan, make_plan
 from fastdpo.devices import GIB, GPUS, Device, named
 from fastdpo.errors import ConfigError
 from fastdpo.losses import make_loss
@@ -284,6 +284,17 @@ def test_switches_are_dropped_where_a_cheaper_one_is_enough(planner):
     more = start.config.choose("more", max_tokens_per_batch=int(found.max_tokens * 1.2))
     kept = more.choose("", gradient_checkpointing=found.config.gradient_checkpointing)
     assert not start.fits(start.predict(kept)), "the row budget could have been larger"
+
+
+def test_the_plan_has_the_rows_that_training_has(tiny_model, pairs_file):
+    """In the order of `data_seed`, where it is given, and in the layout of the layers."""
+    keys = {"model_name_or_path": str(tiny_model), "dataset_name": str(pairs_file)}
+    keys |= {"per_device_train_batch_size": 5, "max_tokens_per_batch": 64}
+    for changes in ({}, {"data_seed": 3}, {"seed": 3}, {"shuffle": False}):
+        config = TrainConfig.from_dict({**keys, **changes})
+        made = planning.make_planner(config, named("h100-80gb"))
+        trained = epoch_plan(config, made.groups, layout="shared", max_tokens=64)
+        assert made.steps(config) == step_shapes(made.groups, trained, "shared")
 
 
 def test_the_report_says_what_json_says(planner):

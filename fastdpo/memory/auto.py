@@ -39,15 +39,15 @@ def fit(
     if "gradient_checkpointing" not in config.origins and not config.activation_offloading:
         start = config.choose(REASON, gradient_checkpointing=False)
     planner = Planner(start, groups, at_hand(device), autocast, model_config)
-    found = least(planner, exact=True, without=_missing())
-    if found is None:
-        found = planner.predict(strongest(planner, without=_missing()))
+    prediction = least(planner, exact=True, without=_missing())
+    if prediction is None:
+        prediction = planner.predict(strongest(planner, without=_missing()))
         logger.warning(
             "memory: auto: the run is predicted not to fit, with everything on; trying all the same"
         )
-    peak, budget = found.estimate.peak / GIB, planner.device.budget / GIB
+    peak, budget = prediction.estimate.peak / GIB, planner.device.budget / GIB
     logger.info(f"memory: auto: peak {peak:.2f} GiB predicted, {budget:.2f} GiB are free")
-    changed = changes(config, found.config)
+    changed = changes(config, prediction.config)
     for name, value in changed.items():
         logger.info(f"memory: auto: {name} {show(value)}")
     return config.choose(REASON, **changed) if changed else config

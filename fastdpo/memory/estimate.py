@@ -23,19 +23,19 @@ from ..model.scorer import TOKEN_STATS
 from .layer import Bytes, LayerBytes, Probe
 from .shapes import ModelShape, RowShape, scaled
 
-COMPONENTS = (
-    "weights",
-    "reference",
-    "gradients",
-    "optimizer",
-    "checkpoints",
-    "activations",
-    "layer",
-    "attention",
-    "head",
-    "rows",
-)
-"""Every component, in the order in which reports show them."""
+COMPONENTS = {
+    "weights": "weights",
+    "reference": "weights of the reference",
+    "gradients": "gradients",
+    "optimizer": "optimizer states",
+    "checkpoints": "inputs of recomputed layers",
+    "activations": "kept activations",
+    "layer": "one layer at work",
+    "attention": "attention",
+    "head": "head",
+    "rows": "index tensors",
+}
+"""Every component, in the order in which reports show them, and what it is called there."""
 
 _OFFLOADED_BUFFERS = 2
 _SMALL_STATE, _STATE_BLOCK, _LOOKUP = 4096, 256, 2048
@@ -95,14 +95,14 @@ class Run:
 
 def estimate(run: Run) -> Estimate:
     """The largest moment of a step over the rows that can be the largest."""
-    found = [optimizer_step(run)]
+    moments = [optimizer_step(run)]
     for row in largest_rows(run.steps):
-        found += [forward(run, row), head(run, row), *backward(run, row), embedding(run, row)]
+        moments += [forward(run, row), head(run, row), *backward(run, row), embedding(run, row)]
         if second_model(run.config):
-            found.append(reference_row(run, row))
+            moments.append(reference_row(run, row))
     if run.config.precompute_ref_log_probs:
-        found.append(precompute(run))
-    return max(found, key=lambda moment: moment.peak)
+        moments.append(precompute(run))
+    return max(moments, key=lambda moment: moment.peak)
 
 
 def largest_rows(steps: Sequence[Sequence[RowShape]]) -> list[RowShape]:
@@ -213,15 +213,15 @@ def held_by_layers(run: Run, row: RowShape, layers: int) -> Bytes:
     """What the first `layers` layers hold for their backward: a checkpointed one its input (S·H),
     with offloading two of them in all; any other one its activations.
     """
-    found = run.layer(row)
-    checkpoints = [found.input for number in range(layers) if run.checkpointed(number)]
+    layer = run.layer(row)
+    checkpoints = [layer.input for number in range(layers) if run.checkpointed(number)]
     if run.offloads:
         checkpoints = checkpoints[-_OFFLOADED_BUFFERS:]
     plain = layers - sum(run.checkpointed(number) for number in range(layers))
     return {
         "checkpoints": sum(checkpoints),
-        "activations": plain * found.kept.get("layer", 0) + (found.rest if layers else 0),
-        "attention": plain * found.kept.get("attention", 0),
+        "activations": plain * layer.kept.get("layer", 0) + (layer.rest if layers else 0),
+        "attention": plain * layer.kept.get("attention", 0),
     }
 
 
@@ -230,7 +230,7 @@ def forward(run: Run, row: RowShape) -> Estimate:
     copies that autocast keeps of the trained weights of checkpointed layers (others hold them
     themselves).
     """
-    model, found = run.model, run.layer(row)
+    model, layer = run.model, run.layer(row)
     copies = 0
     if run.autocast is not None and run.autocast.itemsize < 4:
         checkpointed = sum(run.checkpointed(number) for number in range(model.layers))
@@ -241,7 +241,7 @@ def forward(run: Run, row: RowShape) -> Estimate:
         row,
         {"gradients": held_gradients(run, 0, head=False), "layer": copies},
         held_by_layers(run, row, model.layers),
-        found.forward,
+        layer.forward,
     )
 
 
@@ -290,14 +290,14 @@ def backward(run: Run, row: RowShape) -> list[Estimate]:
     """The backward of every layer, from the last one: what the layers before it hold, its own
     activations (recomputed where it is checkpointed) and the gradients so far.
     """
-    model, found, moments = run.model, run.layer(row), []
+    model, layer, moments = run.model, run.layer(row), []
     extra = dequantised(run)
     for number in reversed(range(model.layers)):
-        own = found.recomputed if run.checkpointed(number) else found.backward
+        own = layer.recomputed if run.checkpointed(number) else layer.backward
         held = held_by_layers(run, row, number)
         if run.offloads and number:  # the next one is on its way in
-            held["checkpoints"] = found.input
-        held["activations"] += found.rest if not number else 0
+            held["checkpoints"] = layer.input
+        held["activations"] += layer.rest if not number else 0
         done = model.layers - 1 - number
         grads = {"gradients": held_gradients(run, done), "layer": extra}
         name = f"backward of layer {number + 1} of {model.layers}"

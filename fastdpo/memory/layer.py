@@ -188,7 +188,7 @@ class Probe:
     """Applied to the model of one layer: what a run does to its layers (tiles)."""
     live: LiveBytes = field(default_factory=LiveBytes)
     row: RowShape | None = None
-    _found: dict[tuple[RowShape, bool], LayerBytes] = field(default_factory=dict)
+    _counted: dict[tuple[RowShape, bool], LayerBytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -201,9 +201,9 @@ class Probe:
     def of_row(self, row: RowShape, accumulate: bool) -> LayerBytes:
         """The bytes of a row; `accumulate`: parameters have another row's gradient already."""
         key = (row, accumulate)
-        if key not in self._found:
-            self._found[key] = self._count(row, accumulate)
-        return self._found[key]
+        if key not in self._counted:
+            self._counted[key] = self._count(row, accumulate)
+        return self._counted[key]
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.autocast is None:
@@ -236,12 +236,12 @@ class Probe:
         after it without its result, and the bytes of an element of that.
         """
         assert self.row is not None
-        found: dict[str, Any] = {}
+        arguments: dict[str, Any] = {}
 
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = dict(zip(("hidden_states",), args, strict=False)) | kwargs
             x = given.pop("hidden_states")
-            found.update(given, shape=x.shape, dtype=x.dtype)
+            arguments.update(given, shape=x.shape, dtype=x.dtype)
 
         def differentiate(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             # As every layer's input but the first one's, also where the embedding is frozen.
@@ -264,8 +264,8 @@ class Probe:
             for hook in hooks:
                 hook.remove()
         held, size = self.live.live.total() - states.nbytes, states.element_size()
-        x = torch.empty(found.pop("shape"), dtype=found.pop("dtype"))
-        return x, found, held, size
+        x = torch.empty(arguments.pop("shape"), dtype=arguments.pop("dtype"))
+        return x, arguments, held, size
 
     def _layer(
         self, x: Tensor, arguments: dict[str, Any], *, hold: bool
@@ -288,7 +288,7 @@ class Probe:
             self.live.restart()
             end.backward()
             backward = self.live.peak
-        return held, backward, max(whole, backward, key=lambda found: sum(found.values()))
+        return held, backward, max(whole, backward, key=lambda peak: sum(peak.values()))
 
     def _forward(self, x: Tensor, arguments: dict[str, Any]) -> Bytes:
         self._follow(x, *tree_leaves(arguments))

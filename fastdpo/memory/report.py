@@ -10,31 +10,19 @@ from typing import Any
 from ..config import TrainConfig
 from ..config.values import show
 from ..devices import GIB, HEADROOM
+from .estimate import COMPONENTS
 from .planner import Planner, Prediction, describe_data
 from .speed import UTILISATION
 from .switches import each_alone, least
 
-WORDS = {
-    "weights": "weights",
-    "reference": "weights of the reference",
-    "gradients": "gradients",
-    "optimizer": "optimizer states",
-    "checkpoints": "inputs of recomputed layers",
-    "activations": "kept activations",
-    "layer": "one layer at work",
-    "attention": "attention",
-    "head": "head",
-    "rows": "index tensors",
-    "overhead": "CUDA context and libraries",
-}
-"""What a component is called in reports."""
+_WORDS = {**COMPONENTS, "overhead": "CUDA context and libraries"}
 
 
-def facts(planner: Planner) -> dict[str, Any]:
+def as_dict(planner: Planner) -> dict[str, Any]:
     """All that a report says, as plain types: bytes, seconds and keys."""
     now = planner.predict(planner.config)
     device = planner.device
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "device": {"name": device.name, "bytes": device.memory, "budget": device.budget},
         "data": describe_data(planner),
         "layout": planner.layout,
@@ -44,9 +32,9 @@ def facts(planner: Planner) -> dict[str, Any]:
             for switch, other in each_alone(planner)
         ],
     }
-    fitting = None if found["fits"] else least(planner, exact=False)
-    found["least"] = None if fitting is None else _described(planner, fitting, now)
-    return found
+    fitting = None if facts["fits"] else least(planner, exact=False)
+    facts["least"] = None if fitting is None else _described(planner, fitting, now)
+    return facts
 
 
 def _described(
@@ -76,24 +64,24 @@ def changes(before: TrainConfig, after: TrainConfig) -> dict[str, Any]:
 
 
 def as_json(planner: Planner) -> str:
-    """`facts` as JSON."""
-    return json.dumps(facts(planner), indent=2)
+    """`as_dict` as JSON."""
+    return json.dumps(as_dict(planner), indent=2)
 
 
 def as_text(planner: Planner, width: int | None = None) -> str:
     """Table, bars and advice, `width` columns wide (default: the terminal's, 40 to 100)."""
     width = width or shutil.get_terminal_size((100, 24)).columns
     width = min(100, max(40, width))
-    found = facts(planner)
+    facts = as_dict(planner)
     lines = [
-        f"{planner.config.model_name_or_path} on {found['device']['name']}, {found['layout']} rows "
-        f"of up to {found['max_tokens_per_batch']} tokens",
-        found["data"],
+        f"{planner.config.model_name_or_path} on {facts['device']['name']}, {facts['layout']} rows "
+        f"of up to {facts['max_tokens_per_batch']} tokens",
+        facts["data"],
         "",
-        *_bars(found, width),
+        *_bars(facts, width),
         "",
-        *_verdict(found),
-        *_switches(found),
+        *_verdict(facts),
+        *_switches(facts),
     ]
     return "\n".join(
         wrapped
@@ -105,51 +93,51 @@ def as_text(planner: Planner, width: int | None = None) -> str:
     )
 
 
-def _bars(found: dict[str, Any], width: int) -> list[str]:
+def _bars(facts: dict[str, Any], width: int) -> list[str]:
     """One line a component: words, GiB, and a bar whose full length is the device's memory."""
-    sizes = {name: size for name, size in found["components"].items() if size}
-    name_width = max(len(WORDS[name]) for name in sizes)
-    full = max(found["total_bytes"], found["device"]["bytes"])
+    sizes = {name: size for name, size in facts["components"].items() if size}
+    name_width = max(len(_WORDS[name]) for name in sizes)
+    full = max(facts["total_bytes"], facts["device"]["bytes"])
     room = max(8, width - name_width - 14)
     lines = []
     for name, size in sizes.items():
         length = round(room * size / full)
         bar = "#" * length if length else "."
-        lines.append(f"  {WORDS[name]:<{name_width}} {_gib(size):>6} GiB {bar}"[:width])
-    end = f"  {'peak':<{name_width}} {_gib(found['total_bytes']):>6} GiB "
-    filled = round(room * found["total_bytes"] / full)
-    whole = round(room * found["device"]["bytes"] / full)
+        lines.append(f"  {_WORDS[name]:<{name_width}} {_gib(size):>6} GiB {bar}"[:width])
+    end = f"  {'peak':<{name_width}} {_gib(facts['total_bytes']):>6} GiB "
+    filled = round(room * facts["total_bytes"] / full)
+    whole = round(room * facts["device"]["bytes"] / full)
     lines.append(end + "#" * min(filled, whole) + "-" * (whole - filled) + "!" * (filled - whole))
-    return [*lines, f"  at the {found['moment']}"]
+    return [*lines, f"  at the {facts['moment']}"]
 
 
-def _verdict(found: dict[str, Any]) -> list[str]:
-    device = found["device"]
-    word = "fits" if found["fits"] else "does not fit"
+def _verdict(facts: dict[str, Any]) -> list[str]:
+    device = facts["device"]
+    word = "fits" if facts["fits"] else "does not fit"
     lines = [
-        f"{word}: {_gib(found['total_bytes'])} of {_gib(device['bytes'])} GiB, of which "
+        f"{word}: {_gib(facts['total_bytes'])} of {_gib(device['bytes'])} GiB, of which "
         f"{HEADROOM:.0%} stay free for the allocator"
     ]
-    if found["step_seconds"] is not None:
+    if facts["step_seconds"] is not None:
         lines.append(
-            f"a step takes {found['step_seconds']:.3g} s at {UTILISATION:.0%} of the device's peak "
+            f"a step takes {facts['step_seconds']:.3g} s at {UTILISATION:.0%} of the device's peak "
             "(assumed, not measured)"
         )
     else:
         lines.append("the time of a step is not known for this device")
-    if found["fits"]:
+    if facts["fits"]:
         return lines
-    if found["least"] is None:
+    if facts["least"] is None:
         return [*lines, "no switch known here makes it fit"]
-    least = found["least"]
-    flags = " ".join(f"--{name} {show(value)}" for name, value in least["changes"].items())
-    needed = f"{_gib(least['total_bytes'])} GiB{_cost(least)}"
+    fitting = facts["least"]
+    flags = " ".join(f"--{name} {show(value)}" for name, value in fitting["changes"].items())
+    needed = f"{_gib(fitting['total_bytes'])} GiB{_cost(fitting)}"
     return [*lines, f"least that fits ({needed}): {flags}"]
 
 
-def _switches(found: dict[str, Any]) -> list[str]:
+def _switches(facts: dict[str, Any]) -> list[str]:
     rows = []
-    for switch in found["switches"]:
+    for switch in facts["switches"]:
         fits = "fits" if switch["fits"] else ""
         other = "" if switch["same_numbers"] else "other numbers"
         cost = _cost(switch).removeprefix(", ")

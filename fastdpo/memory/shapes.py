@@ -238,6 +238,6 @@ def weight_bytes(
 
 def _active_experts(layers: nn.ModuleList, text: Any) -> int:
     """Elements of the experts, which are stacks of matrices (E, m, n), that one token meets."""
-    chosen = getattr(text, "num_experts_per_tok", None) or 0
+    active = getattr(text, "num_experts_per_tok", None) or 0
     stacks = (p for layer in layers for p in layer.parameters() if p.dim() == 3)
-    return sum(p[0].numel() * min(chosen, p.shape[0]) for p in stacks)
+    return sum(p[0].numel() * min(active, p.shape[0]) for p in stacks)

@@ -33,8 +33,8 @@ def attention_path(config: TrainConfig, model_config: Any = None, sinks: bool = 
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         softcap = bool(getattr(text, "attn_logit_softcapping", None))
         layers |= {"head_dim": head_dim, "softcap": softcap}
-    chosen = choose_backend(device, dtype, **layers)
-    return f"{chosen.name}: {chosen.reason}"
+    backend = choose_backend(device, dtype, **layers)
+    return f"{backend.name}: {backend.reason}"
 
 
 def head_path(config: TrainConfig) -> str:
