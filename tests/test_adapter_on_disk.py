@@ -239,7 +239,7 @@ class Backwards(set):
 
 def test_a_set_of_targets_has_one_fingerprint_in_every_process(adapter):
     config = TrainConfig(model_name_or_path=str(adapter), use_peft=True)
-    model = load_scorer(config, CPU, None, lambda line: None).model
+    model = load_scorer(config, CPU, None).model
     before = model_fingerprint(model, None, "weights")
     settings = model.peft_config["default"]
     settings.target_modules = Backwards(settings.target_modules)
