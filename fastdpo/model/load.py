@@ -13,7 +13,7 @@ from ..errors import CheckpointError, ConfigError, ModelError
 from .adapter import check_adapter_file, merge_adapter
 from .dropout import silence, switch_off
 from .messages import one_line
-from .place import ADAPTER_CONFIG, Place, find_model, tokenizer_place
+from .place import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Place, find_model, tokenizer_place
 from .quantised import check_packed, compute_in, is_quantised, quantisation
 from .weights import (
     TOKENIZER_FILES,
@@ -183,7 +183,7 @@ def load_weights(model: Any, config: TrainConfig, path: Path) -> None:
 def _load_adapter_weights(model: Any, path: Path) -> None:
     from peft import load_peft_weights, set_peft_model_state_dict
 
-    adapter = path / "adapter_model.safetensors"
+    adapter = path / ADAPTER_WEIGHTS
     if not adapter.exists():
         raise CheckpointError(f"{path}: holds no adapter, but use_peft is set")
     try:
