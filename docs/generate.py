@@ -19,7 +19,7 @@ from fastdpo_kernels import LOSSES
 from fastdpo.config import TrainConfig
 from fastdpo.config.declare import GROUPS, default_of
 from fastdpo.config.values import show
-from fastdpo.train import changes
+from fastdpo.training import changes
 
 FOLDER = Path(__file__).resolve().parent
 KEYS = TrainConfig.key_fields()

@@ -26,7 +26,7 @@ from fastdpo.data.columns import FIELDS
 from fastdpo.data.groups import count_comparisons, make_groups
 from fastdpo.data.load import load_rows
 from fastdpo.data.tokenize import tokenize_dataset
-from fastdpo.memory.devices import GPUS
+from fastdpo.devices import GPUS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))
