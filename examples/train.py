@@ -22,9 +22,7 @@ def sums(count: int, seed: int = 0) -> list[dict[str, Any]]:
     for _ in range(count):
         a, b = rng.randint(10, 99), rng.randint(10, 99)
         responses = [str(a + b), str(a + b + 1), str(a + b + rng.randint(20, 90))]
-        rows.append(
-            {"prompt": f"{a} + {b} = ", "responses": responses, "scores": [1.0, 0.5, 0.0]},
-        )
+        rows.append({"prompt": f"{a} + {b} = ", "responses": responses, "scores": [1.0, 0.5, 0.0]})
     return rows
 
 
@@ -34,7 +32,7 @@ def show(step: int, metrics: dict[str, float]) -> None:
     print(f"step {step}: reward accuracy {accuracy:.2f}, margin {margin:.3f}")
 
 
-def main(model: str = MODEL, output_dir: str = "outputs/example-python", rows: int = 64) -> None:
+def main(model: str = MODEL, output_dir: str = "outputs/example-python", *, rows: int = 64) -> None:
     """Train `model` and say where it lies."""
     config = TrainConfig(
         model_name_or_path=model,
