@@ -104,7 +104,7 @@ def is_our_command(words: list[str]) -> bool:
     if command == "bench":
         from bench.cli import COMMANDS as BENCH
 
-        return all(word in BENCH for word in rest if not word.startswith("-") and word.islower())
+        return not rest or rest[0].startswith("--") or rest[0] in BENCH
     if "--gpu" in rest:
         place = rest.index("--gpu")
         assert rest[place + 1] in GPUS
@@ -142,8 +142,9 @@ def known_names() -> set[str]:
     return known | explained_metrics() | {"fastdpo_kernels", "save_to_disk", "save_pretrained"}
 
 
-@pytest.mark.parametrize("page", ["README.md", *DOCS])
+@pytest.mark.parametrize("page", sorted({"README.md", *DOCS} - {"docs/benchmarks.md"}))
 def test_names_exist(page: str) -> None:
+    """Where a page speaks of keys; the flags of `fastdpo bench` are others."""
     keys, known = set(TrainConfig.key_fields()), known_names()
     for span in spans(page):
         flags = re.findall(r"(?<!\S)--(?:no_)?(\w+)", span)
