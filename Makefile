@@ -3,7 +3,7 @@
 # make test-newest   the same on the newest releases that setup.py admits, beside the pinned ones
 # make lint   ruff and mypy
 # make constraints   write the pins of all of these (ARGS=--upgrade: on the newest releases)
-# make readme   tables and charts of the README from bench/results (ARGS=--check: do they agree?)
+# make readme   what README and docs show, from bench/results and fastdpo/config (ARGS=--check: does it?)
 # make gpu-check   tests and figures that need a GPU, in nine minutes, with the interpreter PYTHON
 PYTHON ?= python3
 VENV ?= .venv
@@ -40,6 +40,7 @@ constraints: | $(BIN)/python
 
 readme: $(VENV)/.installed-dev
 	$(BIN)/python -m bench.readme $(ARGS)
+	$(BIN)/python docs/generate.py $(ARGS)
 
 # No virtual environment: a GPU machine has its own torch and triton, and perhaps no network.
 gpu-check:

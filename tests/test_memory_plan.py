@@ -326,16 +326,16 @@ def test_the_command(tiny_model, pairs_file, capsys):
     assert "--gpu: expected one of" in capsys.readouterr().err
 
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "memory.md").read_text(encoding="utf-8")
 RECIPES = [
     [cell.strip().strip("`") for cell in line.strip("|").split("|")]
-    for line in README.split("<!-- plans -->")[1].split("<!-- /plans -->")[0].splitlines()
+    for line in PAGE.split("<!-- plans -->")[1].split("<!-- /plans -->")[0].splitlines()
     if line.startswith("| ") and "--" in line
 ]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: f"{recipe[0]} on {recipe[1]}")
-def test_the_peaks_of_the_readme(recipe, tmp_path):
+def test_the_peaks_of_the_page(recipe, tmp_path):
     model, gpu, keys, peak, _ = recipe
     name = model.split(",")[0].lower()
     (tmp_path / "config.json").write_text(json.dumps(MODEL_CONFIGS[name]))

@@ -1,48 +1,209 @@
-"""What README.md and CONTRIBUTING.md show is there and works."""
+"""What the README, CONTRIBUTING and the pages in docs show is there and works."""
 
+import importlib.util
+import inspect
+import json
+import math
 import re
-from dataclasses import fields
+import runpy
+import shlex
 from pathlib import Path
 from typing import Any
 
+import fastdpo_kernels
 import pytest
 import torch
 import yaml
-from fastdpo_kernels import LOSSES, Comparisons, register_loss
+from fastdpo_kernels import LOSSES, Comparisons, linear_dpo_loss, linear_logprob, register_loss
+from training import metrics, run
+from transformers import AutoModelForCausalLM
 
+from fastdpo import TrainConfig, train
 from fastdpo.cli import COMMANDS
-from fastdpo.config import TrainConfig
-from fastdpo.config.declare import default_of
-from fastdpo.config.inputs import OwnKeys
-from fastdpo.config.memory import MemoryKeys
+from fastdpo.config.declare import GROUPS
+from fastdpo.config.peers import PEER_KEYS
+from fastdpo.data.columns import FIELDS
+from fastdpo.data.groups import count_comparisons, make_groups
+from fastdpo.data.load import load_rows
+from fastdpo.data.tokenize import tokenize_dataset
+from fastdpo.devices import GPUS
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+DOCS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))
+PAGES = ["README.md", "CONTRIBUTING.md", *DOCS]
+MODEL = "Qwen/Qwen3-0.6B"  # what the pages train
 
 
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
-def test_the_example_of_the_kernels_runs() -> None:
-    (code,) = blocks(README, "python")
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text_of(page), re.MULTILINE | re.DOTALL)
+
+
+def prose(page: str) -> str:
+    """A page without its blocks of code and without what is generated."""
+    text = re.sub(r"^```.*?^```$", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"<!-- (bench|keys):.*?<!-- /\1 -->", "", text, flags=re.DOTALL)
+
+
+def spans(page: str) -> list[str]:
+    """What stands in the code font in a page's sentences and tables."""
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(page))]
+
+
+def explained_metrics() -> set[str]:
+    table = text_of("docs/runs.md").split("| metric |")[1].split("\n\n")[0]
+    return set(re.findall(r"`([\w/]+)`", table))
+
+
+# Every page
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, "kernels/README.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text_of(page)):
+        target, _, anchor = link.partition("#")
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), link
+        assert not anchor or anchor in anchors(path), link
+
+
+def test_the_readme_is_short_and_leads_to_every_page() -> None:
+    text = text_of("README.md")
+    assert len(text.encode()) <= 9000
+    assert all(f"]({page})" in text for page in PAGES[1:])
+
+
+def is_command(words: list[str], page: str) -> bool:
+    """Whether a command line can be typed: what it runs exists, and takes these arguments."""
+    first, *rest = words
+    if first == "make":
+        targets = re.findall(r"^([\w-]+):", text_of("Makefile"), re.MULTILINE)
+        return {word for word in rest if "=" not in word} <= set(targets)
+    if first == "pip":
+        extras = re.findall(r"\.\[(\w+)\]", " ".join(rest))
+        return all(f'"{name}": ' in text_of("setup.py") for name in extras)
+    if first == "python":
+        if rest[0] == "-m":
+            return importlib.util.find_spec(rest[1]) is not None
+        return (ROOT / rest[0]).is_file()
+    return first == "fastdpo" and is_our_command(rest)
+
+
+def is_our_command(words: list[str]) -> bool:
+    command, *rest = words
+    if command not in COMMANDS:
+        return False
+    if command == "bench":
+        from bench.cli import COMMANDS as BENCH
+
+        return not rest or rest[0].startswith("--") or rest[0] in BENCH
+    if "--gpu" in rest:
+        place = rest.index("--gpu")
+        assert rest[place + 1] in GPUS
+        del rest[place : place + 2]
+    if "--help" not in rest:
+        TrainConfig.parse([word for word in rest if word != "--json"])
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_can_be_typed(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (config,) = blocks("README.md", "yaml")
+    (tmp_path / "config.yaml").write_text(config)
+    monkeypatch.chdir(tmp_path)
+    lines = [line for block in blocks(page, "sh") for line in block.splitlines() if line]
+    lines += [span for span in spans(page) if re.match(r"(fastdpo|make|python -m) [\w-]", span)]
+    for line in lines:
+        assert is_command(shlex.split(line, comments=True), page), line
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_configurations_shown_are_valid(page: str) -> None:
+    for block in blocks(page, "yaml"):
+        config = TrainConfig.from_dict(yaml.safe_load(block))
+        assert config.model_name_or_path == MODEL
+
+
+def known_names() -> set[str]:
+    """Every name with an underscore in it that a page may use."""
+    keys = TrainConfig.key_fields()
+    choices = [choice for item in keys.values() for choice in item.metadata["choices"] or ()]
+    calls = (linear_logprob, linear_dpo_loss, train)
+    arguments = [name for call in calls for name in inspect.signature(call).parameters]
+    known = {*keys, *PEER_KEYS, *FIELDS, *LOSSES, *choices, *arguments, *vars(fastdpo_kernels)}
+    return known | explained_metrics() | {"fastdpo_kernels", "save_to_disk", "save_pretrained"}
+
+
+@pytest.mark.parametrize("page", sorted({"README.md", *DOCS} - {"docs/benchmarks.md"}))
+def test_names_exist(page: str) -> None:
+    """Where a page speaks of keys; the flags of `fastdpo bench` are others."""
+    keys, known = set(TrainConfig.key_fields()), known_names()
+    for span in spans(page):
+        flags = re.findall(r"(?<!\S)--(?:no_)?(\w+)", span)
+        setting = re.match(r"(\w+): \S", span)
+        if not span.startswith(("fastdpo ", "make ", "python ")):
+            assert set(flags) | ({setting[1]} if setting else set()) <= keys, span
+        if re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)+", span):
+            assert span in known, span
+
+
+# Python
+
+
+def without_a_hub(code: str, model: Path) -> str:
+    return code.replace(MODEL, str(model)).replace("TrainConfig(", "TrainConfig(use_cpu=True, ")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CONTRIBUTING.md"])
+def test_python_runs(
+    page: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     names: dict[str, Any] = {}
-    exec(compile(code, "README.md", "exec"), names)
-    assert names["logps"].shape == names["targets"].shape
-    assert torch.isfinite(names["loss"])
-    assert names["weight"].grad.abs().sum() > 0
+    for block in blocks(page, "python"):
+        exec(compile(without_a_hub(block, tiny_model), page, "exec"), names)
+    if "result" in names:
+        assert math.isfinite(names["result"].metrics["rewards/margins"])
+        assert (tmp_path / "out" / "model.safetensors").is_file()
+    if "loss" in names:
+        assert torch.isfinite(names["loss"])
+        assert names["weight"].grad.abs().sum() > 0
 
 
-def test_the_imports_of_other_trainers_exist() -> None:
-    added = re.findall(r"^\+ (from .*)$", "\n".join(blocks(README, "diff")), re.MULTILINE)
+def test_the_loop_is_the_same_after_the_change(tiny_model: Path) -> None:
+    """What the README takes out of a loop and what it puts in its place give the same numbers."""
+    (change,) = blocks("README.md", "diff")
+    before, after = (
+        "\n".join(re.findall(rf"^\{sign} (.*)$", change, re.MULTILINE)) for sign in "-+"
+    )
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    ids = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    names = {"model": model, "input_ids": ids, "mask": torch.ones_like(ids), "labels": ids}
+    dense, ours = dict(names), dict(names)
+    exec(before, dense)
+    exec(after, ours)
+    torch.testing.assert_close(ours["logps"], dense["logps"], rtol=1e-5, atol=1e-5)
+    assert len(change.splitlines()) == 5
+
+
+def test_the_imports_for_other_trainers_exist() -> None:
+    added = re.findall(r"^\+ (from .*)$", "\n".join(blocks("docs/head.md", "diff")), re.MULTILINE)
     names: dict[str, Any] = {}
     exec("\n".join(added), names)
     assert {"patch_trl", "LigerFusedLinearDPOLoss"} <= set(names)
 
 
 def test_the_example_of_a_loss_is_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = blocks(CONTRIBUTING, "python")
+    (code,) = blocks("CONTRIBUTING.md", "python")
     monkeypatch.delitem(LOSSES, "my_loss", raising=False)
     names: dict[str, Any] = {
         "register_loss": register_loss,
@@ -59,58 +220,48 @@ def test_the_example_of_a_loss_is_a_loss(monkeypatch: pytest.MonkeyPatch) -> Non
         del LOSSES["my_loss"]
 
 
-def test_the_configuration_shown_is_valid() -> None:
-    (text,) = blocks(README, "yaml")
-    config = TrainConfig.from_dict(yaml.safe_load(text))
-    assert config.beta == 0.1
+# Data, keys, metrics, commands
 
 
-@pytest.mark.parametrize(
-    ("keys", "start", "end"),
-    [
-        (OwnKeys, "These are our own:", "Where a TRL user"),
-        (MemoryKeys, "What a run keeps in memory", "## The repository"),
-    ],
-)
-def test_keys_are_listed_with_their_defaults(keys: Any, start: str, end: str) -> None:
-    section = README.split(start)[1].split(end)[0]
-    shown = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", section, re.MULTILINE))
-    declared = {name: default_of(item) for name, item in TrainConfig.key_fields().items()}
-    assert {item.name for item in fields(keys)} <= set(shown) <= set(declared)
-    for name in shown:
-        default = declared[name]
-        if default is not None:
-            assert shown[name] == f"`{yaml.safe_dump(default).split()[0]}`"
+@pytest.mark.parametrize("rows", blocks("docs/data.md", "json"))
+def test_layouts_shown_are_read(rows: str, tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(rows, encoding="utf-8")
+    tokens, _ = tokenize_dataset(load_rows(str(path), "train"), tokenizer, max_length=64)
+    stated = json.loads(rows)
+    many = len(stated.get("comparisons", [0, 0] if "scores" in stated else [0]))
+    assert count_comparisons(make_groups(tokens)) == many
 
 
-def test_every_loss_is_listed() -> None:
-    listed = re.search(r"^- Losses: (.*?) and mixes", README, re.MULTILINE | re.DOTALL)
-    assert listed is not None
-    assert set(re.findall(r"`(\w+)`", listed[1])) == set(LOSSES)
+def test_pages_say_what_the_configuration_declares() -> None:
+    generate = runpy.run_path(str(ROOT / "docs/generate.py"))
+    assert generate["main"](["--check"]) == 0
+    shown = re.findall(r"<!-- keys:(\w+) -->", "".join(map(text_of, DOCS)))
+    assert sorted(shown) == sorted([*GROUPS, *generate["LISTS"]])
 
 
-def test_commands_and_targets_exist() -> None:
-    used = set(re.findall(r"fastdpo (\w+)", "\n".join(blocks(README, "sh"))))
-    used |= set(re.findall(r"^\| `fastdpo (\w+)`", README, re.MULTILINE))
-    assert used == set(COMMANDS)
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"^make (\w+)", README, re.MULTILINE)) <= targets
+def test_every_metric_is_explained(tiny_model: Path, pairs_file: Path, tmp_path: Path) -> None:
+    run(tiny_model, pairs_file, tmp_path / "out", max_steps=1)
+    assert set(metrics(tmp_path / "out")[0]) == explained_metrics() - {"mfu"}
+
+
+def test_every_command_is_explained() -> None:
+    assert re.findall(r"^\| `fastdpo (\w+)`", text_of("docs/runs.md"), re.MULTILINE) == [*COMMANDS]
+
+
+def test_the_demo_has_as_many_pairs() -> None:
+    pairs = text_of("fastdpo/demo/train.jsonl").splitlines()
+    assert f"teaches it on {len(pairs)} pairs" in text_of("README.md")
 
 
 def test_every_path_of_the_tree_exists() -> None:
-    tree = README.split("## The repository\n\n```\n")[1].split("```")[0]
+    tree = text_of("CONTRIBUTING.md").split("## The repository\n\n```\n")[1].split("```")[0]
     parents: list[Path] = []
     for line in tree.splitlines():
         depth = (len(line) - len(line.lstrip())) // 4
-        names = re.match(r"((?:[\w.]+/?)+(?:  [\w.]+\.py)*)", line.strip())
+        names = re.match(r"((?:[\w.]+/?)+(?:  [\w.]+\.(?:py|md|yaml))*)", line.strip())
         assert names is not None, line
         for name in names[1].split():
             path = Path(*parents[:depth], name)
             assert (ROOT / path).exists(), path
         parents[depth:] = [Path(names[1].split()[0])]
-
-
-def test_links_lead_somewhere() -> None:
-    for text in (README, CONTRIBUTING):
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
-            assert (ROOT / target).exists(), target

@@ -1,0 +1,84 @@
+"""What these pages say of the configuration: written from its declarations, never by hand.
+
+    python docs/generate.py            # or: make readme
+    python docs/generate.py --check    # exit status 1 where a page differs from the declarations
+
+In a page, what stands between `<!-- keys:NAME -->` and `<!-- /keys -->` is replaced. NAME is a
+section of keys, or one of `LISTS`.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import Field
+from pathlib import Path
+from typing import Any
+
+from fastdpo_kernels import LOSSES
+
+from fastdpo.config import TrainConfig
+from fastdpo.config.declare import GROUPS, default_of
+from fastdpo.config.values import show
+from fastdpo.training import changes
+
+FOLDER = Path(__file__).resolve().parent
+KEYS = TrainConfig.key_fields()
+LISTS = {
+    "losses": tuple(LOSSES),
+    "fixed": changes.FIXED,
+    "followed": changes.FOLLOWED,
+    "compared": changes.COMPARED,
+}
+_BLOCK = re.compile(r"(<!-- keys:(\w+) -->\n).*?(<!-- /keys -->)", re.DOTALL)
+# Words that are a key and nothing else: `beta` and `memory` are words of English too.
+_NAMED = re.compile(rf"\b({'|'.join(name for name in KEYS if '_' in name)})\b")
+
+
+def block(name: str) -> str:
+    """The Markdown of a block."""
+    if name in LISTS:
+        return ", ".join(f"`{key}`" for key in LISTS[name]) + ".\n"
+    if name not in GROUPS:
+        raise KeyError(f"keys:{name}: expected one of {', '.join([*GROUPS, *LISTS])}")
+    own = {key: item for key, item in KEYS.items() if item.metadata["group"] == name}
+    rows = [f"| `{key}` | {_default(item)} | {_meaning(item)} |" for key, item in own.items()]
+    return "\n".join(["| key | default | meaning |", "|---|---|---|", *rows]) + "\n"
+
+
+def _default(declared: "Field[Any]") -> str:
+    default = default_of(declared)
+    return "unset" if default is None else f"`{show(default)}`"
+
+
+def _meaning(declared: "Field[Any]") -> str:
+    text = _NAMED.sub(r"`\1`", declared.metadata["help"]).replace("|", "\\|")
+    choices = declared.metadata["choices"]
+    if choices is None or len(choices) == 1:
+        return text
+    return f"{text} One of {', '.join(f'`{choice}`' for choice in choices)}."
+
+
+def page(text: str) -> str:
+    """A page with its blocks as they should be."""
+    return _BLOCK.sub(lambda match: f"{match[1]}{block(match[2])}{match[3]}", text)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the pages that differ, or with --check name them; the exit status."""
+    status = 0
+    for file in sorted(FOLDER.glob("*.md")):
+        before = file.read_text(encoding="utf-8")
+        after = page(before)
+        if before == after:
+            continue
+        if "--check" in arguments:
+            print(f"{file.name}: differs from the declarations; run make readme")
+            status = 1
+        else:
+            file.write_text(after, encoding="utf-8")
+            print(f"{file.name}: written")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
