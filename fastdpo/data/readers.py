@@ -24,13 +24,19 @@ from typing import Any, BinaryIO, TypeAlias, cast
 import datasets
 
 from ..errors import DataError
-from .columns import FIELDS, LINE_COLUMN, PROBLEM_COLUMN, may_hold_prompt, row_kind
+from .columns import (
+    FIELDS,
+    LINE_COLUMN,
+    PROBLEM_COLUMN,
+    TEXT_FIELDS,
+    may_hold_prompt,
+    row_kind,
+)
 from .messages import describe
 
 # A line's number (0: the file has no lines to speak of) and its row, or why it could not be read.
 Numbered: TypeAlias = tuple[int, dict[str, Any] | str]
 
-_TEXT_FIELDS = frozenset({"prompt", "chosen", "rejected", "completion"})
 _CHUNK = 1 << 24
 _UTF_16 = "the text is UTF-16; expected UTF-8"
 # How nesting ends; in a text, it only means that the slow reader reads the file.
@@ -149,19 +155,11 @@ def _iterate_jsonl(path: Path) -> Iterator[Numbered]:
     with open_binary(path) as file:
         for line, raw in enumerate(file, 1):
             if raw.strip():
-                yield line, _decode_line(raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw)
-
-
-def _decode_line(raw: bytes) -> dict[str, Any] | str:
-    try:
-        value = json.loads(raw.decode())
-    except UnicodeDecodeError as error:
-        return _invalid_utf8(error)
-    except json.JSONDecodeError as error:
-        return f"invalid JSON at column {error.colno}: {error.msg}"
-    except (ValueError, RecursionError) as error:  # a number of 5000 digits, lists in 1000 lists
-        return f"JSON that is too large: {error}"
-    return _check_object(value)
+                raw = raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw
+                try:
+                    yield line, _check_object(_decode_json(raw))
+                except _NoJson as problem:
+                    yield line, str(problem)
 
 
 def _iterate_list(path: Path) -> Iterator[Numbered]:
@@ -169,17 +167,35 @@ def _iterate_list(path: Path) -> Iterator[Numbered]:
     with open_binary(path) as file:
         raw = file.read().removeprefix(codecs.BOM_UTF8)
     try:
-        items = json.loads(raw.decode())
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, line {line}: {_invalid_utf8(error)}") from None
-    except json.JSONDecodeError as error:
-        where = f"{path}, line {error.lineno}"
-        raise DataError(f"{where}: invalid JSON at column {error.colno}: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: JSON that is too large: {error}") from None
+        items = _decode_json(raw)
+    except _NoJson as problem:
+        line = f", line {problem.line}" if problem.line else ""
+        raise DataError(f"{path}{line}: {problem}") from None
     for item in items:
         yield 0, _check_object(item)
+
+
+class _NoJson(ValueError):
+    """Bytes that cannot be read as JSON: why, and in which of their lines, where that is known."""
+
+    def __init__(self, problem: str, line: int | None = None) -> None:
+        super().__init__(problem)
+        self.line = line
+
+
+def _decode_json(raw: bytes) -> Any:
+    try:
+        return json.loads(raw.decode())
+    except UnicodeDecodeError as error:
+        problem = f"invalid UTF-8: byte 0x{raw[error.start]:02x}"
+        if error.start == 0 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            problem = _UTF_16
+        raise _NoJson(problem, raw.count(b"\n", 0, error.start) + 1) from None
+    except json.JSONDecodeError as error:
+        problem = f"invalid JSON at column {error.colno}: {error.msg}"
+        raise _NoJson(problem, error.lineno) from None
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, lists in 1000 lists
+        raise _NoJson(f"JSON that is too large: {error}") from None
 
 
 def _check_object(value: Any) -> dict[str, Any] | str:
@@ -231,7 +247,7 @@ def _decode_cells(header: Sequence[str], cells: Sequence[str]) -> dict[str, Any]
             cell.encode()
         except UnicodeEncodeError:
             return f"{name}: invalid UTF-8"
-        if name in _TEXT_FIELDS or name not in FIELDS:
+        if name in TEXT_FIELDS or name not in FIELDS:
             row[name] = cell
         else:
             try:
@@ -239,9 +255,3 @@ def _decode_cells(header: Sequence[str], cells: Sequence[str]) -> dict[str, Any]
             except (ValueError, RecursionError) as error:
                 return f"{name}: expected JSON, found text that is none: {error}"
     return row
-
-
-def _invalid_utf8(error: UnicodeDecodeError) -> str:
-    if error.start == 0 and error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return _UTF_16
-    return f"invalid UTF-8: byte 0x{error.object[error.start]:02x}"

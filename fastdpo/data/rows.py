@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 import xxhash
 
-from .columns import RowKind
+from .columns import RESPONSES, RowKind
 from .messages import (
     ROLES,
     BadRow,
@@ -146,8 +146,7 @@ def _parse_responses(
             )
         named = {f"responses[{position}]": item for position, item in enumerate(value)}
     else:
-        fields = ("chosen", "rejected") if kind == "pair" else ("completion",)
-        named = {name: row.get(name) for name in fields}
+        named = {name: row.get(name) for name in RESPONSES[kind]}
     written = {
         name: written_messages(value) if isinstance(value, str) else None
         for name, value in named.items()
@@ -201,7 +200,7 @@ def _parse_preferences(row: Mapping[str, Any], count: int) -> tuple[Comparison, 
             f"scores: expected a list of {count} numbers, one a response, found {describe(scores)}"
         )
     for i, score in enumerate(scores):
-        if isinstance(score, bool) or not isinstance(score, int | float) or not _is_finite(score):
+        if not _is_number(score):
             raise BadRow(f"scores[{i}]: expected a finite number, found {describe(score)}")
     indices = range(count)
     return tuple((i, j, 1.0) for i in indices for j in indices if scores[i] > scores[j])
@@ -220,13 +219,14 @@ def _parse_comparison(item: Any, position: int, count: int) -> Comparison:
     if winner == loser:
         raise BadRow(f"{field}: compares response {winner} with itself; expected two responses")
     weight = 1.0 if parts[2] is None else parts[2]
-    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not is_number or not _is_finite(weight) or weight < 0:
+    if not _is_number(weight) or weight < 0:
         raise BadRow(f"{field}: expected a finite weight of at least 0, found {describe(weight)}")
     return winner, loser, float(weight)
 
 
-def _is_finite(value: int | float) -> bool:
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
     try:
         return math.isfinite(value)
     except OverflowError:  # an integer that no float can hold
@@ -235,8 +235,7 @@ def _is_finite(value: int | float) -> bool:
 
 def _response_index(value: Any, field: str, count: int) -> int:
     # Arrow turns [0, 1, 0.5] into floats, so an index may arrive as 1.0.
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or value not in range(count):
+    if not _is_number(value) or value not in range(count):
         raise BadRow(
             f"{field}: expected indices of responses from 0 to {count - 1}, found {describe(value)}"
         )

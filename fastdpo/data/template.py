@@ -25,6 +25,22 @@ _THINKING = ("reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True)
+class Rendered:
+    """A row and what the tokenizer's chat template makes of it.
+
+    Attributes:
+        row: as it was checked.
+        texts: the prompt and, for each response, prompt and response: each a text or, of messages
+            and a tokenizer with its own way, ids.
+        notes: what there is to say of the row, of `fastdpo.data.notes`.
+    """
+
+    row: Row
+    texts: list[Any]
+    notes: frozenset[str]
+
+
+@dataclass(frozen=True)
 class Renderer:
     """What a tokenizer makes of a row before it tokenises.
 
@@ -42,10 +58,8 @@ class Renderer:
         method = type(self.tokenizer).apply_chat_template
         return method is PreTrainedTokenizerBase.apply_chat_template
 
-    def render(self, row: Row) -> tuple[list[Any], set[str]]:
-        """The prompt and, for each response, prompt and response; and what there is to note.
-
-        Each is a text or, of messages and a tokenizer with its own way, ids.
+    def render(self, row: Row) -> Rendered:
+        """The row's texts, and what there is to note of it.
 
         Raises:
             BadRow: the template cannot render the row, or leaves out what must not be missing.
@@ -53,12 +67,12 @@ class Renderer:
         """
         if isinstance(row.prompt, str):
             texts = [row.prompt, *(row.prompt + self._end(str(r)) for r in row.responses)]
-            ignored = {TOOLS_IGNORED} if row.tools else set()
+            shown, ignored = row, {TOOLS_IGNORED} if row.tools else set()
         else:
-            texts, row = self._render_messages(row)
-            self._check_calls(row, texts)
-            ignored = self._ignored(row, texts)
-        return texts, ignored | self._ends(row, texts) | row.notes
+            texts, shown = self._render_messages(row)
+            self._check_calls(shown, texts)
+            ignored = self._ignored(shown, texts)
+        return Rendered(row, texts, row.notes | ignored | self._ends(shown, texts))
 
     def _end(self, response: str) -> str:
         eos = self.tokenizer.eos_token

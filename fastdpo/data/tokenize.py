@@ -22,6 +22,7 @@ from .columns import (
 )
 from .encode import FEATURES, KEPT, Encoder
 from .load import explain_disk
+from .notes import EMPTY_PROMPT
 from .prompts import repeats_prompt
 from .report import TokenizeReport, make_report
 
@@ -114,7 +115,7 @@ def tokenize_dataset(
     if report.rows_out == 0:
         hint = f" (max_length is {max_length})" if report.dropped_prompt_too_long else ""
         raise DataError(f"{report}{hint}; expected at least one")
-    if report.empty_prompt == report.rows_out and others:
+    if report.noted[EMPTY_PROMPT] == report.rows_out and others:
         raise DataError(
             f"{source}: no row has a prompt, and the text of {', '.join(others)} is not read; "
             "expected the prompt in a column named prompt, or at the start of chosen and rejected"
@@ -183,5 +184,7 @@ def _keep(encoded: datasets.Dataset, num_proc: int | None) -> datasets.Dataset:
     kept = np.flatnonzero(outcome == KEPT)
     if len(kept) == len(outcome):
         return columns
-    chosen = columns.select(kept)
-    return chosen.flatten_indices(num_proc=num_proc, new_fingerprint=f"{encoded._fingerprint}-kept")
+    selected = columns.select(kept)
+    return selected.flatten_indices(
+        num_proc=num_proc, new_fingerprint=f"{encoded._fingerprint}-kept"
+    )
