@@ -56,16 +56,7 @@ FEATURES = datasets.Features(
     }
 )
 _NOTHING: dict[str, Any] = {
-    "prompt_ids": [],
-    "response_ids": [],
-    "winners": [],
-    "losers": [],
-    "weights": [],
-    "labels": [],
-    "outcome": KEPT,
-    "reason": None,
-    "line": None,
-    "notes": [],
+    name: [] if isinstance(feature, datasets.List) else None for name, feature in FEATURES.items()
 }
 
 
@@ -81,16 +72,12 @@ def common_prefix_length(prompt: Ids, full: Ids) -> int:
 class Encoder:
     """A function from batches of raw rows to columns of `FEATURES`, a row for each.
 
+    The attributes are arguments of `tokenize_dataset`, and what it found of the data set:
+
     Attributes:
-        tokenizer: any transformers tokenizer.
         kind: the rows' layout.
         num_rows: rows of the whole data set, to name a row by its line.
-        source: what the rows came from, in a user's words.
-        max_length: tokens of a prompt and a response together, or None.
-        vocab_size: rows of the model's embedding, or None where it is not known.
-        max_comparisons: at most so many comparisons a group, or None.
-        seed: of the choice among a group's comparisons.
-        skip_bad_rows: note a bad row in `reason` instead of raising.
+        max_comparisons: `max_comparisons_per_group`.
         watched: columns that are not read, but may hold a part of the prompt.
         repeated: whether texts begin with their prompt, see `fastdpo.data.prompts`.
     """
@@ -156,25 +143,27 @@ class Encoder:
         except BadRow as problem:
             return problem
 
-    def _tokenize(self, rows: list[Rendered]) -> list[list[Ids]]:
+    def _tokenize(self, rendered: list[Rendered]) -> list[list[Ids]]:
         """For every row the ids of its prompt, and of prompt and response for each response."""
         ids: dict[tuple[bool, str], Ids] = {}
         for conversational in (False, True):
-            of_kind = (row.texts for row in rows if row.row.conversational is conversational)
             # Rows of one prompt stand together in most files: more than half of the texts repeat.
-            texts = list(dict.fromkeys(t for ts in of_kind for t in ts if isinstance(t, str)))
+            texts: dict[str, None] = {}
+            for one in rendered:
+                if one.row.conversational is conversational:
+                    texts |= dict.fromkeys(text for text in one.texts if isinstance(text, str))
             if texts:
                 tokenised = self.tokenizer(
-                    texts,
+                    list(texts),
                     add_special_tokens=not conversational,
                     return_attention_mask=False,
                     return_token_type_ids=False,
                     verbose=False,
                 )["input_ids"]
-                ids |= {(conversational, t): own for t, own in zip(texts, tokenised, strict=True)}
+                ids |= zip(((conversational, text) for text in texts), tokenised, strict=True)
         return [
-            [ids[row.row.conversational, t] if isinstance(t, str) else t for t in row.texts]
-            for row in rows
+            [ids[one.row.conversational, t] if isinstance(t, str) else t for t in one.texts]
+            for one in rendered
         ]
 
     def _judge(self, rendered: Rendered, tokens: list[Ids]) -> dict[str, Any]:
@@ -200,6 +189,7 @@ class Encoder:
             IDENTICAL_AFTER_TRUNCATION: any(cut[w] == cut[loser] for w, loser, _ in comparisons),
         }
         return {
+            "outcome": KEPT,
             "prompt_ids": prompt[:start],
             "response_ids": [full[start:] for full in cut],
             "winners": [winner for winner, _, _ in comparisons],

@@ -46,6 +46,11 @@ RESERVED_TEMPLATE_KWARGS = frozenset(
 class BadRow(ValueError):
     """A row that cannot be trained on: the field and what was expected of it."""
 
+    @classmethod
+    def expected(cls, what: str, field: str, value: Any) -> "BadRow":
+        """A field that holds something else than `what`."""
+        return cls(f"{field}: expected {what}, found {describe(value)}")
+
 
 def describe(value: Any) -> str:
     """What a value is, in a user's words."""
@@ -121,23 +126,19 @@ def check_text(value: Any, field: str, roles: Collection[str]) -> Text:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise BadRow(f"{field}: expected text or a list of messages, found {describe(value)}")
+        raise BadRow.expected("text or a list of messages", field, value)
     if not value:
-        raise BadRow(f"{field}: expected at least one message, found an empty list")
-    return [
-        _check_message(message, f"{field}[{position}]", roles)
-        for position, message in enumerate(value)
-    ]
+        raise BadRow.expected("at least one message", field, value)
+    return [_check_message(message, f"{field}[{i}]", roles) for i, message in enumerate(value)]
 
 
 def _check_message(message: Any, field: str, roles: Collection[str]) -> dict[str, Any]:
     role = message.get("role") if isinstance(message, Mapping) else None
     if role is None:
-        expected = "expected a message with role and content"
-        hint = ""
+        problem = BadRow.expected("a message with role and content", field, message)
         if isinstance(message, Mapping) and "from" in message:
-            hint = "; ShareGPT's from and value are not read"
-        raise BadRow(f"{field}: {expected}, found {describe(message)}{hint}")
+            raise BadRow(f"{problem}; ShareGPT's from and value are not read")
+        raise problem
     if not isinstance(role, str) or role not in roles:
         known = ", ".join(sorted(ROLES))
         raise BadRow(f"{field}.role: unknown role {role!r}; expected one of {known}")
@@ -152,19 +153,26 @@ def _check_message(message: Any, field: str, roles: Collection[str]) -> dict[str
     # A tool's result may be an object: what a template makes of it is the template's business.
     allowed = (str, list, Mapping) if is_result else (str, list)
     if content is not None and not isinstance(content, allowed):
-        raise BadRow(f"{field}.content: expected text, found {describe(content)}")
+        raise BadRow.expected("text", f"{field}.content", content)
     return dict(message)
 
 
 def _check_calls(message: Mapping[str, Any], field: str) -> None:
     calls, call = message.get("tool_calls"), message.get("function_call")
     if calls is not None and not isinstance(calls, list):
-        raise BadRow(f"{field}.tool_calls: expected a list of calls, found {describe(calls)}")
+        raise BadRow.expected("a list of calls", f"{field}.tool_calls", calls)
     listed = [(f"{field}.tool_calls[{i}]", item) for i, item in enumerate(calls or ())]
     for where, item in listed + ([] if call is None else [(f"{field}.function_call", call)]):
         function = item.get("function") or item if isinstance(item, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise BadRow(f"{where}: expected a call with a function's name, found {describe(item)}")
+            raise BadRow.expected("a call with a function's name", where, item)
+
+
+def says_something(text: Text, fields: Collection[str] = ("content",)) -> bool:
+    """Whether there is more than white space in a text, or in one of these fields of messages."""
+    if isinstance(text, str):
+        return bool(text.strip())
+    return any(str(message.get(name) or "").strip() for message in text for name in fields)
 
 
 def plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,8 +203,7 @@ def _check_parts(parts: list[Any], field: str) -> list[dict[str, Any]]:
             raise BadRow(f"{where}: is a part of type {kind}; only text can be trained on")
         known = isinstance(kind, str) and kind != "text"
         if not isinstance(part, Mapping) or not (known or is_text_part(part)):
-            expected = 'a part such as {"type": "text", "text": "Hi"}'
-            raise BadRow(f"{where}: expected {expected}, found {describe(part)}")
+            raise BadRow.expected('a part such as {"type": "text", "text": "Hi"}', where, part)
         checked.append({key: value for key, value in part.items() if value is not None})
     return checked
 
@@ -235,7 +242,7 @@ def parse_tools(value: Any) -> list[Any] | None:
     """
     tools = _from_json(value, "tools")
     if tools is not None and not isinstance(tools, list):
-        raise BadRow(f"tools: expected a list of tool definitions, found {describe(tools)}")
+        raise BadRow.expected("a list of tool definitions", "tools", tools)
     return tools
 
 
@@ -249,7 +256,7 @@ def parse_template_kwargs(value: Any) -> dict[str, Any]:
     if kwargs is None:
         return {}
     if not isinstance(kwargs, Mapping):
-        raise BadRow(f"chat_template_kwargs: expected an object, found {describe(kwargs)}")
+        raise BadRow.expected("an object", "chat_template_kwargs", kwargs)
     if reserved := sorted(RESERVED_TEMPLATE_KWARGS & set(kwargs)):
         raise BadRow(
             f"chat_template_kwargs: {', '.join(reserved)} cannot be set by a row; "

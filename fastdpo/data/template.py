@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ModelError
-from .messages import CALLS, RESULT_ROLES, BadRow, Text, content_parts, join_parts
+from .messages import CALLS, RESULT_ROLES, BadRow, content_parts, join_parts, says_something
 from .notes import CONTENT_DROPPED, DOUBLE_EOS, EMPTY_RESPONSE, TOOLS_IGNORED
 from .rows import Row
 
@@ -158,8 +158,10 @@ class Renderer:
     def _ends(self, row: Row, texts: list[Any]) -> set[str]:
         """Notes of responses that are nothing but their end, and of an end that is there twice."""
         eos, notes = self.tokenizer.eos_token, set()
-        if any(_is_empty(response, eos) for response in row.responses):
-            notes.add(EMPTY_RESPONSE)
+        for response in row.responses:
+            own = response.removesuffix(eos or "") if isinstance(response, str) else response
+            if not says_something(own, ("content", *CALLS, *_THINKING)):
+                notes.add(EMPTY_RESPONSE)
         for text in texts[1:] if eos else ():
             if isinstance(text, str):
                 rest = text.rstrip().removesuffix(eos)
@@ -237,10 +239,3 @@ def _holds(text: str, part: str) -> bool:
     """Whether a part is in a text, white space aside, which templates trim."""
     part = part.strip()
     return part in text or "".join(part.split()) in "".join(text.split())
-
-
-def _is_empty(response: Text, eos: str | None) -> bool:
-    if isinstance(response, str):
-        return not response.removesuffix(eos or "").strip()
-    keys = ("content", *CALLS, *_THINKING)
-    return not any(str(message.get(key) or "").strip() for message in response for key in keys)
