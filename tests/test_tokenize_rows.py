@@ -218,7 +218,6 @@ def test_tokenizers_that_lack_something() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"truncation_mode": "keep_end"}, "truncation_mode: 'keep_end' cannot be honoured"),
         ({"max_length": 1}, "max_length: expected at least 2"),
         ({"max_comparisons_per_group": 0}, "max_comparisons_per_group: expected at least 1"),
     ],

@@ -78,7 +78,8 @@ class DataKeys:
     )
     truncation_mode: str = key(
         "keep_start",
-        "Which end of a sequence longer than max_length stays; TRL drops keep_end too.",
+        "Which end of a sequence longer than max_length stays. Cut at its start, a prompt would "
+        "differ from response to response and could not be shared; TRL drops keep_end too.",
         one_of("keep_start"),
     )
 

@@ -78,7 +78,6 @@ def _groups(
         raw,
         tokenizer,
         max_length=config.max_length,
-        truncation_mode=config.truncation_mode,
         num_proc=config.dataset_num_proc,
         skip_bad_rows=config.skip_bad_rows,
         max_comparisons_per_group=config.max_comparisons_per_group,

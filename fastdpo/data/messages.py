@@ -143,15 +143,14 @@ def _check_message(message: Any, field: str, roles: Collection[str]) -> dict[str
         known = ", ".join(sorted(ROLES))
         raise BadRow(f"{field}.role: unknown role {role!r}; expected one of {known}")
     content = message.get("content")
-    is_result = role in RESULT_ROLES
-    if isinstance(content, list) and not (is_result and not _all_text(content)):
+    if _has_parts(message):
         content = _check_parts(content, f"{field}.content")
         message = {**message, "content": content or None}
     _check_calls(message, field)
     if not content and content != "" and not any(message.get(name) for name in CALLS):
         raise BadRow(f"{field}.content: missing; expected text")
     # A tool's result may be an object: what a template makes of it is the template's business.
-    allowed = (str, list, Mapping) if is_result else (str, list)
+    allowed = (str, list, Mapping) if role in RESULT_ROLES else (str, list)
     if content is not None and not isinstance(content, allowed):
         raise BadRow.expected("text", f"{field}.content", content)
     return dict(message)
@@ -179,18 +178,15 @@ def plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message as it is compared with others: without nulls, its parts joined to text."""
     present = {key: value for key, value in message.items() if value is not None}
     content = present.get("content")
-    if isinstance(content, list) and _all_text(content):
+    if isinstance(content, list) and all(map(is_text_part, content)):
         present["content"] = "".join(part["text"] for part in content)
     return present
 
 
-def _all_text(content: list[Any]) -> bool:
-    return all(isinstance(part, Mapping) and is_text_part(part) for part in content)
-
-
-def is_text_part(part: Mapping[str, Any]) -> bool:
+def is_text_part(part: Any) -> bool:
     """Whether a part of a message's content is text, as in `{"type": "text", "text": "Hi"}`."""
-    return part.get("type") in ("text", None) and isinstance(part.get("text"), str)
+    is_text = isinstance(part, Mapping) and part.get("type") in ("text", None)
+    return is_text and isinstance(part.get("text"), str)
 
 
 def _check_parts(parts: list[Any], field: str) -> list[dict[str, Any]]:
@@ -208,14 +204,17 @@ def _check_parts(parts: list[Any], field: str) -> list[dict[str, Any]]:
     return checked
 
 
+def _has_parts(message: Mapping[str, Any]) -> bool:
+    """Whether a message's content is a list of parts, and not a tool's result of its own."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return False
+    return message["role"] not in RESULT_ROLES or all(map(is_text_part, content))
+
+
 def content_parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The parts of a message's content; none where it is text, or a tool's result of its own."""
-    content = message.get("content")
-    if not isinstance(content, list) or (
-        message["role"] in RESULT_ROLES and not _all_text(content)
-    ):
-        return []
-    return content
+    return message["content"] if _has_parts(message) else []
 
 
 def join_parts(message: dict[str, Any], field: str) -> dict[str, Any]:

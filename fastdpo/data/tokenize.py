@@ -38,7 +38,6 @@ def tokenize_dataset(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int | None,
-    truncation_mode: str = "keep_start",
     num_proc: int | None = None,
     skip_bad_rows: bool = False,
     max_comparisons_per_group: int | None = None,
@@ -61,7 +60,6 @@ def tokenize_dataset(
         tokenizer: any transformers tokenizer, with a chat template where rows hold messages.
         max_length: tokens of a prompt and a response; None for no limit. Rows whose prompt alone
             reaches it are dropped, longer responses keep their start.
-        truncation_mode: only "keep_start".
         num_proc: processes to tokenise with.
         skip_bad_rows: drop and count rows that cannot be trained on instead of raising.
         max_comparisons_per_group: of a group's comparisons, keep at most so many, chosen by `seed`
@@ -76,7 +74,12 @@ def tokenize_dataset(
         ModelError: a tokenizer without the chat template or the eos_token that the rows need.
         ConfigError: a setting that cannot be honoured.
     """
-    _check_settings(max_length, truncation_mode, max_comparisons_per_group)
+    for name, limit, least in (
+        ("max_length", max_length, 2),
+        ("max_comparisons_per_group", max_comparisons_per_group, 1),
+    ):
+        if limit is not None and limit < least:
+            raise ConfigError(f"{name}: expected at least {least} or null, found {limit}")
     if len(dataset) == 0:
         raise DataError(f"{source}: has no rows")
     kind, others = row_kind(dataset.column_names, source), other_texts(dataset)
@@ -121,23 +124,6 @@ def tokenize_dataset(
             "expected the prompt in a column named prompt, or at the start of chosen and rejected"
         )
     return _keep(encoded, num_proc), report
-
-
-def _check_settings(
-    max_length: int | None, truncation_mode: str, max_comparisons_per_group: int | None
-) -> None:
-    if truncation_mode != "keep_start":
-        raise ConfigError(
-            f"truncation_mode: {truncation_mode!r} cannot be honoured, expected 'keep_start': cut "
-            "at its start, a prompt differs from response to response and cannot be shared by them"
-        )
-    if max_length is not None and max_length < 2:
-        raise ConfigError(f"max_length: expected at least 2 or null, found {max_length}")
-    if max_comparisons_per_group is not None and max_comparisons_per_group < 1:
-        raise ConfigError(
-            "max_comparisons_per_group: expected at least 1 or null, "
-            f"found {max_comparisons_per_group}"
-        )
 
 
 def _cache_key(dataset: datasets.Dataset, encoder: Encoder) -> str:
