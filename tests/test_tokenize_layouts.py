@@ -8,7 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_samples import PAIR, SYSTEM, TURNS, assistant, chat, make_tokenizer, tokenize_rows, user
+from data_samples import (
+    PAIR,
+    SYSTEM,
+    TURNS,
+    assistant,
+    chat,
+    error_of,
+    make_tokenizer,
+    report_of,
+    tokenize,
+    tokenize_rows,
+    user,
+)
 from datasets import Dataset
 from like_trl import assert_like_trl, trl_rows
 from transformers import PreTrainedTokenizerBase
@@ -22,7 +34,6 @@ from fastdpo.data.notes import (
     PROMPT_TWICE,
     UNREAD_COLUMN,
 )
-from fastdpo.data.tokenize import TokenizeReport, tokenize_dataset
 from fastdpo.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -42,20 +53,6 @@ SIDES = ("chosen", "rejected")
 
 def with_columns(rows: Rows, **columns: Any) -> Rows:
     return [row | columns for row in rows]
-
-
-def tokenize(
-    rows: Rows | Dataset, tokenizer: PreTrainedTokenizerBase, **options: Any
-) -> tuple[list[Any], TokenizeReport]:
-    dataset = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
-    made, report = tokenize_dataset(dataset, tokenizer, max_length=None, **options)
-    return made.to_list(), report
-
-
-def error_of(rows: Rows | Dataset, tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
-    with pytest.raises(DataError) as caught:
-        tokenize(rows, tokenizer, **options)
-    return str(caught.value)
 
 
 def write(path: Path, rows: Rows) -> Path:
@@ -123,7 +120,7 @@ def test_columns_that_say_nothing_new_are_no_error(
 ) -> None:
     rows, clean = HARMLESS[name]
     assert_like_trl(rows, tokenizer, clean=clean)
-    assert tokenize(rows, tokenizer)[1].noted[UNREAD_COLUMN] == 0
+    assert report_of(rows, tokenizer).noted[UNREAD_COLUMN] == 0
 
 
 ANSWERS = [{"chosen": " Yes, 42.", "rejected": " No, 41."}, {"chosen": "a", "rejected": "b"}]
@@ -208,7 +205,7 @@ def test_no_row_has_a_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
     assert report.noted[EMPTY_PROMPT] == 2
     assert "; 2 with an empty prompt" in str(report)
     some = [ANSWERS[0], {"chosen": "The sky is blue", "rejected": "The sky is red"}]
-    assert tokenize(with_columns(some, frage=QUESTION), tokenizer)[1].noted[EMPTY_PROMPT] == 1
+    assert report_of(with_columns(some, frage=QUESTION), tokenizer).noted[EMPTY_PROMPT] == 1
 
 
 def test_no_row_of_a_csv_has_a_prompt(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -227,7 +224,7 @@ def test_a_repeated_prompt_counts_once(
 ) -> None:
     assert_like_trl(begun(rows), tokenizer, clean=rows)
     caplog.clear()
-    assert tokenize(begun(rows), tokenizer)[1].noted[PROMPT_REPEATED] == 2
+    assert report_of(begun(rows), tokenizer).noted[PROMPT_REPEATED] == 2
     assert (
         caplog.text.count("in 2 of 2 rows the responses begin with the prompt, which is taken") == 1
     )
@@ -244,14 +241,14 @@ def test_texts_that_begin_with_the_prompt_by_chance(
     """What one row looks like is no layout: the word "A" begins many answers."""
     rows = [*TEXT, {"prompt": "A", "chosen": "A cat", "rejected": "A dog"}]
     assert_like_trl(rows, tokenizer)
-    assert tokenize(rows, tokenizer)[1].noted[PROMPT_TWICE] == 1
+    assert report_of(rows, tokenizer).noted[PROMPT_TWICE] == 1
     assert "in 1 of 3 rows the responses begin with the text of the prompt" in caplog.text
 
 
 def test_an_empty_prompt_is_not_repeated(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [{"prompt": " ", "chosen": "  a", "rejected": " b"}] * 2
     assert_like_trl(rows, tokenizer)
-    noted = tokenize(rows, tokenizer)[1].noted
+    noted = report_of(rows, tokenizer).noted
     assert (noted[PROMPT_REPEATED], noted[PROMPT_TWICE], noted[EMPTY_PROMPT]) == (0, 0, 2)
 
 
@@ -266,7 +263,7 @@ def test_conversations_that_repeat_the_end_of_the_prompt(
     assert_like_trl([clean[0] | spelt], tokenizer, clean=clean)
     prefill = chat([user("Hi"), assistant("a")], "a", "b")
     assert_like_trl([prefill], tokenizer)
-    assert tokenize([prefill], tokenizer)[1].noted[PROMPT_REPEATED] == 0
+    assert report_of([prefill], tokenizer).noted[PROMPT_REPEATED] == 0
 
 
 @pytest.mark.parametrize(
@@ -298,7 +295,7 @@ def test_a_text_prompt_that_begins_conversations(tokenizer: PreTrainedTokenizerB
     ]
     rows = [{"prompt": "Hi\n"} | row for row in whole]
     assert_like_trl(rows, tokenizer, clean=whole)
-    assert tokenize(rows, tokenizer)[1].noted[PROMPT_REPEATED] == 6
+    assert report_of(rows, tokenizer).noted[PROMPT_REPEATED] == 6
     last = [{"prompt": "What is 12 + 30?"} | row for row in whole[-2:]]
     assert_like_trl(last, tokenizer, clean=whole[-2:])
     message = error_of([rows[0] | {"prompt": "Hello"}], tokenizer)
@@ -310,7 +307,7 @@ def test_a_text_prompt_of_messages_is_a_users(
 ) -> None:
     rows = [row | {"prompt": text["prompt"]} for row, text in zip(TALKS, TEXT, strict=True)]
     assert_like_trl(rows, tokenizer, clean=TALKS)
-    assert tokenize(rows, tokenizer)[1].noted[PROMPT_AS_MESSAGE] == 2
+    assert report_of(rows, tokenizer).noted[PROMPT_AS_MESSAGE] == 2
     assert "the prompt is read as a user's message" in caplog.text
 
 

@@ -8,8 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_samples import CHATML, PAIR, TURNS, assistant, chat, make_tokenizer, tokenize_rows, user
-from datasets import Dataset
+from data_samples import (
+    CHATML,
+    PAIR,
+    TURNS,
+    assistant,
+    chat,
+    error_of,
+    make_tokenizer,
+    report_of,
+    user,
+)
 from like_trl import assert_like_trl
 from test_tokenize import OwnTemplate
 from transformers import PreTrainedTokenizerBase
@@ -23,8 +32,6 @@ from fastdpo.data.notes import (
     NOT_THE_ASSISTANT,
     TOOLS_IGNORED,
 )
-from fastdpo.data.tokenize import TokenizeReport, tokenize_dataset
-from fastdpo.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
@@ -49,18 +56,6 @@ ALL_THINKING = PLAIN.replace("{{ m.content", "<think>{{ m.reasoning_content }}</
 NAMED = PLAIN.replace("[{{ m.role }}]", "[{{ m.role }} {{ m.name }}]")
 
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "Add numbers."}}]
-
-
-def report_of(
-    rows: list[Any], tokenizer: PreTrainedTokenizerBase, **options: Any
-) -> TokenizeReport:
-    return tokenize_dataset(Dataset.from_list(rows), tokenizer, max_length=None, **options)[1]
-
-
-def error_of(rows: list[Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    with pytest.raises(DataError) as caught:
-        tokenize_rows(rows, tokenizer)
-    return str(caught.value)
 
 
 def calling(*names: str, **more: Any) -> dict[str, Any]:
