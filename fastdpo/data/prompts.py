@@ -165,7 +165,7 @@ def repeats_prompt(dataset: datasets.Dataset, kind: RowKind) -> bool:
     if "prompt" not in dataset.column_names:
         return False
     allowed = (1 - _NEARLY_ALL) * len(dataset)
-    found = missed = 0
+    repeating = other = 0
     for batch in dataset.with_format(None).select_columns(columns).iter(1000):
         for prompt, *fields in zip(*(batch[name] for name in columns), strict=True):
             responses = fields[0] if kind == "group" else fields
@@ -174,9 +174,9 @@ def repeats_prompt(dataset: datasets.Dataset, kind: RowKind) -> bool:
             if not responses or not all(isinstance(response, str) for response in responses):
                 continue
             if all(response.startswith(prompt) for response in responses):
-                found += 1
+                repeating += 1
             else:
-                missed += 1
-        if missed > allowed:
+                other += 1
+        if other > allowed:
             return False
-    return found > 0 and missed <= (1 - _NEARLY_ALL) * (found + missed)
+    return repeating > 0 and other <= (1 - _NEARLY_ALL) * (repeating + other)

@@ -62,9 +62,9 @@ def tokenize_dataset(
             reaches it are dropped, longer responses keep their start.
         num_proc: processes to tokenise with.
         skip_bad_rows: drop and count rows that cannot be trained on instead of raising.
-        max_comparisons_per_group: of a group's comparisons, keep at most so many, chosen by `seed`
-            and by what the row says.
-        seed: of that choice.
+        max_comparisons_per_group: of a group's comparisons, keep at most so many, selected by
+            `seed` and by what the row says.
+        seed: of that selection.
         vocab_size: rows of the model's embedding, to refuse tokens outside it.
         source: what to call the data in messages; the path where it is a JSONL file, so that a row
             is named by its line.
