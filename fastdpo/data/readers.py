@@ -17,7 +17,7 @@ import io
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
 
@@ -115,9 +115,7 @@ def read_rows(paths: Sequence[Path], kind: str, *, skip_bad_rows: bool) -> datas
     implicit = "prompt" not in only_text
     kept = [name for name in others if may_hold_prompt(name) or (implicit and only_text[name])]
     fields = tuple((name, only_text[name]) for name in (*FIELDS, *kept) if name in only_text)
-    features: dict[str, Any] = {
-        name: datasets.Value("string") if text else datasets.Json() for name, text in fields
-    }
+    features = stored_types(dict(fields))
     features |= {LINE_COLUMN: datasets.Value("int64"), PROBLEM_COLUMN: datasets.Value("string")}
     # Size and time of change make a changed file a different data set to the cache.
     stamps = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
@@ -135,12 +133,23 @@ def _generate(
         for line, row in _iterate(Path(name), kind):
             problem = row if isinstance(row, str) else None
             values = row if isinstance(row, dict) else {}
-            encoded = {
-                # A text in a JSON column is quoted here, else "42" would come back as a number.
-                name: values.get(name) if is_text else json.dumps(values.get(name))
-                for name, is_text in fields
-            }
+            encoded = {name: stored(values.get(name), is_text) for name, is_text in fields}
             yield encoded | {LINE_COLUMN: line, PROBLEM_COLUMN: problem}
+
+
+def stored_types(only_text: Mapping[str, bool]) -> dict[str, Any]:
+    """The types of columns: text where they hold nothing else, and JSON, so that rows need not
+    agree in their types.
+    """
+    return {
+        name: datasets.Value("string") if is_text else datasets.Json()
+        for name, is_text in only_text.items()
+    }
+
+
+def stored(value: Any, is_text: bool) -> Any:
+    """A value for such a column: in JSON a text is quoted, or "42" would come back as a number."""
+    return value if is_text else json.dumps(value)
 
 
 def _iterate(path: Path, kind: str) -> Iterator[Numbered]:
