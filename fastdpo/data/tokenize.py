@@ -27,6 +27,11 @@ from .prompts import repeats_prompt
 from .report import TokenizeReport, make_report
 
 COLUMNS = ("prompt_ids", "response_ids", "winners", "losers", "weights", "labels")
+"""Of a tokenised data set: `prompt_ids` (list of int32), `response_ids` (a list of int32 for each
+response: completion tokens only, cut to `max_length` with the prompt), `winners` and `losers`
+(lists of int32, indices into `response_ids`), `weights` (list of float32) and `labels` (one bool in
+a row of KTO data, else none).
+"""
 # To be raised whenever the same arguments give other tokens than before: it is part of every
 # cache key.
 _VERSION = 3
@@ -45,12 +50,7 @@ def tokenize_dataset(
     vocab_size: int | None = None,
     source: str = "dataset",
 ) -> tuple[datasets.Dataset, TokenizeReport]:
-    """Tokenise preference data as TRL 1.16 does, and cache the result.
-
-    The columns are `prompt_ids` (list of int32), `response_ids` (a list of int32 for each response:
-    completion tokens only, cut to `max_length` with the prompt), `winners` and `losers` (lists of
-    int32, indices into `response_ids`), `weights` (list of float32) and `labels` (one bool in a row
-    of KTO data, else none).
+    """Tokenise preference data as TRL 1.16 does, into `COLUMNS`, and cache the result.
 
     The cache is that of the `datasets` library, under a key made of the rows, of what the
     tokenizer does and of the arguments that change tokens. A data set in memory is not cached.
@@ -99,18 +99,7 @@ def tokenize_dataset(
         watched=watched,
         repeated=repeats_prompt(dataset, kind),
     )
-    with explain_disk(source):
-        encoded = dataset.with_format(None).map(
-            encoder,
-            batched=True,
-            batch_size=_BATCH_SIZE,
-            with_indices=True,
-            num_proc=num_proc,
-            remove_columns=dataset.column_names,
-            features=FEATURES,
-            new_fingerprint=_cache_key(dataset, encoder),
-            desc=f"Tokenizing {source}",
-        )
+    encoded = _encode(dataset, encoder, num_proc)
     report = make_report(encoded, source)
     if report.skipped and not skip_bad_rows:
         raise DataError(report.reasons[0])
@@ -124,6 +113,21 @@ def tokenize_dataset(
             "expected the prompt in a column named prompt, or at the start of chosen and rejected"
         )
     return _keep(encoded, num_proc), report
+
+
+def _encode(dataset: datasets.Dataset, encoder: Encoder, num_proc: int | None) -> datasets.Dataset:
+    with explain_disk(encoder.source):
+        return dataset.with_format(None).map(
+            encoder,
+            batched=True,
+            batch_size=_BATCH_SIZE,
+            with_indices=True,
+            num_proc=num_proc,
+            remove_columns=dataset.column_names,
+            features=FEATURES,
+            new_fingerprint=_cache_key(dataset, encoder),
+            desc=f"Tokenizing {encoder.source}",
+        )
 
 
 def _cache_key(dataset: datasets.Dataset, encoder: Encoder) -> str:
