@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import pytest
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fastdpo.data.tokenize import tokenize_dataset
+from fastdpo.data.tokenize import TokenizeReport, tokenize_dataset
+from fastdpo.errors import DataError
 
 CHATML = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
@@ -59,14 +61,29 @@ def make_tokenizer(
     )
 
 
-def tokenize_rows(
+def tokenize(
     rows: Dataset | list[dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None = None,
     **options: Any,
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], TokenizeReport]:
     dataset = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
-    return tokenize_dataset(dataset, tokenizer, max_length=max_length, **options)[0].to_list()
+    made, report = tokenize_dataset(dataset, tokenizer, max_length=max_length, **options)
+    return made.to_list(), report
+
+
+def tokenize_rows(*arguments: Any, **options: Any) -> list[dict[str, Any]]:
+    return tokenize(*arguments, **options)[0]
+
+
+def report_of(*arguments: Any, **options: Any) -> TokenizeReport:
+    return tokenize(*arguments, **options)[1]
+
+
+def error_of(*arguments: Any, **options: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        tokenize(*arguments, **options)
+    return str(caught.value)
 
 
 def user(text: str) -> dict[str, str]:

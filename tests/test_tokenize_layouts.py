@@ -8,14 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_samples import PAIR, SYSTEM, TURNS, assistant, chat, make_tokenizer, tokenize_rows, user
+from data_samples import (
+    PAIR,
+    SYSTEM,
+    TURNS,
+    assistant,
+    chat,
+    error_of,
+    make_tokenizer,
+    report_of,
+    tokenize,
+    tokenize_rows,
+    user,
+)
 from datasets import Dataset
 from like_trl import assert_like_trl, trl_rows
 from transformers import PreTrainedTokenizerBase
 from trl import KTOTrainer
 
 from fastdpo.data.load import load_rows
-from fastdpo.data.tokenize import TokenizeReport, tokenize_dataset
+from fastdpo.data.notes import (
+    EMPTY_PROMPT,
+    PROMPT_AS_MESSAGE,
+    PROMPT_REPEATED,
+    PROMPT_TWICE,
+    UNREAD_COLUMN,
+)
 from fastdpo.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -35,20 +53,6 @@ SIDES = ("chosen", "rejected")
 
 def with_columns(rows: Rows, **columns: Any) -> Rows:
     return [row | columns for row in rows]
-
-
-def tokenize(
-    rows: Rows | Dataset, tokenizer: PreTrainedTokenizerBase, **options: Any
-) -> tuple[list[Any], TokenizeReport]:
-    dataset = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
-    made, report = tokenize_dataset(dataset, tokenizer, max_length=None, **options)
-    return made.to_list(), report
-
-
-def error_of(rows: Rows | Dataset, tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
-    with pytest.raises(DataError) as caught:
-        tokenize(rows, tokenizer, **options)
-    return str(caught.value)
 
 
 def write(path: Path, rows: Rows) -> Path:
@@ -116,7 +120,7 @@ def test_columns_that_say_nothing_new_are_no_error(
 ) -> None:
     rows, clean = HARMLESS[name]
     assert_like_trl(rows, tokenizer, clean=clean)
-    assert tokenize(rows, tokenizer)[1].unread_column == 0
+    assert report_of(rows, tokenizer).noted[UNREAD_COLUMN] == 0
 
 
 ANSWERS = [{"chosen": " Yes, 42.", "rejected": " No, 41."}, {"chosen": "a", "rejected": "b"}]
@@ -170,7 +174,7 @@ def test_a_column_beside_a_prompt_is_said(
 ) -> None:
     rows = with_columns(TEXT, context="In the spring.", history=[["Hi", "Hello"]])
     _, report = tokenize(rows, tokenizer)
-    assert report.unread_column == 2
+    assert report.noted[UNREAD_COLUMN] == 2
     assert "in 2 of 2 rows a column that is not read holds text" in caplog.text
     assert "(context, history)" in caplog.text
 
@@ -198,10 +202,10 @@ def test_no_row_has_a_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
     message = error_of(rows, tokenizer)
     assert message.startswith("dataset: no row has a prompt, and the text of frage is not")
     _, report = tokenize(with_columns(ANSWERS, source="s", n=3), tokenizer)
-    assert report.empty_prompt == 2
+    assert report.noted[EMPTY_PROMPT] == 2
     assert "; 2 with an empty prompt" in str(report)
     some = [ANSWERS[0], {"chosen": "The sky is blue", "rejected": "The sky is red"}]
-    assert tokenize(with_columns(some, frage=QUESTION), tokenizer)[1].empty_prompt == 1
+    assert report_of(with_columns(some, frage=QUESTION), tokenizer).noted[EMPTY_PROMPT] == 1
 
 
 def test_no_row_of_a_csv_has_a_prompt(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -220,7 +224,7 @@ def test_a_repeated_prompt_counts_once(
 ) -> None:
     assert_like_trl(begun(rows), tokenizer, clean=rows)
     caplog.clear()
-    assert tokenize(begun(rows), tokenizer)[1].prompt_repeated == 2
+    assert report_of(begun(rows), tokenizer).noted[PROMPT_REPEATED] == 2
     assert (
         caplog.text.count("in 2 of 2 rows the responses begin with the prompt, which is taken") == 1
     )
@@ -237,15 +241,15 @@ def test_texts_that_begin_with_the_prompt_by_chance(
     """What one row looks like is no layout: the word "A" begins many answers."""
     rows = [*TEXT, {"prompt": "A", "chosen": "A cat", "rejected": "A dog"}]
     assert_like_trl(rows, tokenizer)
-    assert tokenize(rows, tokenizer)[1].prompt_twice == 1
+    assert report_of(rows, tokenizer).noted[PROMPT_TWICE] == 1
     assert "in 1 of 3 rows the responses begin with the text of the prompt" in caplog.text
 
 
 def test_an_empty_prompt_is_not_repeated(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [{"prompt": " ", "chosen": "  a", "rejected": " b"}] * 2
     assert_like_trl(rows, tokenizer)
-    report = tokenize(rows, tokenizer)[1]
-    assert (report.prompt_repeated, report.prompt_twice, report.empty_prompt) == (0, 0, 2)
+    noted = report_of(rows, tokenizer).noted
+    assert (noted[PROMPT_REPEATED], noted[PROMPT_TWICE], noted[EMPTY_PROMPT]) == (0, 0, 2)
 
 
 def test_conversations_that_repeat_the_end_of_the_prompt(
@@ -259,7 +263,7 @@ def test_conversations_that_repeat_the_end_of_the_prompt(
     assert_like_trl([clean[0] | spelt], tokenizer, clean=clean)
     prefill = chat([user("Hi"), assistant("a")], "a", "b")
     assert_like_trl([prefill], tokenizer)
-    assert tokenize([prefill], tokenizer)[1].prompt_repeated == 0
+    assert report_of([prefill], tokenizer).noted[PROMPT_REPEATED] == 0
 
 
 @pytest.mark.parametrize(
@@ -291,7 +295,7 @@ def test_a_text_prompt_that_begins_conversations(tokenizer: PreTrainedTokenizerB
     ]
     rows = [{"prompt": "Hi\n"} | row for row in whole]
     assert_like_trl(rows, tokenizer, clean=whole)
-    assert tokenize(rows, tokenizer)[1].prompt_repeated == 6
+    assert report_of(rows, tokenizer).noted[PROMPT_REPEATED] == 6
     last = [{"prompt": "What is 12 + 30?"} | row for row in whole[-2:]]
     assert_like_trl(last, tokenizer, clean=whole[-2:])
     message = error_of([rows[0] | {"prompt": "Hello"}], tokenizer)
@@ -303,7 +307,7 @@ def test_a_text_prompt_of_messages_is_a_users(
 ) -> None:
     rows = [row | {"prompt": text["prompt"]} for row, text in zip(TALKS, TEXT, strict=True)]
     assert_like_trl(rows, tokenizer, clean=TALKS)
-    assert tokenize(rows, tokenizer)[1].prompt_as_message == 2
+    assert report_of(rows, tokenizer).noted[PROMPT_AS_MESSAGE] == 2
     assert "the prompt is read as a user's message" in caplog.text
 
 

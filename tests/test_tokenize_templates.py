@@ -8,15 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_samples import CHATML, PAIR, TURNS, assistant, chat, make_tokenizer, tokenize_rows, user
-from datasets import Dataset
+from data_samples import (
+    CHATML,
+    PAIR,
+    TURNS,
+    assistant,
+    chat,
+    error_of,
+    make_tokenizer,
+    report_of,
+    user,
+)
 from like_trl import assert_like_trl
 from test_tokenize import OwnTemplate
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.data.load import load_rows
-from fastdpo.data.tokenize import TokenizeReport, tokenize_dataset
-from fastdpo.errors import DataError
+from fastdpo.data.notes import (
+    CONTENT_DROPPED,
+    DOUBLE_BOS,
+    DOUBLE_EOS,
+    EMPTY_RESPONSE,
+    NOT_THE_ASSISTANT,
+    TOOLS_IGNORED,
+)
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
@@ -43,18 +58,6 @@ NAMED = PLAIN.replace("[{{ m.role }}]", "[{{ m.role }} {{ m.name }}]")
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "Add numbers."}}]
 
 
-def report_of(
-    rows: list[Any], tokenizer: PreTrainedTokenizerBase, **options: Any
-) -> TokenizeReport:
-    return tokenize_dataset(Dataset.from_list(rows), tokenizer, max_length=None, **options)[1]
-
-
-def error_of(rows: list[Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    with pytest.raises(DataError) as caught:
-        tokenize_rows(rows, tokenizer)
-    return str(caught.value)
-
-
 def calling(*names: str, **more: Any) -> dict[str, Any]:
     calls = [{"type": "function", "function": {"name": n, "arguments": '{"a": 1}'}} for n in names]
     return {"role": "assistant", "content": None, "tool_calls": calls} | more
@@ -74,7 +77,7 @@ def test_calls_are_rendered_like_trl(tokenizer: PreTrainedTokenizerBase) -> None
     for row in (CALLS, CALLED):
         made = assert_like_trl([row], tokenizer)
         assert "add" in tokenizer.decode(made[0]["prompt_ids"])
-    assert report_of([CALLS], tokenizer).empty_response == 0
+    assert report_of([CALLS], tokenizer).noted[EMPTY_RESPONSE] == 0
 
 
 @pytest.mark.parametrize(
@@ -148,10 +151,10 @@ def test_tools_that_are_not_rendered(
     rows = [chat([user("Hi")], "a", "b", tools=tools) for tools in (TOOLS, None)]
     assert_like_trl(rows, make_tokenizer(PLAIN))
     caplog.clear()
-    assert report_of(rows, make_tokenizer(PLAIN)).tools_ignored == 1
+    assert report_of(rows, make_tokenizer(PLAIN)).noted[TOOLS_IGNORED] == 1
     assert "in 1 of 2 rows the chat template renders nothing of the tools" in caplog.text
-    assert report_of(rows, tokenizer).tools_ignored == 0
-    assert report_of([PAIR | {"tools": TOOLS}], tokenizer).tools_ignored == 1
+    assert report_of(rows, tokenizer).noted[TOOLS_IGNORED] == 0
+    assert report_of([PAIR | {"tools": TOOLS}], tokenizer).noted[TOOLS_IGNORED] == 1
 
 
 def thinking(text: str, answer: str) -> dict[str, Any]:
@@ -168,7 +171,7 @@ def test_responses_that_differ_in_dropped_thinking(tokenizer: PreTrainedTokenize
     row = row | {"chosen": [thinking("a", "42")], "rejected": [thinking("b", "42")]}
     assert "differ in [0].reasoning_content, but the chat template" in error_of([row], tokenizer)
     assert_like_trl([row], make_tokenizer(ALL_THINKING))
-    assert report_of([row], make_tokenizer(ALL_THINKING)).content_dropped == 0
+    assert report_of([row], make_tokenizer(ALL_THINKING)).noted[CONTENT_DROPPED] == 0
     parted = [{"type": "text", "text": "42"}]
     same = row | {
         "chosen": [assistant("42")],
@@ -184,14 +187,14 @@ def test_dropped_contents_are_said(
     assert_like_trl(rows, make_tokenizer(NO_THINKING))
     caplog.clear()
     # That earlier turns lose their thinking is how the model will see them, too.
-    assert report_of(rows, make_tokenizer(NO_THINKING)).content_dropped == 1
+    assert report_of(rows, make_tokenizer(NO_THINKING)).noted[CONTENT_DROPPED] == 1
     assert "in 1 of 2 rows the chat template drops or rewrites" in caplog.text
     row = chat([user("Hi")], "a", "b") | {"chosen": [thinking("because", "a")]}
-    assert report_of([row], tokenizer).content_dropped == 1
+    assert report_of([row], tokenizer).noted[CONTENT_DROPPED] == 1
     named = chat([user("Hi") | {"name": "Ann"}], "a", "b")
-    assert report_of([named], tokenizer).content_dropped == 1
-    assert report_of([named], make_tokenizer(NAMED)).content_dropped == 0
-    assert report_of(rows, tokenizer).content_dropped == 0
+    assert report_of([named], tokenizer).noted[CONTENT_DROPPED] == 1
+    assert report_of([named], make_tokenizer(NAMED)).noted[CONTENT_DROPPED] == 0
+    assert report_of(rows, tokenizer).noted[CONTENT_DROPPED] == 0
 
 
 def parted(row: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -270,26 +273,26 @@ def test_bos_and_eos_twice_like_trl(caplog: pytest.LogCaptureFixture) -> None:
     assert made[0]["response_ids"][0].count(tokenizer.eos_token_id) == 2
     caplog.clear()
     report = report_of([RENDERED, PAIR], tokenizer)
-    assert (report.double_bos, report.double_eos) == (1, 1)
+    assert (report.noted[DOUBLE_BOS], report.noted[DOUBLE_EOS]) == (1, 1)
     assert "in 1 of 2 rows the tokens begin with BOS twice, as in TRL" in caplog.text
     assert "in 1 of 2 rows the tokens end with EOS twice, as in TRL" in caplog.text
-    assert report_of([RENDERED], make_tokenizer()).double_bos == 0
+    assert report_of([RENDERED], make_tokenizer()).noted[DOUBLE_BOS] == 0
 
 
 def test_a_template_that_ends_twice() -> None:
     twice = make_tokenizer(PLAIN.replace("{{ eos_token }}", "{{ eos_token }}\n{{ eos_token }}\n"))
     assert_like_trl(SPOKEN, twice)
-    assert report_of(SPOKEN, twice).double_eos == 2
-    assert report_of(SPOKEN, make_tokenizer(PLAIN)).double_eos == 0
+    assert report_of(SPOKEN, twice).noted[DOUBLE_EOS] == 2
+    assert report_of(SPOKEN, make_tokenizer(PLAIN)).noted[DOUBLE_EOS] == 0
 
 
 def test_responses_that_are_nothing_but_their_end(tokenizer: PreTrainedTokenizerBase) -> None:
     rows: list[Any] = [PAIR | {"chosen": text} for text in ("", "</s>", " ", "a")]
     report = report_of(rows, tokenizer)
-    assert report.empty_response == 3
+    assert report.noted[EMPTY_RESPONSE] == 3
     assert "; 3 with a response that is nothing but its end" in str(report)
     talks = [chat([user("Hi")], chosen, "b") for chosen in ("", "a")]
-    assert report_of(talks, tokenizer).empty_response == 1
+    assert report_of(talks, tokenizer).noted[EMPTY_RESPONSE] == 1
 
 
 def test_responses_that_are_not_the_assistants(
@@ -304,5 +307,5 @@ def test_responses_that_are_not_the_assistants(
     ]
     assert_like_trl(rows, tokenizer)
     caplog.clear()
-    assert report_of(rows, tokenizer).not_the_assistant == 2
+    assert report_of(rows, tokenizer).noted[NOT_THE_ASSISTANT] == 2
     assert "in 2 of 4 rows a response begins or ends with a message" in caplog.text

@@ -29,8 +29,8 @@ class AdapterKeys:
     load_in_4bit: bool = key(
         False,
         "QLoRA: hold the linear layers of policy and reference in 4 bits (bitsandbytes), with "
-        "adapters on them. Embeddings, norms and the head stay in dtype, whose float32 is what "
-        "peft's prepare_model_for_kbit_training makes of them. Needs use_peft.",
+        "adapters on them. Embeddings, norms and the head stay in dtype: float32, its default, is "
+        "what peft's prepare_model_for_kbit_training makes of them. Needs use_peft.",
     )
     bnb_4bit_quant_type: str = key("nf4", "The 4-bit type of the weights.", one_of("fp4", "nf4"))
     use_bnb_nested_quant: bool = key(False, "Quantise the 4-bit weights' scales too, to 8 bits.")

@@ -2,13 +2,28 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
+from .adapters import AdapterKeys
 from .declare import Rule
 from .keys import ONE_FILE, Keys
 from .optimizer import OFFLOADED, TORCHAO
 from .schedule import SCHEDULE_OPTIONS, SCHEDULERS
-from .values import show_short
+from .values import show, show_short
+
+_LORA = tuple(item.name for item in fields(AdapterKeys) if item.name.startswith("lora_"))
+_QUANTISED = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
+_ONLY_WHERE: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
+    ("use_peft", True, (*_LORA, "use_rslora", "use_dora")),
+    ("load_in_4bit", True, _QUANTISED),
+    ("gradient_checkpointing", True, ("gradient_checkpointing_every",)),
+    ("attn_implementation", None, ("attention_backend",)),
+    ("eval_strategy", "steps", ("eval_steps",)),
+    ("save_strategy", "steps", ("save_steps",)),
+    ("precompute_ref_log_probs", True, ("reference_cache_dir",)),
+)
+"""Keys, the value that each must have, and the keys that do nothing where it has another."""
 
 
 def check_together(keys: Keys) -> None:
@@ -123,56 +138,22 @@ def _files(keys: Keys) -> Iterator[tuple[str, str]]:
 
 def idle_settings(keys: Keys) -> list[str]:
     """One line for each key that was set and does nothing because of another key's value."""
-    lora = [name for name in keys.key_fields() if name.startswith("lora_")]
-    quantised = ["bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"]
-    optim, schedule, attention = keys.optim, keys.lr_scheduler_type, keys.attn_implementation
-    idle: list[tuple[bool, str, list[str]]] = [
-        (not keys.use_peft, "use_peft is false", [*lora, "use_rslora", "use_dora"]),
-        (not keys.load_in_4bit, "load_in_4bit is false", quantised),
-        (
-            not keys.gradient_checkpointing,
-            "gradient_checkpointing is false",
-            ["gradient_checkpointing_every"],
-        ),
-        (attention is not None, f"attn_implementation is {attention}", ["attention_backend"]),
-        (
-            not keys.evaluates,
-            "nothing is evaluated (eval_strategy is no)",
-            ["eval_dataset_name"],
-        ),
-        (
-            True,
-            "evaluation is packed by max_tokens_per_batch, with the same result",
-            ["per_device_eval_batch_size"],
-        ),
-        (
-            keys.eval_strategy != "steps",
-            f"eval_strategy is {keys.eval_strategy}",
-            ["eval_steps"],
-        ),
-        (
-            keys.save_strategy != "steps",
-            f"save_strategy is {keys.save_strategy}",
-            ["save_steps"],
-        ),
-        (keys.max_steps > 0, "max_steps sets the length of the run", ["num_train_epochs"]),
-        (
-            not keys.precompute_ref_log_probs,
-            "precompute_ref_log_probs is false",
-            ["reference_cache_dir"],
-        ),
-        (
-            schedule == "constant",
-            "the constant schedule has no warm-up; constant_with_warmup has",
-            ["warmup_steps"],
-        ),
-        (optim == "sgd", "sgd has no moments", ["adam_beta1", "adam_beta2", "adam_epsilon"]),
-    ]
-    changed = keys.changed()
-    return [
-        f"{name} has no effect: {reason}"
-        for holds, reason, names in idle
-        if holds
+    idle = {
+        name: f"{other} is {show(getattr(keys, other))}"
+        for other, needed, names in _ONLY_WHERE
+        if getattr(keys, other) != needed
         for name in names
-        if name in changed
-    ]
+    }
+    if not keys.evaluates:
+        idle["eval_dataset_name"] = "nothing is evaluated (eval_strategy is no)"
+    packed = "evaluation is packed by max_tokens_per_batch, with the same result"
+    idle["per_device_eval_batch_size"] = packed
+    if keys.max_steps > 0:
+        idle["num_train_epochs"] = "max_steps sets the length of the run"
+    if keys.lr_scheduler_type == "constant":
+        idle["warmup_steps"] = "the constant schedule has no warm-up; constant_with_warmup has"
+    if keys.optim == "sgd":
+        moments = ("adam_beta1", "adam_beta2", "adam_epsilon")
+        idle |= dict.fromkeys(moments, "sgd has no moments")
+    changed = keys.changed()
+    return [f"{name} has no effect: {why}" for name, why in idle.items() if name in changed]

@@ -33,7 +33,7 @@ class Rule:
 
     Attributes:
         expected: what was expected, where the value is another one.
-        holds: the condition; numbers are given to it as numbers.
+        holds: the condition, on a value of the right type.
         choices: the texts that fulfil it; None where it is about numbers, or any text may.
     """
 
@@ -113,13 +113,3 @@ def default_of(declared: "Field[Any]") -> Any:
     if callable(declared.default_factory):
         return declared.default_factory()
     return declared.default
-
-
-def yaml_no(value: Any) -> Any:
-    """Give a strategy its word back: a bare `no` in YAML 1.1 arrives as False."""
-    return "no" if value is False else value
-
-
-def trackers(value: Any) -> Any:
-    """The spellings of "report nowhere" (null, `none`, an empty list) as an empty list."""
-    return [] if value in (None, "none", "None", ["none"]) else value

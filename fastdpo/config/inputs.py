@@ -72,13 +72,14 @@ class DataKeys:
     )
     max_length: int | None = key(
         1024,
-        "Longest prompt plus response, in tokens; longer ones are cut by "
-        "truncation_mode. none cuts nothing.",
+        "Tokens that a prompt and a response may have together. Longer responses are cut, as "
+        "truncation_mode says; a row whose prompt alone is that long is dropped. none is no limit.",
         AT_LEAST_TWO,
     )
     truncation_mode: str = key(
         "keep_start",
-        "Which end of a sequence longer than max_length stays; TRL drops keep_end too.",
+        "Which end of a sequence longer than max_length stays. Cut at its start, a prompt would "
+        "differ from response to response and could not be shared; TRL drops keep_end too.",
         one_of("keep_start"),
     )
 
@@ -148,8 +149,8 @@ class OwnKeys:
     )
     max_tokens_per_batch: int | None = key(
         None,
-        "Token budget of a packed row, the size of one forward pass. Unset: chosen at "
-        "start-up from the device. It changes memory and speed, not the gradient.",
+        "Token budget of a packed row, the size of one forward pass. Unset: set at "
+        "start-up to suit the device. It changes memory and speed, not the gradient.",
         AT_LEAST_ONE,
     )
     attention_backend: str | None = key(

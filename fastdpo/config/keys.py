@@ -59,9 +59,8 @@ class Keys(
         for name in names:
             if getattr(self, name) is None:
                 what = self.key_fields()[name].metadata["help"].split(". ")[0]
-                raise self.error(
-                    name, f"expected a value (--{name}, or {name}: in the file). {what}"
-                )
+                expected = f"expected a value (--{name}, or {name}: in the file)"
+                raise self.error(name, f"{expected}. {what}")
 
     @property
     def evaluates(self) -> bool:
@@ -77,11 +76,10 @@ class Keys(
         name = self.eval_dataset_name or self.dataset_name
         if not self.evaluates or name is None:
             return None
-        whole = self.eval_dataset_name is not None and name.endswith(ONE_FILE)
-        return (
-            name,
-            "train" if whole and self.dataset_test_split == "test" else self.dataset_test_split,
-        )
+        split = self.dataset_test_split
+        if self.eval_dataset_name and name.endswith(ONE_FILE) and split == "test":
+            split = "train"
+        return name, split
 
     def interval(self, name: str, total_steps: int) -> int:
         """`logging_steps`, `save_steps` or `eval_steps` in steps; a share is of `total_steps`.

@@ -9,10 +9,10 @@ class MemoryKeys:
 
     memory: str = key(
         "manual",
-        "auto predicts the run's peak, turns on the least of the keys below, row budget and "
-        "head_workspace_mib that fits the device, and says what; a step that runs out of "
-        "memory all the same is repeated with less. No number changes beyond rounding. manual "
-        "changes nothing, and says what would help.",
+        "auto predicts the run's peak of memory and turns on no more than it takes to fit the "
+        "device: of the keys below, and of a lower max_tokens_per_batch and head_workspace_mib. It "
+        "says what. A step that runs out of memory all the same is repeated with less. No number "
+        "changes beyond rounding. manual changes nothing, and says what would help.",
         one_of("manual", "auto"),
     )
     gradient_checkpointing: bool = key(

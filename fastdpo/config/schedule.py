@@ -16,8 +16,6 @@ from .declare import (
     key,
     one_of,
     section,
-    trackers,
-    yaml_no,
 )
 
 SCHEDULERS: dict[str, tuple[str, ...]] = {
@@ -58,6 +56,16 @@ SCHEDULE_OPTIONS = {
     "min_lr_ratio": _SHARE_OR_ALL,
 }
 """What each option takes."""
+
+
+def _yaml_no(value: Any) -> Any:
+    """Give a strategy its word back: a bare `no` in YAML 1.1 arrives as False."""
+    return "no" if value is False else value
+
+
+def _trackers(value: Any) -> Any:
+    """The spellings of "report nowhere" (null, `none`, an empty list) as an empty list."""
+    return [] if value in (None, "none", "None", ["none"]) else value
 
 
 @section("training")
@@ -117,7 +125,7 @@ class EvaluationKeys:
 
     do_eval: bool = key(False, "Evaluate once after the last step, also with eval_strategy no.")
     eval_strategy: str = key(
-        "no", "When to evaluate while training.", one_of("no", "steps", "epoch"), prepare=yaml_no
+        "no", "When to evaluate while training.", one_of("no", "steps", "epoch"), prepare=_yaml_no
     )
     eval_steps: int | float | None = key(
         None,
@@ -142,7 +150,7 @@ class LoggingKeys:
         [],
         "Trackers that get the metrics besides metrics.jsonl and the terminal.",
         one_of("tensorboard", "wandb", "trackio"),
-        prepare=trackers,
+        prepare=_trackers,
     )
     run_name: str | None = key(None, "Name of the run for the trackers.")
     disable_tqdm: bool | None = key(None, "No progress bar; unset shows one on a terminal only.")
@@ -167,7 +175,7 @@ class SavingKeys:
         "steps",
         "When to write a checkpoint while training.",
         one_of("no", "steps", "epoch"),
-        prepare=yaml_no,
+        prepare=_yaml_no,
     )
     save_steps: int | float = key(
         500, "Steps between checkpoints; below 1 it is a share of the run.", INTERVAL

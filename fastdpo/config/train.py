@@ -61,26 +61,30 @@ class TrainConfig(Keys):
         return cls(**values, origins={name: given[name].place for name in values})
 
     def _checked(self, name: str, declared: "Field[Any]") -> Any:
-        """The value of `name`, of its declared type, within its rule and its choices."""
+        """The value of `name`, of its declared type and within its rule."""
         raw, about, rule = getattr(self, name), declared.metadata, declared.metadata["rule"]
+
+        def unfit(expected: object, value: Any) -> ConfigError:
+            return self.error(name, f"expected {expected}, got {show_short(value)}")
+
         value = about["prepare"](raw) if about["prepare"] else raw
         try:
             value = convert(value, declared.type)
         except ValueError as error:
-            raise self.error(name, f"expected {error}, got {show_short(raw)}") from None
+            raise unfit(error, raw) from None
         if about["path"] and isinstance(value, str) and value.startswith("~"):
             try:
                 value = str(Path(value).expanduser())
             except RuntimeError:
-                expected = f"a path, since {value.split('/')[0]} is nobody's home directory here"
-                raise self.error(name, f"expected {expected}, got {show_short(raw)}") from None
+                home = value.split("/")[0]
+                raise unfit(f"a path, since {home} is nobody's home directory here", raw) from None
         for item in value if isinstance(value, list) else [value]:
             if item is None or isinstance(item, dict):
                 continue
             if limit := limits(item, about["path"]):
-                raise self.error(name, f"expected {limit}, got {show_short(item)}")
+                raise unfit(limit, item)
             if rule and not rule.holds(item):
-                raise self.error(name, f"expected {rule.expected}, got {show_short(item)}")
+                raise unfit(rule.expected, item)
         return value
 
     def choose(self, reason: str, **values: Any) -> "TrainConfig":

@@ -31,6 +31,14 @@ FIELDS = (
     "tools",
     "chat_template_kwargs",
 )
+# Those of them that hold text where they hold no messages.
+TEXT_FIELDS = ("prompt", "chosen", "rejected", "completion")
+# Where the responses of each layout stand.
+RESPONSES: Mapping[RowKind, tuple[str, ...]] = {
+    "pair": ("chosen", "rejected"),
+    "group": ("responses",),
+    "label": ("completion",),
+}
 # Columns of our own readers: the line a row began on, and why it could not be read.
 LINE_COLUMN = "fastdpo_line"
 PROBLEM_COLUMN = "fastdpo_problem"

@@ -1,6 +1,5 @@
 """A run's data: the rows of both splits, wherever they are, as tokenised groups."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from ..errors import DataError
 from .columns import row_kind
 from .groups import Group, check_agreement, count_comparisons, make_groups
 from .load import load_rows
+from .readers import stored, stored_types
 from .tokenize import tokenize_dataset
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,6 @@ def _groups(
         raw,
         tokenizer,
         max_length=config.max_length,
-        truncation_mode=config.truncation_mode,
         num_proc=config.dataset_num_proc,
         skip_bad_rows=config.skip_bad_rows,
         max_comparisons_per_group=config.max_comparisons_per_group,
@@ -95,9 +94,7 @@ def _groups(
 
 
 def _in_memory(rows: Rows, name: str) -> datasets.Dataset:
-    """Rows as a data set with the union of their columns; what is not text alone is kept as JSON,
-    so that rows need not agree in their types.
-    """
+    """Rows as a data set with the union of their columns."""
     if isinstance(rows, datasets.Dataset):
         return rows
     if isinstance(rows, str | Mapping) or not isinstance(rows, Sequence):
@@ -110,20 +107,16 @@ def _in_memory(rows: Rows, name: str) -> datasets.Dataset:
     if not columns:
         raise DataError(f"{name}: has no rows")
     row_kind(columns, name)
-    text = {c for c in columns if all(isinstance(row.get(c), str | None) for row in rows)}
-    values = {
-        # A text in a JSON column is quoted here, else "42" would come back as a number.
-        c: [row.get(c) if c in text else _as_json(row, c, name, n) for n, row in enumerate(rows, 1)]
-        for c in columns
-    }
-    features = {c: datasets.Value("string") if c in text else datasets.Json() for c in columns}
-    return datasets.Dataset.from_dict(values, features=datasets.Features(features))
+    is_text = {c: all(isinstance(row.get(c), str | None) for row in rows) for c in columns}
+    encoded = [
+        {c: _stored(row.get(c), is_text[c], f"{name}, row {number}: {c}") for c in columns}
+        for number, row in enumerate(rows, 1)
+    ]
+    return datasets.Dataset.from_list(encoded, features=datasets.Features(stored_types(is_text)))
 
 
-def _as_json(row: Mapping[str, Any], column: str, name: str, number: int) -> str:
+def _stored(value: Any, is_text: bool, where: str) -> Any:
     try:
-        return json.dumps(row.get(column))
+        return stored(value, is_text)
     except (TypeError, ValueError, RecursionError) as error:
-        raise DataError(
-            f"{name}, row {number}: {column}: expected plain values ({error})"
-        ) from None
+        raise DataError(f"{where}: expected plain values ({error})") from None

@@ -8,7 +8,7 @@ row's responses, so a token merged across the boundary belongs to the completion
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -28,7 +28,7 @@ from .notes import (
 )
 from .readers import row_label
 from .rows import Row, limit_comparisons, parse_row
-from .template import Renderer
+from .template import Rendered, Renderer
 
 Ids: TypeAlias = list[int]
 
@@ -56,16 +56,7 @@ FEATURES = datasets.Features(
     }
 )
 _NOTHING: dict[str, Any] = {
-    "prompt_ids": [],
-    "response_ids": [],
-    "winners": [],
-    "losers": [],
-    "weights": [],
-    "labels": [],
-    "outcome": KEPT,
-    "reason": None,
-    "line": None,
-    "notes": [],
+    name: [] if isinstance(feature, datasets.List) else None for name, feature in FEATURES.items()
 }
 
 
@@ -81,16 +72,12 @@ def common_prefix_length(prompt: Ids, full: Ids) -> int:
 class Encoder:
     """A function from batches of raw rows to columns of `FEATURES`, a row for each.
 
+    The attributes are arguments of `tokenize_dataset`, and what it found of the data set:
+
     Attributes:
-        tokenizer: any transformers tokenizer.
         kind: the rows' layout.
         num_rows: rows of the whole data set, to name a row by its line.
-        source: what the rows came from, in a user's words.
-        max_length: tokens of a prompt and a response together, or None.
-        vocab_size: rows of the model's embedding, or None where it is not known.
-        max_comparisons: at most so many comparisons a group, or None.
-        seed: of the choice among a group's comparisons.
-        skip_bad_rows: note a bad row in `reason` instead of raising.
+        max_comparisons: `max_comparisons_per_group`.
         watched: columns that are not read, but may hold a part of the prompt.
         repeated: whether texts begin with their prompt, see `fastdpo.data.prompts`.
     """
@@ -111,42 +98,26 @@ class Encoder:
         self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]
     ) -> dict[str, list[Any]]:
         columns = {name: batch[name] for name in batch}
-        lines = columns.pop(LINE_COLUMN, [None] * len(indices))
-        problems = columns.pop(PROBLEM_COLUMN, [None] * len(indices))
         raws = [
-            {name: values[position] for name, values in columns.items()}
-            for position in range(len(indices))
+            dict(zip(columns, values, strict=True))
+            for values in zip(*columns.values(), strict=True)
         ]
-        labels = [
-            functools.partial(row_label, self.source, index, self.num_rows, line)
-            for index, line in zip(indices, lines, strict=True)
-        ]
-        rows: list[Row | BadRow] = [
-            BadRow(problem) if problem else self._parse(raw, label)
-            for raw, problem, label in zip(raws, problems, labels, strict=True)
-        ]
+        rows = [self._render(raw, index) for raw, index in zip(raws, indices, strict=True)]
+        tokens = iter(self._tokenize([row for row in rows if isinstance(row, Rendered)]))
         outputs = []
-        for position, (row, tokens) in enumerate(zip(rows, self._tokenize(rows), strict=True)):
-            output = self._finish(row, tokens)
-            output["line"] = lines[position]
+        for raw, index, row in zip(raws, indices, rows, strict=True):
+            if isinstance(row, Rendered):
+                output = self._judge(row, next(tokens))
+            else:
+                output = {"outcome": BAD, "reason": str(row)}
+            output = _NOTHING | output | {"line": raw.get(LINE_COLUMN)}
             if output["outcome"] in (BAD, IDENTICAL) and not self.skip_bad_rows:
-                raise DataError(f"{labels[position]()}: {output['reason']}")
+                raise DataError(f"{self._label(raw, index)}: {output['reason']}")
             outputs.append(output)
         return {name: [output[name] for output in outputs] for name in FEATURES}
 
-    def _parse(self, raw: Mapping[str, Any], label: Callable[[], str]) -> Row | BadRow:
-        try:
-            row = parse_row(raw, self.kind, self._roles, repeated=self.repeated)
-        except BadRow as problem:
-            return problem
-        unread = unread_columns(raw, self.watched, row.prompt, row.responses)
-        if not unread:
-            return row
-        asked = "prompt" in raw and EMPTY_PROMPT not in row.notes
-        if wrong := [name for name in unread if not asked or speaks_of_system(name)]:
-            # Not a row that could be skipped: the data set is laid out in another way.
-            raise DataError(f"{label()}: {', '.join(wrong)}: {_UNREAD}")
-        return replace(row, notes=row.notes | {UNREAD_COLUMN})
+    def _label(self, raw: Mapping[str, Any], index: int) -> str:
+        return row_label(self.source, index, self.num_rows, raw.get(LINE_COLUMN))
 
     @functools.cached_property
     def _roles(self) -> frozenset[str]:
@@ -156,83 +127,76 @@ class Encoder:
     def _renderer(self) -> Renderer:
         return Renderer(self.tokenizer, self.source)
 
-    def _tokenize(self, rows: list[Row | BadRow]) -> list[tuple[list[Ids], set[str]] | BadRow]:
-        """For every row the ids of its prompt and of prompt and response, for each response; and
-        what there is to note of it.
-        """
-        texts: dict[bool, list[str]] = {False: [], True: []}
-        places: list[tuple[bool, slice, set[str]] | tuple[list[Ids], set[str]] | BadRow] = []
-        for row in rows:
-            if isinstance(row, BadRow):
-                places.append(row)
-                continue
-            try:
-                rendered, notes = self._renderer.render(row)
-            except BadRow as problem:
-                places.append(problem)
-                continue
-            if row.conversational and not self._renderer.to_text:
-                places.append((rendered, notes))
-                continue
-            waiting = texts[row.conversational]
-            span = slice(len(waiting), len(waiting) + len(rendered))
-            places.append((row.conversational, span, notes))
-            waiting += rendered
-        ids = {
-            conversational: self._ids(waiting, add_special_tokens=not conversational)
-            for conversational, waiting in texts.items()
-        }
+    def _render(self, raw: Mapping[str, Any], index: int) -> Rendered | BadRow:
+        if problem := raw.get(PROBLEM_COLUMN):
+            return BadRow(problem)
+        try:
+            row = parse_row(raw, self.kind, self._roles, repeated=self.repeated)
+            if unread := unread_columns(raw, self.watched, row.prompt, row.responses):
+                asked = "prompt" in raw and EMPTY_PROMPT not in row.notes
+                if wrong := [name for name in unread if not asked or speaks_of_system(name)]:
+                    # Not a row that could be skipped: the data set is laid out in another way.
+                    label = self._label(raw, index)
+                    raise DataError(f"{label}: {', '.join(wrong)}: {_UNREAD}")
+                row = replace(row, notes=row.notes | {UNREAD_COLUMN})
+            return self._renderer.render(row)
+        except BadRow as problem:
+            return problem
+
+    def _tokenize(self, rendered: list[Rendered]) -> list[list[Ids]]:
+        """For every row the ids of its prompt, and of prompt and response for each response."""
+        ids: dict[tuple[bool, str], Ids] = {}
+        for conversational in (False, True):
+            # Rows of one prompt stand together in most files: more than half of the texts repeat.
+            texts: dict[str, None] = {}
+            for one in rendered:
+                if one.row.conversational is conversational:
+                    texts |= dict.fromkeys(text for text in one.texts if isinstance(text, str))
+            if texts:
+                tokenised = self.tokenizer(
+                    list(texts),
+                    add_special_tokens=not conversational,
+                    return_attention_mask=False,
+                    return_token_type_ids=False,
+                    verbose=False,
+                )["input_ids"]
+                ids |= zip(((conversational, text) for text in texts), tokenised, strict=True)
         return [
-            (ids[p[0]][p[1]], p[2]) if isinstance(p, tuple) and len(p) == 3 else p for p in places
+            [ids[one.row.conversational, t] if isinstance(t, str) else t for t in one.texts]
+            for one in rendered
         ]
 
-    def _ids(self, texts: list[str], *, add_special_tokens: bool) -> list[Ids]:
-        if not texts:
-            return []
-        # Rows of one prompt stand together in most files: more than half of the texts repeat.
-        distinct = {text: place for place, text in enumerate(dict.fromkeys(texts))}
-        tokenised = self.tokenizer(
-            list(distinct),
-            add_special_tokens=add_special_tokens,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-        return [tokenised[distinct[text]] for text in texts]
-
-    def _finish(
-        self, row: Row | BadRow, tokens: tuple[list[Ids], set[str]] | BadRow
-    ) -> dict[str, Any]:
-        if isinstance(row, BadRow) or isinstance(tokens, BadRow):
-            return _NOTHING | {"outcome": BAD, "reason": str(tokens)}
-        (prompt, *sequences), notes = tokens
+    def _judge(self, rendered: Rendered, tokens: list[Ids]) -> dict[str, Any]:
+        """What becomes of a row, and its tokens where it is kept."""
+        row, (prompt, *sequences) = rendered.row, tokens
         start = min(common_prefix_length(prompt, full) for full in sequences)
         comparisons = limit_comparisons(row, self.max_comparisons, self.seed)
         if self.max_length is not None and start >= self.max_length:
-            return _NOTHING | {"outcome": PROMPT_TOO_LONG}
+            return {"outcome": PROMPT_TOO_LONG}
         if row.label is None and not comparisons:
-            return _NOTHING | {"outcome": NO_COMPARISON}
+            return {"outcome": NO_COMPARISON}
         if reason := self._unusable(row, sequences, start):
-            return _NOTHING | {"outcome": BAD, "reason": reason}
+            return {"outcome": BAD, "reason": reason}
         for winner, loser, _ in comparisons:
             if sequences[winner] == sequences[loser]:
-                return _NOTHING | {"outcome": IDENTICAL, "reason": _identical(row, winner, loser)}
+                return {"outcome": IDENTICAL, "reason": _identical(row, winner, loser)}
         cut = [full[: self.max_length] for full in sequences]
         bos = self.tokenizer.bos_token_id
-        found = {
+        noted = {
             BOUNDARY_MOVED: start < len(prompt),
             DOUBLE_BOS: bos is not None and any(full[:2] == [bos, bos] for full in sequences),
             TRUNCATED: cut != sequences,
             IDENTICAL_AFTER_TRUNCATION: any(cut[w] == cut[loser] for w, loser, _ in comparisons),
         }
-        return _NOTHING | {
+        return {
+            "outcome": KEPT,
             "prompt_ids": prompt[:start],
             "response_ids": [full[start:] for full in cut],
             "winners": [winner for winner, _, _ in comparisons],
             "losers": [loser for _, loser, _ in comparisons],
             "weights": [weight for _, _, weight in comparisons],
             "labels": [] if row.label is None else [row.label],
-            "notes": sorted(notes | {note for note, holds in found.items() if holds}),
+            "notes": sorted(rendered.notes | {note for note, holds in noted.items() if holds}),
         }
 
     def _unusable(self, row: Row, sequences: list[Ids], start: int) -> str | None:
@@ -253,8 +217,9 @@ def _identical(row: Row, winner: int, loser: int) -> str:
     """Why two responses have the same tokens: they say the same, or differ in what is dropped."""
     names = f"{row.names[winner]} and {row.names[loser]}"
     one, other = row.responses[winner], row.responses[loser]
+    identical = f"{names}: are identical; expected two different responses"
     if isinstance(one, str) or isinstance(other, str):
-        return f"{names}: are identical; expected two different responses"
+        return identical
     for position, (a, b) in enumerate(zip(one, other, strict=False)):
         a, b = plain_message(a), plain_message(b)
         if keys := sorted(key for key in {*a, *b} if a.get(key) != b.get(key)):
@@ -262,4 +227,4 @@ def _identical(row: Row, winner: int, loser: int) -> str:
                 f"{names}: differ in [{position}].{keys[0]}, but the chat template drops the part "
                 "in which they differ; expected a template that renders it"
             )
-    return f"{names}: are identical; expected two different responses"
+    return identical

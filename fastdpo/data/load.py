@@ -18,7 +18,7 @@ from typing import Any
 import datasets
 
 from ..errors import DataError
-from .columns import PROBLEM_COLUMN, row_kind
+from .columns import PROBLEM_COLUMN, TEXT_FIELDS, row_kind
 from .readers import may_fail_fast, read_rows
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,6 @@ _KINDS = {
     ".csv": "csv",
     ".arrow": "arrow",
 }
-_TEXT_FIELDS = ("prompt", "chosen", "rejected", "completion")
 
 
 def load_rows(
@@ -61,7 +60,11 @@ def load_rows(
     try:
         with explain_disk(name):
             if path.is_file():
-                rows = _load_files(_file_kind(path), {"train": [path]}, split, skip_bad_rows, name)
+                kind = _KINDS.get(_suffix(path))
+                if kind is None:
+                    kinds = ", ".join(_KINDS)
+                    raise DataError(f"{path}: unknown kind of file; expected one of {kinds}")
+                rows = _load_files(kind, {"train": [path]}, split, skip_bad_rows, name)
             elif path.is_dir():
                 rows = _load_directory(path, split, config_name, skip_bad_rows)
             elif looks_local(name):
@@ -87,7 +90,7 @@ def explain_disk(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except (EOFError, gzip.BadGzipFile):
+    except gzip.BadGzipFile:
         raise
     except (OSError, datasets.exceptions.DatasetGenerationError) as raised:
         error = raised if isinstance(raised, OSError) else raised.__cause__
@@ -106,15 +109,9 @@ def _suffix(path: Path) -> str:
 
 
 def looks_local(name: str) -> bool:
+    """Whether a data set of this name lies on a disk if anywhere, and not on the hub."""
     starts = name.startswith((".", "/", "~"))
     return starts or name.count("/") > 1 or _suffix(Path(name)) in _KINDS
-
-
-def _file_kind(path: Path) -> str:
-    kind = _KINDS.get(_suffix(path))
-    if kind is None:
-        raise DataError(f"{path}: unknown kind of file; expected one of {', '.join(_KINDS)}")
-    return kind
 
 
 def _not_found(path: Path) -> str:
@@ -155,23 +152,23 @@ def _load_files(
     wanted = [part.partition("[")[0].strip() for part in split.split("+")]
     if not set(wanted) <= set(files):
         raise DataError(_no_split(where, split, list(files)))
-    chosen = {base: list(files[base]) for base in wanted}
-    paths = [path for listed in chosen.values() for path in listed]
+    selected = {base: files[base] for base in wanted}
+    paths = [path for listed in selected.values() for path in listed]
     for path in paths:
         if path.stat().st_size == 0:
             raise DataError(f"{path}: is empty; expected at least one row")
     if kind in ("parquet", "arrow"):
-        return _attempt(where, _read_fast, kind, chosen, split)
-    if kind == "json" and not any(may_fail_fast(path) for path in paths):
+        return _attempt(where, _read_fast, kind, selected, split)
+    if kind == "json" and not any(map(may_fail_fast, paths)):
         # Whatever makes the fast reader fail, the slow one names it or does not mind.
         with contextlib.suppress(Exception), _quiet():
-            rows = _read_fast(kind, chosen, split)
+            rows = _read_fast(kind, selected, split)
             if not _mangles_text(rows.features):
                 return rows
-        logger.info("%s: rows differ in their types or cannot be read; reading line by line", where)
+        logger.debug("%s: rows differ in type or cannot be read: reading line by line", where)
     read = {
         base: read_rows(listed, kind, skip_bad_rows=skip_bad_rows)
-        for base, listed in chosen.items()
+        for base, listed in selected.items()
     }
     return _take(read, split, where)
 
@@ -194,7 +191,7 @@ def _mangles_text(features: Mapping[str, Any]) -> bool:
 
     responses = features.get("responses")
     inner = responses.feature if isinstance(responses, datasets.List) else responses
-    return untyped(inner) or any(untyped(features.get(name)) for name in _TEXT_FIELDS)
+    return untyped(inner) or any(untyped(features.get(name)) for name in TEXT_FIELDS)
 
 
 def _load_hub(
@@ -231,9 +228,9 @@ def _attempt(where: str, read: Any, *arguments: Any) -> Any:
     try:
         with _quiet():
             return read(*arguments)
-    except (OSError, MemoryError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise DataError(f"{where}: {error}") from error
+    except FileNotFoundError as error:
+        raise DataError(f"{where}: {error}") from error
+    except (OSError, MemoryError):
         raise
     except Exception as error:
         cause = error.__cause__ or error

@@ -46,6 +46,11 @@ RESERVED_TEMPLATE_KWARGS = frozenset(
 class BadRow(ValueError):
     """A row that cannot be trained on: the field and what was expected of it."""
 
+    @classmethod
+    def expected(cls, what: str, field: str, value: Any) -> "BadRow":
+        """A field that holds something else than `what`."""
+        return cls(f"{field}: expected {what}, found {describe(value)}")
+
 
 def describe(value: Any) -> str:
     """What a value is, in a user's words."""
@@ -121,68 +126,67 @@ def check_text(value: Any, field: str, roles: Collection[str]) -> Text:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise BadRow(f"{field}: expected text or a list of messages, found {describe(value)}")
+        raise BadRow.expected("text or a list of messages", field, value)
     if not value:
-        raise BadRow(f"{field}: expected at least one message, found an empty list")
-    return [
-        _check_message(message, f"{field}[{position}]", roles)
-        for position, message in enumerate(value)
-    ]
+        raise BadRow.expected("at least one message", field, value)
+    return [_check_message(message, f"{field}[{i}]", roles) for i, message in enumerate(value)]
 
 
 def _check_message(message: Any, field: str, roles: Collection[str]) -> dict[str, Any]:
     role = message.get("role") if isinstance(message, Mapping) else None
     if role is None:
-        expected = "expected a message with role and content"
-        hint = ""
+        problem = BadRow.expected("a message with role and content", field, message)
         if isinstance(message, Mapping) and "from" in message:
-            hint = "; ShareGPT's from and value are not read"
-        raise BadRow(f"{field}: {expected}, found {describe(message)}{hint}")
+            raise BadRow(f"{problem}; ShareGPT's from and value are not read")
+        raise problem
     if not isinstance(role, str) or role not in roles:
         known = ", ".join(sorted(ROLES))
         raise BadRow(f"{field}.role: unknown role {role!r}; expected one of {known}")
     content = message.get("content")
-    is_result = role in RESULT_ROLES
-    if isinstance(content, list) and not (is_result and not _all_text(content)):
+    if _has_parts(message):
         content = _check_parts(content, f"{field}.content")
         message = {**message, "content": content or None}
     _check_calls(message, field)
     if not content and content != "" and not any(message.get(name) for name in CALLS):
         raise BadRow(f"{field}.content: missing; expected text")
     # A tool's result may be an object: what a template makes of it is the template's business.
-    allowed = (str, list, Mapping) if is_result else (str, list)
+    allowed = (str, list, Mapping) if role in RESULT_ROLES else (str, list)
     if content is not None and not isinstance(content, allowed):
-        raise BadRow(f"{field}.content: expected text, found {describe(content)}")
+        raise BadRow.expected("text", f"{field}.content", content)
     return dict(message)
 
 
 def _check_calls(message: Mapping[str, Any], field: str) -> None:
     calls, call = message.get("tool_calls"), message.get("function_call")
     if calls is not None and not isinstance(calls, list):
-        raise BadRow(f"{field}.tool_calls: expected a list of calls, found {describe(calls)}")
+        raise BadRow.expected("a list of calls", f"{field}.tool_calls", calls)
     listed = [(f"{field}.tool_calls[{i}]", item) for i, item in enumerate(calls or ())]
     for where, item in listed + ([] if call is None else [(f"{field}.function_call", call)]):
         function = item.get("function") or item if isinstance(item, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise BadRow(f"{where}: expected a call with a function's name, found {describe(item)}")
+            raise BadRow.expected("a call with a function's name", where, item)
+
+
+def says_something(text: Text, fields: Collection[str] = ("content",)) -> bool:
+    """Whether there is more than white space in a text, or in one of these fields of messages."""
+    if isinstance(text, str):
+        return bool(text.strip())
+    return any(str(message.get(name) or "").strip() for message in text for name in fields)
 
 
 def plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message as it is compared with others: without nulls, its parts joined to text."""
     present = {key: value for key, value in message.items() if value is not None}
     content = present.get("content")
-    if isinstance(content, list) and _all_text(content):
+    if isinstance(content, list) and all(map(is_text_part, content)):
         present["content"] = "".join(part["text"] for part in content)
     return present
 
 
-def _all_text(content: list[Any]) -> bool:
-    return all(isinstance(part, Mapping) and is_text_part(part) for part in content)
-
-
-def is_text_part(part: Mapping[str, Any]) -> bool:
+def is_text_part(part: Any) -> bool:
     """Whether a part of a message's content is text, as in `{"type": "text", "text": "Hi"}`."""
-    return part.get("type") in ("text", None) and isinstance(part.get("text"), str)
+    is_text = isinstance(part, Mapping) and part.get("type") in ("text", None)
+    return is_text and isinstance(part.get("text"), str)
 
 
 def _check_parts(parts: list[Any], field: str) -> list[dict[str, Any]]:
@@ -195,20 +199,22 @@ def _check_parts(parts: list[Any], field: str) -> list[dict[str, Any]]:
             raise BadRow(f"{where}: is a part of type {kind}; only text can be trained on")
         known = isinstance(kind, str) and kind != "text"
         if not isinstance(part, Mapping) or not (known or is_text_part(part)):
-            expected = 'a part such as {"type": "text", "text": "Hi"}'
-            raise BadRow(f"{where}: expected {expected}, found {describe(part)}")
+            raise BadRow.expected('a part such as {"type": "text", "text": "Hi"}', where, part)
         checked.append({key: value for key, value in part.items() if value is not None})
     return checked
 
 
+def _has_parts(message: Mapping[str, Any]) -> bool:
+    """Whether a message's content is a list of parts, and not a tool's result of its own."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return False
+    return message["role"] not in RESULT_ROLES or all(map(is_text_part, content))
+
+
 def content_parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The parts of a message's content; none where it is text, or a tool's result of its own."""
-    content = message.get("content")
-    if not isinstance(content, list) or (
-        message["role"] in RESULT_ROLES and not _all_text(content)
-    ):
-        return []
-    return content
+    return message["content"] if _has_parts(message) else []
 
 
 def join_parts(message: dict[str, Any], field: str) -> dict[str, Any]:
@@ -235,7 +241,7 @@ def parse_tools(value: Any) -> list[Any] | None:
     """
     tools = _from_json(value, "tools")
     if tools is not None and not isinstance(tools, list):
-        raise BadRow(f"tools: expected a list of tool definitions, found {describe(tools)}")
+        raise BadRow.expected("a list of tool definitions", "tools", tools)
     return tools
 
 
@@ -249,7 +255,7 @@ def parse_template_kwargs(value: Any) -> dict[str, Any]:
     if kwargs is None:
         return {}
     if not isinstance(kwargs, Mapping):
-        raise BadRow(f"chat_template_kwargs: expected an object, found {describe(kwargs)}")
+        raise BadRow.expected("an object", "chat_template_kwargs", kwargs)
     if reserved := sorted(RESERVED_TEMPLATE_KWARGS & set(kwargs)):
         raise BadRow(
             f"chat_template_kwargs: {', '.join(reserved)} cannot be set by a row; "

@@ -10,6 +10,7 @@ DOUBLE_BOS = "double_bos"
 DOUBLE_EOS = "double_eos"
 EMPTY_PROMPT = "empty_prompt"
 EMPTY_RESPONSE = "empty_response"
+# Two compared responses differ only in what was cut off: the row has no gradient.
 IDENTICAL_AFTER_TRUNCATION = "identical_after_truncation"
 NOT_THE_ASSISTANT = "not_the_assistant"
 PROMPT_AS_MESSAGE = "prompt_as_message"

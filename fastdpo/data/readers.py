@@ -17,20 +17,26 @@ import io
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
 
 import datasets
 
 from ..errors import DataError
-from .columns import FIELDS, LINE_COLUMN, PROBLEM_COLUMN, may_hold_prompt, row_kind
+from .columns import (
+    FIELDS,
+    LINE_COLUMN,
+    PROBLEM_COLUMN,
+    TEXT_FIELDS,
+    may_hold_prompt,
+    row_kind,
+)
 from .messages import describe
 
 # A line's number (0: the file has no lines to speak of) and its row, or why it could not be read.
 Numbered: TypeAlias = tuple[int, dict[str, Any] | str]
 
-_TEXT_FIELDS = frozenset({"prompt", "chosen", "rejected", "completion"})
 _CHUNK = 1 << 24
 _UTF_16 = "the text is UTF-16; expected UTF-8"
 # How nesting ends; in a text, it only means that the slow reader reads the file.
@@ -109,9 +115,7 @@ def read_rows(paths: Sequence[Path], kind: str, *, skip_bad_rows: bool) -> datas
     implicit = "prompt" not in only_text
     kept = [name for name in others if may_hold_prompt(name) or (implicit and only_text[name])]
     fields = tuple((name, only_text[name]) for name in (*FIELDS, *kept) if name in only_text)
-    features: dict[str, Any] = {
-        name: datasets.Value("string") if text else datasets.Json() for name, text in fields
-    }
+    features = stored_types(dict(fields))
     features |= {LINE_COLUMN: datasets.Value("int64"), PROBLEM_COLUMN: datasets.Value("string")}
     # Size and time of change make a changed file a different data set to the cache.
     stamps = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
@@ -129,12 +133,23 @@ def _generate(
         for line, row in _iterate(Path(name), kind):
             problem = row if isinstance(row, str) else None
             values = row if isinstance(row, dict) else {}
-            encoded = {
-                # A text in a JSON column is quoted here, else "42" would come back as a number.
-                name: values.get(name) if is_text else json.dumps(values.get(name))
-                for name, is_text in fields
-            }
+            encoded = {name: stored(values.get(name), is_text) for name, is_text in fields}
             yield encoded | {LINE_COLUMN: line, PROBLEM_COLUMN: problem}
+
+
+def stored_types(only_text: Mapping[str, bool]) -> dict[str, Any]:
+    """The types of columns: text where they hold nothing else, and JSON, so that rows need not
+    agree in their types.
+    """
+    return {
+        name: datasets.Value("string") if is_text else datasets.Json()
+        for name, is_text in only_text.items()
+    }
+
+
+def stored(value: Any, is_text: bool) -> Any:
+    """A value for such a column: in JSON a text is quoted, or "42" would come back as a number."""
+    return value if is_text else json.dumps(value)
 
 
 def _iterate(path: Path, kind: str) -> Iterator[Numbered]:
@@ -149,19 +164,11 @@ def _iterate_jsonl(path: Path) -> Iterator[Numbered]:
     with open_binary(path) as file:
         for line, raw in enumerate(file, 1):
             if raw.strip():
-                yield line, _decode_line(raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw)
-
-
-def _decode_line(raw: bytes) -> dict[str, Any] | str:
-    try:
-        value = json.loads(raw.decode())
-    except UnicodeDecodeError as error:
-        return _invalid_utf8(error)
-    except json.JSONDecodeError as error:
-        return f"invalid JSON at column {error.colno}: {error.msg}"
-    except (ValueError, RecursionError) as error:  # a number of 5000 digits, lists in 1000 lists
-        return f"JSON that is too large: {error}"
-    return _check_object(value)
+                raw = raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw
+                try:
+                    yield line, _check_object(_decode_json(raw))
+                except _NoJson as problem:
+                    yield line, str(problem)
 
 
 def _iterate_list(path: Path) -> Iterator[Numbered]:
@@ -169,17 +176,35 @@ def _iterate_list(path: Path) -> Iterator[Numbered]:
     with open_binary(path) as file:
         raw = file.read().removeprefix(codecs.BOM_UTF8)
     try:
-        items = json.loads(raw.decode())
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, line {line}: {_invalid_utf8(error)}") from None
-    except json.JSONDecodeError as error:
-        where = f"{path}, line {error.lineno}"
-        raise DataError(f"{where}: invalid JSON at column {error.colno}: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: JSON that is too large: {error}") from None
+        items = _decode_json(raw)
+    except _NoJson as problem:
+        line = f", line {problem.line}" if problem.line else ""
+        raise DataError(f"{path}{line}: {problem}") from None
     for item in items:
         yield 0, _check_object(item)
+
+
+class _NoJson(ValueError):
+    """Bytes that cannot be read as JSON: why, and in which of their lines, where that is known."""
+
+    def __init__(self, problem: str, line: int | None = None) -> None:
+        super().__init__(problem)
+        self.line = line
+
+
+def _decode_json(raw: bytes) -> Any:
+    try:
+        return json.loads(raw.decode())
+    except UnicodeDecodeError as error:
+        problem = f"invalid UTF-8: byte 0x{raw[error.start]:02x}"
+        if error.start == 0 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            problem = _UTF_16
+        raise _NoJson(problem, raw.count(b"\n", 0, error.start) + 1) from None
+    except json.JSONDecodeError as error:
+        problem = f"invalid JSON at column {error.colno}: {error.msg}"
+        raise _NoJson(problem, error.lineno) from None
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, lists in 1000 lists
+        raise _NoJson(f"JSON that is too large: {error}") from None
 
 
 def _check_object(value: Any) -> dict[str, Any] | str:
@@ -231,7 +256,7 @@ def _decode_cells(header: Sequence[str], cells: Sequence[str]) -> dict[str, Any]
             cell.encode()
         except UnicodeEncodeError:
             return f"{name}: invalid UTF-8"
-        if name in _TEXT_FIELDS or name not in FIELDS:
+        if name in TEXT_FIELDS or name not in FIELDS:
             row[name] = cell
         else:
             try:
@@ -239,9 +264,3 @@ def _decode_cells(header: Sequence[str], cells: Sequence[str]) -> dict[str, Any]
             except (ValueError, RecursionError) as error:
                 return f"{name}: expected JSON, found text that is none: {error}"
     return row
-
-
-def _invalid_utf8(error: UnicodeDecodeError) -> str:
-    if error.start == 0 and error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return _UTF_16
-    return f"invalid UTF-8: byte 0x{error.object[error.start]:02x}"

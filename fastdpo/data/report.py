@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
@@ -30,21 +30,7 @@ class TokenizeReport:
         dropped_no_comparison: groups whose scores are all equal or that state no comparison.
         skipped: rows that cannot be trained on, those with identical responses among them.
         identical_pairs: skipped rows that compare two identical responses.
-        truncated: rows with a response cut to `max_length`.
-        identical_after_truncation: rows kept although two compared responses differ only in what
-            was cut off; they have no gradient.
-        empty_prompt: rows whose prompt says nothing.
-        empty_response: rows with a response that is nothing but its end.
-        boundary_moved: rows whose tokenised prompt is not how the full sequence begins.
-        prompt_repeated: rows whose responses begin with the prompt, which was taken once.
-        prompt_twice: rows whose texts begin with the prompt, which was left there twice.
-        prompt_as_message: rows whose prompt is text and was read as a user's message.
-        unread_column: rows with text in a column that may belong to the prompt and is not read.
-        not_the_assistant: rows with a response that begins or ends with another's message.
-        tools_ignored: rows of whose tools nothing is rendered.
-        content_dropped: rows of which the chat template drops or rewrites a part.
-        double_bos: rows whose tokens begin with BOS twice.
-        double_eos: rows with a response that ends with EOS twice.
+        noted: rows of which there is something to say, by what that is (`fastdpo.data.notes`).
         reasons: the first few reasons for skipping, each with its row.
     """
 
@@ -55,20 +41,7 @@ class TokenizeReport:
     dropped_no_comparison: int = 0
     skipped: int = 0
     identical_pairs: int = 0
-    truncated: int = 0
-    identical_after_truncation: int = 0
-    empty_prompt: int = 0
-    empty_response: int = 0
-    boundary_moved: int = 0
-    prompt_repeated: int = 0
-    prompt_twice: int = 0
-    prompt_as_message: int = 0
-    unread_column: int = 0
-    not_the_assistant: int = 0
-    tools_ignored: int = 0
-    content_dropped: int = 0
-    double_bos: int = 0
-    double_eos: int = 0
+    noted: Counter[str] = field(default_factory=Counter)
     reasons: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -79,7 +52,7 @@ class TokenizeReport:
             "skipped as bad": self.skipped - self.identical_pairs,
             "skipped with identical responses": self.identical_pairs,
         }
-        counts |= {what: getattr(self, note) for note, what in COUNTED.items()}
+        counts |= {what: self.noted[note] for note, what in COUNTED.items()}
         notes = "".join(f"; {count} {what}" for what, count in counts.items() if count)
         return f"{self.source}: {self.rows_out} of {self.rows_in} rows kept{notes}"
 
@@ -92,7 +65,7 @@ class TokenizeReport:
         for reason in self.reasons:
             logger.warning("skipped: %s", reason)
         for note, text in WARNINGS.items():
-            if count := getattr(self, note):
+            if count := self.noted[note]:
                 names = f" ({', '.join(watched)})" if note == UNREAD_COLUMN else ""
                 logger.warning(
                     "%s: in %d of %d rows %s%s", self.source, count, self.rows_in, text, names
@@ -108,7 +81,7 @@ def make_report(encoded: datasets.Dataset, source: str) -> TokenizeReport:
     for index in np.flatnonzero((outcome == BAD) | (outcome == IDENTICAL))[:_REASONS].tolist():
         label = row_label(source, index, len(outcome), table["line"][index].as_py())
         reasons.append(f"{label}: {table['reason'][index].as_py()}")
-    notes = Counter(note for chunk in table["notes"].chunks for note in chunk.flatten().to_pylist())
+    notes = (note for chunk in table["notes"].chunks for note in chunk.flatten().to_pylist())
     return TokenizeReport(
         source=source,
         rows_in=len(outcome),
@@ -117,6 +90,6 @@ def make_report(encoded: datasets.Dataset, source: str) -> TokenizeReport:
         dropped_no_comparison=int(counts[NO_COMPARISON]),
         skipped=int(counts[BAD] + counts[IDENTICAL]),
         identical_pairs=int(counts[IDENTICAL]),
+        noted=Counter(notes),
         reasons=tuple(reasons),
-        **notes,
     )

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 import xxhash
 
-from .columns import RowKind
+from .columns import RESPONSES, RowKind
 from .messages import (
     ROLES,
     BadRow,
@@ -28,6 +28,7 @@ from .messages import (
     describe,
     parse_template_kwargs,
     parse_tools,
+    says_something,
     written_messages,
 )
 from .notes import EMPTY_PROMPT, NOT_THE_ASSISTANT
@@ -84,21 +85,21 @@ def parse_row(
     Raises:
         BadRow: naming the field and what was expected.
     """
-    implicit = kind == "pair" and "prompt" not in row
-    prompt: Text = "" if implicit else check_text(_decode(row.get("prompt")), "prompt", roles)
-    responses = _parse_responses(row, kind, roles)
-    note = None
-    if implicit:
+    notes = set()
+    if kind == "pair" and "prompt" not in row:
+        responses = _check_texts(_responses(row, kind), roles)
         prompt, *rest = split_implicit(*responses.values())
         responses = dict(zip(responses, rest, strict=True))
     else:
+        prompt = _check_texts({"prompt": row.get("prompt")}, roles)["prompt"]
+        responses = _check_texts(_responses(row, kind), roles)
         prompt, responses, note = split_explicit(prompt, responses, repeated=repeated)
+        notes |= {note} if note else set()
     for name, response in responses.items():
         _check_response(name, response, prompt)
-    notes = {note} if note else set()
     if any(map(_leaves_the_assistant, responses.values())):
         notes.add(NOT_THE_ASSISTANT)
-    if not _says_something(prompt):
+    if not says_something(prompt):
         notes.add(EMPTY_PROMPT)
     comparisons: tuple[Comparison, ...] = ((0, 1, 1.0),) if kind == "pair" else ()
     return Row(
@@ -127,32 +128,24 @@ def limit_comparisons(row: Row, limit: int | None, seed: int) -> tuple[Compariso
     return tuple(row.comparisons[i] for i in sorted(choice.sample(range(count), limit)))
 
 
-def _decode(value: Any) -> Any:
-    messages = written_messages(value) if isinstance(value, str) else None
-    if isinstance(messages, str):
-        raise BadRow(f"prompt: {messages}")
-    return value if messages is None else messages
+def _responses(row: Mapping[str, Any], kind: RowKind) -> dict[str, Any]:
+    if kind != "group":
+        return {name: row.get(name) for name in RESPONSES[kind]}
+    listed = row.get("responses")
+    if not isinstance(listed, list) or not listed:
+        raise BadRow.expected("a list of texts or of lists of messages", "responses", listed)
+    return {f"responses[{position}]": item for position, item in enumerate(listed)}
 
 
-def _parse_responses(
-    row: Mapping[str, Any], kind: RowKind, roles: Collection[str]
-) -> dict[str, Text]:
-    if kind == "group":
-        value = row.get("responses")
-        if not isinstance(value, list) or not value:
-            raise BadRow(
-                "responses: expected a list of texts or of lists of messages, found "
-                + describe(value)
-            )
-        named = {f"responses[{position}]": item for position, item in enumerate(value)}
-    else:
-        fields = ("chosen", "rejected") if kind == "pair" else ("completion",)
-        named = {name: row.get(name) for name in fields}
+def _check_texts(named: dict[str, Any], roles: Collection[str]) -> dict[str, Text]:
+    """The texts or messages of some fields, by name; messages may be written as JSON.
+
+    One response among others may well be a text that shows messages; all of them are not.
+    """
     written = {
         name: written_messages(value) if isinstance(value, str) else None
         for name, value in named.items()
     }
-    # One response among others may well be a text that shows messages; all of them are not.
     if all(value is not None for value in written.values()):
         for name, value in written.items():
             if isinstance(value, str):
@@ -179,30 +172,20 @@ def _leaves_the_assistant(response: Text) -> bool:
     return "user" in ends or "system" in ends or "developer" in ends
 
 
-def _says_something(text: Text) -> bool:
-    if isinstance(text, str):
-        return bool(text.strip())
-    contents = [message.get("content") for message in text]
-    return any(c.strip() if isinstance(c, str) else c for c in contents)
-
-
 def _parse_preferences(row: Mapping[str, Any], count: int) -> tuple[Comparison, ...]:
     """The comparisons that a group states, or those that its scores imply: the higher one wins."""
     stated = row.get("comparisons")
     if stated is not None:
         if not isinstance(stated, list):
-            raise BadRow(
-                "comparisons: expected a list such as [[0, 1], [0, 2]], found " + describe(stated)
-            )
+            what = "a list such as [[0, 1], [0, 2]]"
+            raise BadRow.expected(what, "comparisons", stated)
         return tuple(_parse_comparison(item, i, count) for i, item in enumerate(stated))
     scores = row.get("scores")
     if not isinstance(scores, list) or len(scores) != count:
-        raise BadRow(
-            f"scores: expected a list of {count} numbers, one a response, found {describe(scores)}"
-        )
+        raise BadRow.expected(f"a list of {count} numbers, one a response", "scores", scores)
     for i, score in enumerate(scores):
-        if isinstance(score, bool) or not isinstance(score, int | float) or not _is_finite(score):
-            raise BadRow(f"scores[{i}]: expected a finite number, found {describe(score)}")
+        if not _is_number(score):
+            raise BadRow.expected("a finite number", f"scores[{i}]", score)
     indices = range(count)
     return tuple((i, j, 1.0) for i in indices for j in indices if scores[i] > scores[j])
 
@@ -214,19 +197,19 @@ def _parse_comparison(item: Any, position: int, count: int) -> Comparison:
     elif isinstance(item, list) and len(item) in (2, 3):
         parts = [*item, None][:3]
     else:
-        expected = "[winner, loser] or [winner, loser, weight]"
-        raise BadRow(f"{field}: expected {expected}, found {describe(item)}")
+        raise BadRow.expected("[winner, loser] or [winner, loser, weight]", field, item)
     winner, loser = (_response_index(part, field, count) for part in parts[:2])
     if winner == loser:
         raise BadRow(f"{field}: compares response {winner} with itself; expected two responses")
     weight = 1.0 if parts[2] is None else parts[2]
-    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not is_number or not _is_finite(weight) or weight < 0:
-        raise BadRow(f"{field}: expected a finite weight of at least 0, found {describe(weight)}")
+    if not _is_number(weight) or weight < 0:
+        raise BadRow.expected("a finite weight of at least 0", field, weight)
     return winner, loser, float(weight)
 
 
-def _is_finite(value: int | float) -> bool:
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
     try:
         return math.isfinite(value)
     except OverflowError:  # an integer that no float can hold
@@ -235,15 +218,12 @@ def _is_finite(value: int | float) -> bool:
 
 def _response_index(value: Any, field: str, count: int) -> int:
     # Arrow turns [0, 1, 0.5] into floats, so an index may arrive as 1.0.
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or value not in range(count):
-        raise BadRow(
-            f"{field}: expected indices of responses from 0 to {count - 1}, found {describe(value)}"
-        )
+    if not _is_number(value) or value not in range(count):
+        raise BadRow.expected(f"indices of responses from 0 to {count - 1}", field, value)
     return int(value)
 
 
 def _parse_label(value: Any) -> bool:
     if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
         return bool(value)
-    raise BadRow(f"label: expected true or false, found {describe(value)}")
+    raise BadRow.expected("true or false", "label", value)

@@ -16,12 +16,28 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ModelError
-from .messages import CALLS, RESULT_ROLES, BadRow, Text, content_parts, join_parts
+from .messages import CALLS, RESULT_ROLES, BadRow, content_parts, join_parts, says_something
 from .notes import CONTENT_DROPPED, DOUBLE_EOS, EMPTY_RESPONSE, TOOLS_IGNORED
 from .rows import Row
 
 _MARK = "fastdpo_probe_"
 _THINKING = ("reasoning_content", "reasoning", "thinking")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A row and what the tokenizer's chat template makes of it.
+
+    Attributes:
+        row: as it was checked.
+        texts: the prompt and, for each response, prompt and response: each a text or, of messages
+            and a tokenizer with its own way, ids.
+        notes: what there is to say of the row, of `fastdpo.data.notes`.
+    """
+
+    row: Row
+    texts: list[Any]
+    notes: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -42,10 +58,8 @@ class Renderer:
         method = type(self.tokenizer).apply_chat_template
         return method is PreTrainedTokenizerBase.apply_chat_template
 
-    def render(self, row: Row) -> tuple[list[Any], set[str]]:
-        """The prompt and, for each response, prompt and response; and what there is to note.
-
-        Each is a text or, of messages and a tokenizer with its own way, ids.
+    def render(self, row: Row) -> Rendered:
+        """The row's texts, and what there is to note of it.
 
         Raises:
             BadRow: the template cannot render the row, or leaves out what must not be missing.
@@ -53,12 +67,12 @@ class Renderer:
         """
         if isinstance(row.prompt, str):
             texts = [row.prompt, *(row.prompt + self._end(str(r)) for r in row.responses)]
-            ignored = {TOOLS_IGNORED} if row.tools else set()
+            shown, ignored = row, {TOOLS_IGNORED} if row.tools else set()
         else:
-            texts, row = self._render_messages(row)
-            self._check_calls(row, texts)
-            ignored = self._ignored(row, texts)
-        return texts, ignored | self._ends(row, texts) | row.notes
+            texts, shown = self._render_messages(row)
+            self._check_calls(shown, texts)
+            ignored = self._ignored(shown, texts)
+        return Rendered(row, texts, row.notes | ignored | self._ends(shown, texts))
 
     def _end(self, response: str) -> str:
         eos = self.tokenizer.eos_token
@@ -144,8 +158,10 @@ class Renderer:
     def _ends(self, row: Row, texts: list[Any]) -> set[str]:
         """Notes of responses that are nothing but their end, and of an end that is there twice."""
         eos, notes = self.tokenizer.eos_token, set()
-        if any(_is_empty(response, eos) for response in row.responses):
-            notes.add(EMPTY_RESPONSE)
+        for response in row.responses:
+            own = response.removesuffix(eos or "") if isinstance(response, str) else response
+            if not says_something(own, ("content", *CALLS, *_THINKING)):
+                notes.add(EMPTY_RESPONSE)
         for text in texts[1:] if eos else ():
             if isinstance(text, str):
                 rest = text.rstrip().removesuffix(eos)
@@ -223,10 +239,3 @@ def _holds(text: str, part: str) -> bool:
     """Whether a part is in a text, white space aside, which templates trim."""
     part = part.strip()
     return part in text or "".join(part.split()) in "".join(text.split())
-
-
-def _is_empty(response: Text, eos: str | None) -> bool:
-    if isinstance(response, str):
-        return not response.removesuffix(eos or "").strip()
-    keys = ("content", *CALLS, *_THINKING)
-    return not any(str(message.get(key) or "").strip() for message in response for key in keys)

@@ -22,10 +22,16 @@ from .columns import (
 )
 from .encode import FEATURES, KEPT, Encoder
 from .load import explain_disk
+from .notes import EMPTY_PROMPT
 from .prompts import repeats_prompt
 from .report import TokenizeReport, make_report
 
 COLUMNS = ("prompt_ids", "response_ids", "winners", "losers", "weights", "labels")
+"""Of a tokenised data set: `prompt_ids` (list of int32), `response_ids` (a list of int32 for each
+response: completion tokens only, cut to `max_length` with the prompt), `winners` and `losers`
+(lists of int32, indices into `response_ids`), `weights` (list of float32) and `labels` (one bool in
+a row of KTO data, else none).
+"""
 # To be raised whenever the same arguments give other tokens than before: it is part of every
 # cache key.
 _VERSION = 3
@@ -37,7 +43,6 @@ def tokenize_dataset(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int | None,
-    truncation_mode: str = "keep_start",
     num_proc: int | None = None,
     skip_bad_rows: bool = False,
     max_comparisons_per_group: int | None = None,
@@ -45,12 +50,7 @@ def tokenize_dataset(
     vocab_size: int | None = None,
     source: str = "dataset",
 ) -> tuple[datasets.Dataset, TokenizeReport]:
-    """Tokenise preference data as TRL 1.16 does, and cache the result.
-
-    The columns are `prompt_ids` (list of int32), `response_ids` (a list of int32 for each response:
-    completion tokens only, cut to `max_length` with the prompt), `winners` and `losers` (lists of
-    int32, indices into `response_ids`), `weights` (list of float32) and `labels` (one bool in a row
-    of KTO data, else none).
+    """Tokenise preference data as TRL 1.16 does, into `COLUMNS`, and cache the result.
 
     The cache is that of the `datasets` library, under a key made of the rows, of what the
     tokenizer does and of the arguments that change tokens. A data set in memory is not cached.
@@ -60,12 +60,11 @@ def tokenize_dataset(
         tokenizer: any transformers tokenizer, with a chat template where rows hold messages.
         max_length: tokens of a prompt and a response; None for no limit. Rows whose prompt alone
             reaches it are dropped, longer responses keep their start.
-        truncation_mode: only "keep_start".
         num_proc: processes to tokenise with.
         skip_bad_rows: drop and count rows that cannot be trained on instead of raising.
-        max_comparisons_per_group: of a group's comparisons, keep at most so many, chosen by `seed`
-            and by what the row says.
-        seed: of that choice.
+        max_comparisons_per_group: of a group's comparisons, keep at most so many, selected by
+            `seed` and by what the row says.
+        seed: of that selection.
         vocab_size: rows of the model's embedding, to refuse tokens outside it.
         source: what to call the data in messages; the path where it is a JSONL file, so that a row
             is named by its line.
@@ -75,7 +74,12 @@ def tokenize_dataset(
         ModelError: a tokenizer without the chat template or the eos_token that the rows need.
         ConfigError: a setting that cannot be honoured.
     """
-    _check_settings(max_length, truncation_mode, max_comparisons_per_group)
+    for name, limit, least in (
+        ("max_length", max_length, 2),
+        ("max_comparisons_per_group", max_comparisons_per_group, 1),
+    ):
+        if limit is not None and limit < least:
+            raise ConfigError(f"{name}: expected at least {least} or null, found {limit}")
     if len(dataset) == 0:
         raise DataError(f"{source}: has no rows")
     kind, others = row_kind(dataset.column_names, source), other_texts(dataset)
@@ -95,8 +99,25 @@ def tokenize_dataset(
         watched=watched,
         repeated=repeats_prompt(dataset, kind),
     )
-    with explain_disk(source):
-        encoded = dataset.with_format(None).map(
+    encoded = _encode(dataset, encoder, num_proc)
+    report = make_report(encoded, source)
+    if report.skipped and not skip_bad_rows:
+        raise DataError(report.reasons[0])
+    report.warn(watched)
+    if report.rows_out == 0:
+        hint = f" (max_length is {max_length})" if report.dropped_prompt_too_long else ""
+        raise DataError(f"{report}{hint}; expected at least one")
+    if report.noted[EMPTY_PROMPT] == report.rows_out and others:
+        raise DataError(
+            f"{source}: no row has a prompt, and the text of {', '.join(others)} is not read; "
+            "expected the prompt in a column named prompt, or at the start of chosen and rejected"
+        )
+    return _keep(encoded, num_proc), report
+
+
+def _encode(dataset: datasets.Dataset, encoder: Encoder, num_proc: int | None) -> datasets.Dataset:
+    with explain_disk(encoder.source):
+        return dataset.with_format(None).map(
             encoder,
             batched=True,
             batch_size=_BATCH_SIZE,
@@ -105,37 +126,7 @@ def tokenize_dataset(
             remove_columns=dataset.column_names,
             features=FEATURES,
             new_fingerprint=_cache_key(dataset, encoder),
-            desc=f"Tokenizing {source}",
-        )
-    report = make_report(encoded, source)
-    if report.skipped and not skip_bad_rows:
-        raise DataError(report.reasons[0])
-    report.warn(watched)
-    if report.rows_out == 0:
-        hint = f" (max_length is {max_length})" if report.dropped_prompt_too_long else ""
-        raise DataError(f"{report}{hint}; expected at least one")
-    if report.empty_prompt == report.rows_out and others:
-        raise DataError(
-            f"{source}: no row has a prompt, and the text of {', '.join(others)} is not read; "
-            "expected the prompt in a column named prompt, or at the start of chosen and rejected"
-        )
-    return _keep(encoded, num_proc), report
-
-
-def _check_settings(
-    max_length: int | None, truncation_mode: str, max_comparisons_per_group: int | None
-) -> None:
-    if truncation_mode != "keep_start":
-        raise ConfigError(
-            f"truncation_mode: {truncation_mode!r} cannot be honoured, expected 'keep_start': cut "
-            "at its start, a prompt differs from response to response and cannot be shared by them"
-        )
-    if max_length is not None and max_length < 2:
-        raise ConfigError(f"max_length: expected at least 2 or null, found {max_length}")
-    if max_comparisons_per_group is not None and max_comparisons_per_group < 1:
-        raise ConfigError(
-            "max_comparisons_per_group: expected at least 1 or null, "
-            f"found {max_comparisons_per_group}"
+            desc=f"Tokenizing {encoder.source}",
         )
 
 
@@ -183,5 +174,7 @@ def _keep(encoded: datasets.Dataset, num_proc: int | None) -> datasets.Dataset:
     kept = np.flatnonzero(outcome == KEPT)
     if len(kept) == len(outcome):
         return columns
-    chosen = columns.select(kept)
-    return chosen.flatten_indices(num_proc=num_proc, new_fingerprint=f"{encoded._fingerprint}-kept")
+    selected = columns.select(kept)
+    return selected.flatten_indices(
+        num_proc=num_proc, new_fingerprint=f"{encoded._fingerprint}-kept"
+    )
