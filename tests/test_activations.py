@@ -20,7 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastdpo.data.segments import Segments
 from fastdpo.errors import ConfigError, FastDPOError
-from fastdpo.model.activations import recompute_layers
+from fastdpo.model import offload
+from fastdpo.model.layers import layers_of, recompute_layers
 from fastdpo.model.layout import choose_layout
 from fastdpo.model.offload import LEAVING, Offloader, ScratchFile, SideStream
 from fastdpo.model.tiles import tile_layers
@@ -65,17 +66,15 @@ class Queue:
         return len(self.log) - 1
 
 
-def offload(model: Any, queue: Queue, every: int = 1) -> Offloader:
-    """Offload tiny inputs too."""
+@pytest.fixture(autouse=True)
+def tiny_inputs_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "MIN_BYTES", 1)
+
+
+def offloaded(model: Any, queue: Queue, every: int = 1) -> Offloader:
     recompute_layers(model, every=every, offload=queue)
     (offloader,) = {layer._gradient_checkpointing_func for layer in layers_of(model)}
-    offloader.min_bytes = 1
     return offloader
-
-
-def layers_of(model: Any) -> list[Any]:
-    decoder = getattr(model, "get_base_model", lambda: model)().base_model
-    return next(child for child in decoder.children() if isinstance(child, nn.ModuleList))
 
 
 COMBINATIONS: dict[str, Callable[[Any], Any]] = {
@@ -84,10 +83,10 @@ COMBINATIONS: dict[str, Callable[[Any], Any]] = {
     "the first": lambda model: recompute_layers(model, every=99),
     "tiles": lambda model: tile_layers(model, 4),
     "tiles, recomputed": lambda model: (tile_layers(model, 7), recompute_layers(model)),
-    "offloaded": lambda model: offload(model, Queue()),
+    "offloaded": lambda model: offloaded(model, Queue()),
     "every second offloaded, tiles": lambda model: (
         tile_layers(model, 4),
-        offload(model, Queue(), every=2),
+        offloaded(model, Queue(), every=2),
     ),
 }
 
@@ -252,7 +251,7 @@ def test_what_is_not_token_wise_is_left_alone() -> None:
 
 def test_inputs_come_back_one_layer_ahead() -> None:
     model, queue, row = prepared(), Queue(), pack(GROUPS, share=True)
-    offloader = offload(model, queue)
+    offloader = offloaded(model, queue)
     for number, layer in enumerate(layers_of(model)):
         layer.mlp.register_forward_pre_hook(lambda *_, n=number: queue.log.append(("layer", n)))
     logps = row_logps(model, row)
@@ -272,7 +271,7 @@ def test_inputs_come_back_one_layer_ahead() -> None:
 
 def test_host_buffers_serve_step_after_step() -> None:
     model, queue = prepared(), Queue()
-    offloader = offload(model, queue)
+    offloader = offloaded(model, queue)
     short, long = (pack(GROUPS[:n], share=True) for n in (1, 3))
     for row in (short, long, short, long):
         row_logps(model, row).sum().backward()
@@ -284,7 +283,7 @@ def test_host_buffers_serve_step_after_step() -> None:
 def test_a_backward_may_come_twice_or_never() -> None:
     model, queue, row = prepared(), Queue(), pack(GROUPS, share=True)
     expected = gradients(model, row_logps(model, row))
-    offloader = offload(model, queue)
+    offloader = offloaded(model, queue)
     logps = row_logps(model, row)
     weights = torch.linspace(-1, 2, len(logps), dtype=logps.dtype)
     (logps * weights).sum().backward(retain_graph=True)
@@ -312,8 +311,6 @@ def test_inputs_are_freed_once_they_have_left(tmp_path) -> None:
     for layer in layers_of(model):
         layer.register_forward_pre_hook(lambda _, args: alive.append(weakref.ref(args[0])))
     recompute_layers(model, offload=ScratchFile(tmp_path))
-    for layer in layers_of(model):
-        layer._gradient_checkpointing_func.min_bytes = 1
     logps = row_logps(model, row)
     assert len(alive) == LAYERS and sum(ref() is not None for ref in alive) <= LEAVING
     logps.sum().backward()
@@ -354,13 +351,13 @@ def test_offloading_on_a_gpu() -> None:
         assert plain - kept >= (12 - LEAVING - 1) * length * 512 * 2
 
 
-def test_only_what_is_worth_it_leaves_the_device() -> None:
+def test_only_what_is_worth_it_leaves_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     model, queue, row = prepared(), Queue(), pack(GROUPS, share=True)
-    offloader = offload(model, queue)
+    offloaded(model, queue)
     with torch.no_grad():
         row_logps(model, row)
     row_logps(model.eval(), row).sum().backward()
-    offloader.min_bytes = len(row.ids) * 32 * 8 + 1
+    monkeypatch.setattr(offload, "MIN_BYTES", len(row.ids) * 32 * 8 + 1)
     row_logps(model.train(), row).sum().backward()
     assert not queue.log
 
@@ -401,7 +398,6 @@ def test_inputs_in_a_file_take_no_memory(tmp_path) -> None:
 def test_a_run_with_inputs_in_a_file_is_the_plain_run(
     tiny_model, pairs_file, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(Offloader.__init__, "__defaults__", (1,))  # smaller than any of a test
     sent = []
     send = ScratchFile.send
     monkeypatch.setattr(ScratchFile, "send", lambda *args: sent.append(1) or send(*args))

@@ -7,8 +7,7 @@ from torch._dynamo.utils import counters
 from training import metrics, run
 
 from fastdpo.errors import ConfigError
-from fastdpo.model.activations import recompute_layers
-from fastdpo.model.compiled import compile_layers
+from fastdpo.model.layers import compile_layers, recompute_layers
 from fastdpo.model.layout import choose_layout
 
 

@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import AuxOutput, create_mask, flex_atten
 from fastdpo.data.segments import Segments
 from fastdpo.model import flex as module
 from fastdpo.model.attention import attention
+from fastdpo.model.backends import Call
 from fastdpo.model.flex import BLOCK, block_mask, flex
 
 LONG = random_groups([(150, [40, 300]), (129, [1, 127, 128]), (1, [260])])
@@ -69,11 +70,11 @@ def test_flex_is_attention(
     sizes = {"value_size": features.get("value_size", 8)}
     q, k, v = qkv(len(row.ids), 4, features.get("kv_heads", 2), **sizes)
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64, requires_grad=True)
-    chosen = sinks if features.get("sinks") else None
+    sinks_or_none = sinks if features.get("sinks") else None
     window, softcap = features.get("window"), features.get("softcap")
-    out = flex(q, k, v, Segments.build(row.bounds), 0.4, window, softcap, chosen)
-    expected = by_definition(q, k, v, row.seen(window), 0.4, softcap, chosen)
-    assert_same(out, expected, [q, k, v] + ([sinks] if chosen is not None else []))
+    call = Call(q, k, v, Segments.build(row.bounds), 0.4, window, softcap, sinks_or_none)
+    expected = by_definition(q, k, v, row.seen(window), 0.4, softcap, sinks_or_none)
+    assert_same(flex(call), expected, [q, k, v] + ([sinks] if features.get("sinks") else []))
 
 
 @pytest.mark.parametrize("window", [None, 1, 100, 128, 200, 5000])

@@ -24,9 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
-from ..errors import CheckpointError, FastDPOError
+from ..errors import CheckpointError, FastDPOError, one_line
 from ..files import are_inside, explain, flush, sync, temporary_directory
-from ..model.messages import one_line
 from ..model.save import save_weights
 from . import optimizer_state
 

@@ -27,7 +27,7 @@ from ..errors import ConfigError, FastDPOError
 from ..memory.auto import REASON, advice
 from ..memory.planner import Planner
 from ..memory.switches import SWITCHES, Demand
-from ..model.activations import recompute_layers
+from ..model.layers import recompute_layers
 from ..model.load import load_model_config
 from ..model.offload import transfer_of
 from ..model.tiles import tile_layers
