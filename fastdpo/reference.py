@@ -74,18 +74,15 @@ def _plain(value: Any) -> Any:
 
 
 class LogpStore:
-    """The log-probabilities of one reference model: digest of (prompt, response) → sum, and per
-    token where asked.
+    """The log-probabilities of one reference model: digest of (prompt, response) → sum.
 
     Shards are written atomically, so an interrupted run leaves whole ones, and the next run
     computes only the rest.
     """
 
-    def __init__(self, directory: Path, *, per_token: bool = False) -> None:
+    def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.per_token = per_token
-        self._sums: dict[bytes, float] = {}
-        self._tokens: dict[bytes, np.ndarray] = {}
+        self._logps: dict[bytes, float] = {}
         self._shards: set[Path] = set()
         self.refresh()
 
@@ -119,47 +116,31 @@ class LogpStore:
     def _read(self, shard: Path) -> None:
         try:
             data = load_file(shard)
-            digests, sums = data["digests"], data["logps"]
+            digests, logps = data["digests"], data["logps"]
         except (SafetensorError, KeyError, OSError) as error:
             logger.warning("%s: unreadable (%s), its values are computed again", shard, error)
             return
-        keys = [d.tobytes() for d in digests]
-        if "token_logps" in data:
-            ends = data["ends"]
-            parts = np.split(data["token_logps"], ends[:-1])
-            self._tokens.update(zip(keys, parts, strict=True))
-        elif self.per_token:
-            return
-        self._sums.update(zip(keys, sums.tolist(), strict=True))
+        self._logps.update(zip((d.tobytes() for d in digests), logps.tolist(), strict=True))
 
     def __contains__(self, digest: bytes) -> bool:
-        return digest in (self._tokens if self.per_token else self._sums)
+        return digest in self._logps
 
     def __len__(self) -> int:
-        return len(self._tokens if self.per_token else self._sums)
+        return len(self._logps)
 
     def logp(self, digest: bytes) -> float:
         """Log-probability of the response, nats. KeyError if unknown."""
-        return self._sums[digest]
+        return self._logps[digest]
 
-    def token_logps(self, digest: bytes) -> np.ndarray:
-        """Log-probability of each scored token (n,), fp32, nats. KeyError if unknown."""
-        return self._tokens[digest]
-
-    def add(self, digests: Sequence[bytes], token_logps: Sequence[np.ndarray]) -> None:
-        """Keep the values of these responses, in memory and as one new shard on disk."""
+    def add(self, digests: Sequence[bytes], logps: Sequence[float]) -> None:
+        """Keep the log-probabilities of these responses, in memory and as one new shard on disk."""
         if not digests:
             return
-        sums = np.array([t.astype(np.float64).sum() for t in token_logps])
         data = {
             "digests": np.frombuffer(b"".join(digests), np.uint8).reshape(len(digests), 16),
-            "logps": sums,
+            "logps": np.array(logps, np.float64),
         }
-        if self.per_token:
-            data["token_logps"] = np.concatenate(token_logps)
-            data["ends"] = np.cumsum([len(t) for t in token_logps])
-            self._tokens.update(zip(digests, token_logps, strict=True))
-        self._sums.update(zip(digests, sums.tolist(), strict=True))
+        self._logps.update(zip(digests, logps, strict=True))
         shard = self.directory / f"{uuid.uuid4().hex}.safetensors"
         with files.atomic_file(shard) as path:
             save_file(data, path)
@@ -180,17 +161,15 @@ class ReferenceReport:
 
 def fill_reference(
     groups: Sequence[Group],
-    scorer: Scorer | Callable[[], Scorer],
+    scorer: Scorer,
     store: LogpStore,
     *,
     max_tokens: int,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
 ) -> ReferenceReport:
     """Set `ref_logps` of every group, from the store where they are known, computing and keeping
-    the others.
-
-    A `scorer` that is a function is called only if something has to be computed. Processes that
-    fill the same store do so one after the other, each taking over what is there.
+    the others. Processes that fill the same store do so one after the other, each taking over what
+    is there.
     """
     digests = [[g.digest(r) for r in range(len(g.responses))] for g in groups]
     wanted = _distinct(digests)
@@ -198,17 +177,16 @@ def fill_reference(
     if missing:
         with store.filling():
             missing = [digest for digest in wanted if digest not in store]
-            if missing:
-                model = scorer if isinstance(scorer, Scorer) else scorer()
-                windows = reference_rows(
-                    groups,
-                    list(wanted.values()),
-                    max_tokens=max_tokens,
-                    layout=model.layout.name,
-                    missing={wanted[digest] for digest in missing},
-                )
-                rows = [row for window in windows for row in window]
-                _compute(groups, digests, rows, model, store, progress)
+            windows = reference_rows(
+                groups,
+                list(wanted.values()),
+                max_tokens=max_tokens,
+                layout=scorer.layout.name,
+                missing={wanted[digest] for digest in missing},
+            )
+            rows = [row for window in windows for row in window]
+            if rows:
+                _compute(groups, digests, rows, scorer, store, progress)
     for group, keys in zip(groups, digests, strict=True):
         group.ref_logps = np.array([store.logp(d) for d in keys])
     return ReferenceReport(len(wanted) - len(missing), len(missing), store.directory)
@@ -224,15 +202,14 @@ def _distinct(digests: Sequence[Sequence[bytes]]) -> dict[bytes, tuple[int, int]
 
 
 def _compute(groups, digests, rows: list[Row], scorer: Scorer, store, progress) -> None:
-    layout = scorer.layout.name
     names: list[bytes] = []
-    values: list[np.ndarray] = []
+    values: list[float] = []
     written = time.monotonic()
     for row in progress(rows, len(rows)) if progress else rows:
-        batch = make_batch(groups, row, layout)
-        logps = scorer.token_logps(batch.to(scorer.device)).float().cpu().numpy()
+        batch = make_batch(groups, row, scorer.layout.name)
+        logps = scorer.token_logps(batch.to(scorer.device)).double().cpu().numpy()
         count = np.bincount(batch.response_ids.numpy(), minlength=len(batch.response_lengths))
-        values += np.split(logps, np.cumsum(count)[:-1])
+        values += [float(part.sum()) for part in np.split(logps, np.cumsum(count)[:-1])]
         names += [digests[part.group][r] for part in row for r in part.responses]
         if time.monotonic() - written > _SECONDS_BETWEEN_WRITES:
             store.add(names, values)

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import TrainConfig
 from ..errors import ModelError, one_line
-from .frozen import frozen_state, probe_tokens
+from .frozen import compare, frozen_state, probe_tokens
 from .place import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Place, find_model
 from .weights import check_adapter, read_header
 
@@ -149,9 +149,8 @@ def merge_adapter(model: PreTrainedModel, place: Place) -> PreTrainedModel:
     with catch_warnings(action="ignore"):
         merged: PreTrainedModel = adapted.merge_and_unload()
     after = _logits(merged)
-    tolerance = 0.5 * torch.finfo(after.dtype).eps ** 0.5 * before.abs().max().item()
-    same = (before - after).abs().max().item() <= tolerance
-    if not same or _is_tied(merged) != tied:
+    difference, tolerance = compare(after, before, after.dtype)
+    if not difference <= tolerance or _is_tied(merged) != tied:
         why = "its head is the embedding too, and the adapter changes one of them" if tied else ""
         raise ModelError(
             f"{place.adapter}: cannot be merged into {place.name} ({why or 'the numbers differ'}); "
