@@ -14,7 +14,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,11 +82,12 @@ class LogpStore:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._logps: dict[bytes, float] = {}
+        self.logps: dict[bytes, float] = {}
+        """Log-probability of every response that is known, nats, by its digest."""
         self._shards: set[Path] = set()
-        self.refresh()
+        self._refresh()
 
-    def refresh(self) -> None:
+    def _refresh(self) -> None:
         """Read what other processes have added."""
         for shard in sorted(set(self.directory.glob("*.safetensors")) - self._shards):
             self._shards.add(shard)
@@ -103,14 +104,13 @@ class LogpStore:
             self.directory.mkdir(parents=True, exist_ok=True)
             if not os.access(self.directory, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, "not writable")
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(files.locked(self.directory))
-            except BlockingIOError:
-                logger.warning("%s: waiting for another process that fills it", self.directory)
-                stack.enter_context(files.locked(self.directory, wait=True))
+
+        def wait() -> None:
+            logger.warning("%s: waiting for another process that fills it", self.directory)
+
+        with files.locked(self.directory, wait):
             files.remove_leftovers(self.directory)
-            self.refresh()
+            self._refresh()
             yield
 
     def _read(self, shard: Path) -> None:
@@ -120,17 +120,7 @@ class LogpStore:
         except (SafetensorError, KeyError, OSError) as error:
             logger.warning("%s: unreadable (%s), its values are computed again", shard, error)
             return
-        self._logps.update(zip((d.tobytes() for d in digests), logps.tolist(), strict=True))
-
-    def __contains__(self, digest: bytes) -> bool:
-        return digest in self._logps
-
-    def __len__(self) -> int:
-        return len(self._logps)
-
-    def logp(self, digest: bytes) -> float:
-        """Log-probability of the response, nats. KeyError if unknown."""
-        return self._logps[digest]
+        self.logps.update(zip((d.tobytes() for d in digests), logps.tolist(), strict=True))
 
     def add(self, digests: Sequence[bytes], logps: Sequence[float]) -> None:
         """Keep the log-probabilities of these responses, in memory and as one new shard on disk."""
@@ -140,7 +130,7 @@ class LogpStore:
             "digests": np.frombuffer(b"".join(digests), np.uint8).reshape(len(digests), 16),
             "logps": np.array(logps, np.float64),
         }
-        self._logps.update(zip(digests, logps, strict=True))
+        self.logps.update(zip(digests, logps, strict=True))
         shard = self.directory / f"{uuid.uuid4().hex}.safetensors"
         with files.atomic_file(shard) as path:
             save_file(data, path)
@@ -173,10 +163,10 @@ def fill_reference(
     """
     digests = [[g.digest(r) for r in range(len(g.responses))] for g in groups]
     wanted = _distinct(digests)
-    missing = [digest for digest in wanted if digest not in store]
+    missing = wanted.keys() - store.logps.keys()
     if missing:
         with store.filling():
-            missing = [digest for digest in wanted if digest not in store]
+            missing = wanted.keys() - store.logps.keys()
             windows = reference_rows(
                 groups,
                 list(wanted.values()),
@@ -188,7 +178,7 @@ def fill_reference(
             if rows:
                 _compute(groups, digests, rows, scorer, store, progress)
     for group, keys in zip(groups, digests, strict=True):
-        group.ref_logps = np.array([store.logp(d) for d in keys])
+        group.ref_logps = np.array([store.logps[d] for d in keys])
     return ReferenceReport(len(wanted) - len(missing), len(missing), store.directory)
 
 

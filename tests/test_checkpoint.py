@@ -252,6 +252,6 @@ def test_a_lock_ends_with_its_process_though_a_child_lives_on(tmp_path):
     process.start()
     process.join()
     assert holding.is_set()
-    with files.locked(tmp_path) as held:
-        assert held
+    with files.locked(tmp_path):
+        pass
     ended.set()
