@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from training import metrics, run, settings, weights
+from training import assert_resumes, metrics, run, settings, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.trainer_providers import run_trl
@@ -107,7 +107,7 @@ def test_it_is_trained_on_as_trl_does(base, make, pairs_file, tmp_path, kind, pr
         theirs(model, pairs_file, precompute_ref_log_probs=precomputed),
     )
     model.save_pretrained(tmp_path / "trl", selected_adapters=["default"])
-    start, ours, trl = (weights(p, FILE) for p in (adapter, tmp_path / "out", tmp_path / "trl"))
+    start, ours, trl = (weights(p) for p in (adapter, tmp_path / "out", tmp_path / "trl"))
     assert ours.keys() == trl.keys() == start.keys()
     for name, tensor in ours.items():
         moved = (trl[name] - start[name]).norm()
@@ -159,23 +159,8 @@ def test_both_references_agree_and_the_output_loads(make, pairs_file, tmp_path, 
 
 @pytest.mark.parametrize("precomputed", [True, False], ids=["precomputed", "online"])
 def test_a_resumed_run_keeps_the_reference_of_the_start(go, tmp_path, precomputed):
-    common = {
-        "use_peft": True,
-        "precompute_ref_log_probs": precomputed,
-        "lora_dropout": 0.3,
-        "max_steps": 5,
-    }
-    go(tmp_path / "whole", **common)
-    go(tmp_path / "cut", **common, save_strategy="steps", save_steps=3)
-    shutil.rmtree(tmp_path / "cut" / "checkpoint-5")
-    for left in (FILE, "metrics.jsonl"):
-        (tmp_path / "cut" / left).unlink()
-    torch.manual_seed(99)
-    _, said = go(tmp_path / "cut", **common, resume_from_checkpoint=True)
-    assert any("resumed at step 3" in line for line in said)
-    whole, cut = weights(tmp_path / "whole", FILE), weights(tmp_path / "cut", FILE)
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    assert metrics(tmp_path / "whole")[-1]["loss"] == metrics(tmp_path / "cut")[-1]["loss"]
+    keys = {"use_peft": True, "precompute_ref_log_probs": precomputed, "lora_dropout": 0.3}
+    assert_resumes(go, tmp_path, 3, **keys, max_steps=5)
 
 
 def test_as_a_reference_it_is_what_peft_computes(base, adapter, pairs_file, tmp_path):
@@ -325,7 +310,7 @@ def test_one_of_the_hub_is_found_in_its_cache(base, adapter, pairs_file, tmp_pat
     (repository / "refs" / "main").write_text(commit)
     result, _ = run("some/adapter", pairs_file, tmp_path / "out", use_peft=True, max_steps=1)
     assert result["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert weights(tmp_path / "out", FILE).keys() == weights(adapter, FILE).keys()
+    assert weights(tmp_path / "out").keys() == weights(adapter).keys()
 
 
 def edit(path, **changes):
@@ -342,7 +327,7 @@ def cut(path, file=FILE):
 def change_weights(path, change):
     from safetensors.torch import save_file
 
-    save_file(change(weights(path, FILE)), path / FILE, metadata={"format": "pt"})
+    save_file(change(weights(path)), path / FILE, metadata={"format": "pt"})
 
 
 def point(path, file):

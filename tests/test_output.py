@@ -14,7 +14,7 @@ import pytest
 import torch
 import xxhash
 from fastdpo_kernels import LOSSES
-from training import metrics, run, settings, weights
+from training import assert_same_weights, metrics, run, settings
 from transformers import AutoModelForCausalLM
 
 from fastdpo import files
@@ -248,13 +248,12 @@ def test_a_finished_model_is_not_trained_anew_for_a_file_that_is_gone(go, tmp_pa
 
 
 @both
-def test_a_run_killed_before_its_last_save_is_finished_by_its_checkpoint(go, copy):
+def test_a_run_killed_before_its_last_save_is_finished_by_its_checkpoint(go, finished, copy):
     path, keys = copy
     file = "adapter_model.safetensors" if "use_peft" in keys else "model.safetensors"
-    expected = weights(path, file)
     (path / file).unlink()
     go(path, **keys, resume_from_checkpoint=True)
-    assert all(torch.equal(v, expected[k]) for k, v in weights(path, file).items())
+    assert_same_weights(path, finished[0])
     assert [row["step"] for row in metrics(path)] == [1, 2, 3, 4]
 
 
@@ -285,9 +284,7 @@ def test_an_older_checkpoint_goes_on_elsewhere(go, copy, tmp_path):
     other = tmp_path / "other"
     fails_untouched(go, other, ConfigError, message, resume_from_checkpoint=start, **keys)
     go(tmp_path / "new", resume_from_checkpoint=start, **keys)
-    file = "adapter_model.safetensors" if "use_peft" in keys else "model.safetensors"
-    whole, new = weights(path, file), weights(tmp_path / "new", file)
-    assert all(torch.equal(whole[name], new[name]) for name in whole)
+    assert_same_weights(path, tmp_path / "new")
 
 
 SCHEDULES = [
@@ -327,12 +324,11 @@ def test_what_the_optimizer_is_told_holds_from_the_next_step_on(go, copy, tmp_pa
     path, keys = copy
     checkpoint.remove(path / "checkpoint-4")
     start = str(path / "checkpoint-2")
-    file = "adapter_model.safetensors" if "use_peft" in keys else "model.safetensors"
     go(tmp_path / "same", **keys, resume_from_checkpoint=start)
     _, said = go(tmp_path / "other", **keys, resume_from_checkpoint=start, **{name: value})
     assert any(line.startswith("changed from step 3 on: " + name) for line in said)
-    same, other = weights(tmp_path / "same", file), weights(tmp_path / "other", file)
-    assert any(not torch.equal(same[tensor], other[tensor]) for tensor in same)
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path / "same", tmp_path / "other")
 
 
 OTHERS = {
@@ -546,7 +542,6 @@ def test_a_disk_that_refuses_at_any_moment(go, tmp_path, monkeypatch, code):
     """From some call on, all that change the disk fail: one line, and the run can be resumed."""
     keys = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
     go(tmp_path / "whole", **keys)
-    expected = weights(tmp_path / "whole")
     out, allowed, failures = tmp_path / "out", 0, 0
     places = ((os, "replace"), (os, "rename"), (os, "fsync"), (os, "unlink"), (os, "mkdir"))
     while True:
@@ -566,5 +561,5 @@ def test_a_disk_that_refuses_at_any_moment(go, tmp_path, monkeypatch, code):
         assert not saved or whole
         allowed += 7
     assert failures > 5
-    assert all(torch.equal(value, expected[name]) for name, value in weights(out).items())
+    assert_same_weights(out, tmp_path / "whole")
     assert json.loads((out / "trainer_state.json").read_text())["finished"]

@@ -2,11 +2,12 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 from fastdpo import TrainConfig, train
@@ -67,6 +68,30 @@ def metrics(output: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def weights(directory: Path, name: str = "model.safetensors") -> dict[str, Any]:
-    """The tensors of a saved model or adapter."""
-    return load_file(directory / name)
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a saved model, or of an adapter where there is no model."""
+    whole = directory / "model.safetensors"
+    return load_file(whole if whole.exists() else directory / "adapter_model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    """Equal tensors under equal names, bit for bit."""
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def assert_resumes(go: Callable[..., Any], folder: Path, step: int, **keys: Any) -> Path:
+    """A run that goes on from the checkpoint of `step` takes the steps of the run that was not
+    broken off, bit for bit; returns that checkpoint.
+    """
+    go(folder / "whole", **keys, save_strategy="steps", save_steps=step)
+    start = folder / "whole" / f"checkpoint-{step}"
+    torch.manual_seed(99)
+    _, said = go(folder / "rest", **keys, resume_from_checkpoint=str(start))
+    assert any(f"resumed at step {step}" in line for line in said)
+    assert_same_weights(folder / "whole", folder / "rest")
+    for a, b in zip(metrics(folder / "whole")[step:], metrics(folder / "rest"), strict=True):
+        for name in ("step", "loss", "grad_norm", "learning_rate"):
+            assert a[name] == b[name], name
+    return start
