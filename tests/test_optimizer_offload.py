@@ -14,8 +14,7 @@ from training import assert_resumes, metrics, run, weights
 
 from fastdpo.config import TrainConfig
 from fastdpo.errors import ConfigError, FastDPOError
-from fastdpo.training import run as run_module
-from fastdpo.training import update
+from fastdpo.training import setup, update
 from fastdpo.training.optimizer import optimizer_path
 
 cpu_offload = pytest.importorskip("torchao.optim.cpu_offload")
@@ -58,7 +57,7 @@ def go(tied_model, pairs_file, monkeypatch):
     monkeypatch.setattr(cpu_offload, "get_available_devices", lambda: ["cpu", "cuda"])
     monkeypatch.setattr(cpu_offload, "torch", FakeTorch())
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
-    monkeypatch.setattr(run_module, "optimizer_path", lambda config, device: "on the host")
+    monkeypatch.setattr(setup, "optimizer_path", lambda config, device: "on the host")
     return partial(run, tied_model, pairs_file)
 
 
