@@ -34,7 +34,8 @@ from .model.scorer import Scorer
 
 logger = logging.getLogger(__name__)
 
-_SECONDS_BETWEEN_WRITES = 20.0
+SECONDS_BETWEEN_WRITES = 20.0
+"""How much of an interrupted pass is computed again, at the most."""
 _FORMAT = "2"
 _NOT_IN_THE_NUMBERS = {
     *("_name_or_path", "name_or_path", "transformers_version", "use_cache"),
@@ -201,7 +202,7 @@ def _compute(groups, digests, rows: list[Row], scorer: Scorer, store, progress) 
         count = np.bincount(batch.response_ids.numpy(), minlength=len(batch.response_lengths))
         values += [float(part.sum()) for part in np.split(logps, np.cumsum(count)[:-1])]
         names += [digests[part.group][r] for part in row for r in part.responses]
-        if time.monotonic() - written > _SECONDS_BETWEEN_WRITES:
+        if time.monotonic() - written > SECONDS_BETWEEN_WRITES:
             store.add(names, values)
             names, values, written = [], [], time.monotonic()
     store.add(names, values)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import GROUPS, build, gradients, pack, random_groups, row_logps
+from families import GROUPS, build, gradients, pack, random_groups, relative_error, row_logps
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from training import metrics, run
@@ -112,12 +112,7 @@ def assert_same(model: Any, change: Callable[[Any], Any], row: Any) -> None:
     change(model)
     logps = row_logps(model, row)
     torch.testing.assert_close(logps, expected, rtol=0, atol=16 * FP32)
-    found = gradients(model, logps)
-    assert found.keys() == expected_gradients.keys()
-    total = torch.stack([g.norm() for g in expected_gradients.values()]).norm()
-    for name, gradient in expected_gradients.items():
-        error = (found[name] - gradient).norm() / (gradient.norm() + 1e-6 * total)
-        assert error < 16 * FP32, name
+    assert relative_error(gradients(model, logps), expected_gradients) < 16 * FP32
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -136,8 +131,8 @@ def test_other_architectures(family: str) -> None:
 
 def kept_bytes(model: Any, row: Any) -> int:
     """Bytes that one forward leaves on the device for the backward, weights aside."""
-    found = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    weights, sizes = set(found), Counter[int]()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes = Counter[int]()
 
     def pack_(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -211,8 +206,8 @@ def test_tiles_repeat_dropout_and_autocast() -> None:
         output = mlp(hidden)
     assert torch.equal(torch.get_rng_state(), after)
     assert output.dtype == torch.bfloat16 and torch.equal(output, expected)
-    for found, grad in zip(grads(output), expected_grads, strict=True):
-        torch.testing.assert_close(found, grad, rtol=1e-5, atol=1e-6)
+    for ours, expected_grad in zip(grads(output), expected_grads, strict=True):
+        torch.testing.assert_close(ours, expected_grad, rtol=1e-5, atol=1e-6)
     copied = copy.deepcopy(mlp)
     for weight in copied.parameters():
         nn.init.zeros_(weight)
@@ -345,8 +340,9 @@ def test_offloading_on_a_gpu() -> None:
     expected, plain = step()
     recompute_layers(model, offload=SideStream(torch.device("cuda")))
     for _ in range(3):
-        found, kept = step()
-        for ours, plainly in zip(found, expected, strict=True):  # flash kernels add with atomics
+        offloaded, kept = step()
+        for ours, plainly in zip(offloaded, expected, strict=True):
+            # Flash kernels add with atomics.
             assert (ours - plainly).float().norm() <= 1e-2 * plainly.float().norm()
         assert plain - kept >= (12 - LEAVING - 1) * length * 512 * 2
 

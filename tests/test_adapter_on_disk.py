@@ -169,15 +169,15 @@ def test_as_a_reference_it_is_what_peft_computes(base, adapter, pairs_file, tmp_
     merged.save_pretrained(tmp_path / "merged")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "merged")
     for peft in ({}, {"use_peft": True, "lora_r": 2, "lora_dropout": 0.0}):
-        found = []
+        losses = []
         for reference in (adapter, tmp_path / "merged"):
             for precomputed in (True, False):
-                out = tmp_path / f"{len(found)}{len(peft)}"
+                out = tmp_path / f"{len(losses)}{len(peft)}"
                 keys = {"precompute_ref_log_probs": precomputed, **SGD, **peft, "max_steps": 1}
                 run(base, pairs_file, out, ref_model_name_or_path=str(reference), **keys)
-                found.append(metrics(out)[0]["loss"])
-        assert found == pytest.approx([found[0]] * 4, abs=1e-5)
-        assert abs(found[0] - math.log(2)) > 1e-3
+                losses.append(metrics(out)[0]["loss"])
+        assert losses == pytest.approx([losses[0]] * 4, abs=1e-5)
+        assert abs(losses[0] - math.log(2)) > 1e-3
     both = {"use_peft": True, "ref_model_name_or_path": str(adapter), **SGD, "max_steps": 1}
     for precomputed in (True, False):
         out = tmp_path / f"both{precomputed}"

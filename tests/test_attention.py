@@ -12,7 +12,7 @@ import torch
 from families import GROUPS, pack, random_groups
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastdpo.data.segments import Segments, gather_keys
@@ -467,5 +467,5 @@ def test_a_batch_is_refused() -> None:
 def test_registered_without_a_mask() -> None:
     register()
     register()
-    assert AttentionInterface._global_mapping[NAME] is attention
-    assert NAME not in AttentionMaskInterface._global_mapping
+    assert ALL_ATTENTION_FUNCTIONS[NAME] is attention
+    assert NAME not in ALL_MASK_ATTENTION_FUNCTIONS

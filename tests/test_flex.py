@@ -49,15 +49,15 @@ def dense_flex(
 def visited(mask: Any, length: int) -> Tensor:
     """(S, S): whole blocks where they are full, the mask's own answer where they are partial."""
     exact = create_mask(mask.mask_mod, 1, 1, length, length, device="cpu")[0, 0]
-    found = torch.zeros(length, length, dtype=torch.bool)
+    seen = torch.zeros(length, length, dtype=torch.bool)
     lists = ((mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices))
     for whole, (counts, indices) in zip((False, True), lists, strict=True):
         for q, count in enumerate(counts[0, 0].tolist()):
             rows = slice(q * BLOCK, (q + 1) * BLOCK)
             for k in indices[0, 0, q, :count].tolist():
                 columns = slice(k * BLOCK, (k + 1) * BLOCK)
-                found[rows, columns] |= exact[rows, columns] | whole
-    return found
+                seen[rows, columns] |= exact[rows, columns] | whole
+    return seen
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "packed"])
@@ -65,7 +65,7 @@ def visited(mask: Any, length: int) -> Tensor:
 def test_flex_is_attention(
     features: dict[str, Any], share: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_kernel", lambda: dense_flex)
+    monkeypatch.setattr(module, "compiled", lambda: dense_flex)
     row = pack(GROUPS, share=share)
     sizes = {"value_size": features.get("value_size", 8)}
     q, k, v = qkv(len(row.ids), 4, features.get("kv_heads", 2), **sizes)

@@ -9,6 +9,8 @@ from fastdpo_kernels import LOSSES
 from training import metrics, run, weights
 
 from fastdpo.errors import ConfigError, FastDPOError
+from fastdpo.training import update
+from fastdpo.training.optimizer import make_optimizer
 from fastdpo.training.pending import Pending
 from fastdpo.training.update import InBackward
 
@@ -49,13 +51,16 @@ def test_it_changes_no_number(go, tmp_path, changes):
 
 
 def test_one_gradient_lives_at_a_time(go, tmp_path, monkeypatch):
-    alive, step_one = [], InBackward._step_one
+    alive = []
 
-    def watched(self, number, parameter):
-        alive.append(sum(p.grad is not None for p in self.parameters))
-        step_one(self, number, parameter)
+    def watched(model, config):
+        optimizer, parameters = make_optimizer(model, config), list(model.parameters())
+        optimizer.register_step_pre_hook(
+            lambda *_: alive.append(sum(p.grad is not None for p in parameters))
+        )
+        return optimizer
 
-    monkeypatch.setattr(InBackward, "_step_one", watched)
+    monkeypatch.setattr(update, "make_optimizer", watched)
     go(tmp_path / "ours", max_steps=2, **IN_BACKWARD)
     tensors = weights(tmp_path / "ours")
     assert alive == [1] * (2 * len(tensors)), "each weight once a step, the tied one too"
@@ -119,9 +124,9 @@ def test_a_loss_that_is_not_finite_leaves_the_weights(go, tmp_path, monkeypatch,
         FastDPOError, match="step 3: loss is nan; stopped with the weights of step 2"
     ):
         go(tmp_path / "out", **keys)
-    found = sorted(p.double().sum().item() for p in kept)
+    sums = sorted(p.double().sum().item() for p in kept)
     right = weights(tmp_path / "before" / "checkpoint-2").values()
-    assert found == pytest.approx(sorted(p.double().sum().item() for p in right), rel=1e-6)
+    assert sums == pytest.approx(sorted(p.double().sum().item() for p in right), rel=1e-6)
 
 
 @pytest.mark.parametrize("waits", [True, False])

@@ -22,7 +22,6 @@ from fastdpo.config import TrainConfig
 from fastdpo.errors import CheckpointError, ConfigError, FastDPOError
 from fastdpo.training import checkpoint
 from fastdpo.training.changes import COMPARED, FIXED, FOLLOWED
-from fastdpo.training.loop import Trainer
 
 LORA = {
     "use_peft": True,
@@ -470,25 +469,27 @@ def test_one_run_at_a_time(go, copy):
 
 
 @pytest.mark.parametrize("left", ["nothing", "another run"])
-@pytest.mark.parametrize("when", [1, 3, 4])
+@pytest.mark.parametrize("call", [1, 4, 5], ids=["first step", "third step", "last step"])
 def test_a_directory_that_is_replaced_belongs_to_another_run(
-    go, finished, tmp_path, monkeypatch, left, when
+    go, finished, tmp_path, monkeypatch, left, call
 ):
+    """The second call of the loss is the one that tells what the first step's is expected to be."""
     path, keys = finished
-    out, after_step = tmp_path / "out", Trainer._after_step
+    out, sigmoid, calls = tmp_path / "out", LOSSES["sigmoid"], []
     before: dict[str, str] = {}
 
-    def replacing(trainer):
-        if trainer.step == when:
+    def replacing(pairs, **options):
+        calls.append(pairs)
+        if len(calls) == call:
             out.rename(tmp_path / "moved")
             if left == "another run":
                 shutil.copytree(path, out)
                 before.update(content(out))
-        return after_step(trainer)
+        return sigmoid(pairs, **options)
 
-    monkeypatch.setattr(Trainer, "_after_step", replacing)
+    monkeypatch.setitem(LOSSES, "replacing", replacing)
     with pytest.raises(ConfigError, match="was moved, removed or replaced"):
-        go(out, **keys)
+        go(out, **keys, loss_type=["replacing"])
     assert (content(out) if out.exists() else {}) == before
 
 

@@ -67,7 +67,7 @@ def test_only_what_changes_the_numbers_misses(fill, tmp_path, tiny_model, pairs_
 
 
 def test_an_interrupted_pass_goes_on_where_it_stopped(fill, monkeypatch):
-    monkeypatch.setattr(reference, "_SECONDS_BETWEEN_WRITES", 0.0)
+    monkeypatch.setattr(reference, "SECONDS_BETWEEN_WRITES", 0.0)
     original, calls = Scorer.token_logps, []
 
     def interrupted(self, batch):

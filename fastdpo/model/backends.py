@@ -52,7 +52,7 @@ class Call:
 
 
 class Backend(NamedTuple):
-    """Which kernel computes attention, and why it was chosen."""
+    """Which kernel computes attention, and why."""
 
     name: str
     """One of the names above."""

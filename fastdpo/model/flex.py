@@ -23,7 +23,7 @@ BLOCK = 128
 
 
 @lru_cache(maxsize=1)
-def _kernel() -> Callable[..., Any]:
+def compiled() -> Callable[..., Any]:
     """FlexAttention as a fused kernel; row lengths become symbolic once they have changed."""
     return torch.compile(flex_attention)
 
@@ -38,7 +38,7 @@ def _capped(softcap: float) -> Callable[..., torch.Tensor]:
 
 def flex(call: Call) -> torch.Tensor:
     """FlexAttention, with all that a layer can ask for; (1, S, Hq, Dv)."""
-    out: Any = _kernel()(
+    out: Any = compiled()(
         call.query,
         call.key,
         call.value,
