@@ -349,7 +349,7 @@ TENSORS = [
     model(
         "not a number",
         change_weights(lambda t: t["lm_head.weight"][0].fill_(torch.nan)),
-        "model: its logits are not finite; a weight is infinite or no number",
+        "model: its logits are not finite; a weight is infinite or not a number",
     ),
     model("small vocabulary", _small, "pairs.jsonl, line 1: …vocabulary"),
 ]

@@ -109,7 +109,7 @@ def infinite_slope(loss, margins):
 @pytest.mark.parametrize("waits", [True, False])
 def test_a_loss_that_is_not_finite_leaves_the_weights(go, tmp_path, monkeypatch, waits):
     go(tmp_path / "before", max_steps=6, **ONE_ROW, save_strategy="steps", save_steps=2)
-    # The second call is the one that tells what the first loss has to be.
+    # The second call is the one that tells what the first loss is expected to be.
     breaks_at(4, lambda loss, margins: loss * math.nan, monkeypatch)
     kept, make = [], InBackward.__init__
 

@@ -411,7 +411,7 @@ def test_the_order_of_modules_is_no_change(go, copy, tmp_path):
 
 
 def test_every_key_is_sorted_by_what_a_resumed_run_does_with_it():
-    """A new key has to be put into one of the lists of train/changes.py, or into this one."""
+    """A new key has to be put into one of the lists of training/changes.py, or into this one."""
     free = [
         "trust_remote_code",
         "attn_implementation",

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -66,6 +67,13 @@ def metrics(output: Path) -> list[dict[str, float]]:
     """The lines of metrics.jsonl."""
     text = (output / "metrics.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+def assert_close_metrics(one: Path, other: Path) -> None:
+    """The same losses and norms of gradients step by step, but for rounding in fp32."""
+    for ours, theirs in zip(metrics(one), metrics(other), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:

@@ -155,7 +155,7 @@ def check_head(model: nn.Module, head: Head) -> None:
     if not theirs.isfinite().all():
         raise ModelError(
             f"{model.name_or_path or type(base).__name__}: its logits are not finite; a weight is "
-            "infinite or no number"
+            "infinite or not a number"
         )
     dtypes = (compute_dtype(model, head.weight.dtype), theirs.dtype)
     dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)

@@ -42,7 +42,7 @@ def lies_there(file: Path) -> bool:
 
 
 def check_file(file: Path) -> None:
-    """Raise ModelError unless it is a file that can be read and holds something of its own."""
+    """Raise ModelError for what is no file, cannot be read, is empty or points to Git LFS."""
     if file.is_symlink() and not file.exists():
         raise ModelError(f"{file}: is a link to {file.readlink()}, which is not there")
     if not file.exists():

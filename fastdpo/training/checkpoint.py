@@ -139,7 +139,9 @@ def restore(path: Path, state: Mapping[str, Any], optimizer: Optimizer) -> None:
         random.setstate((version, tuple(internal), gauss))
         _restore_rng(tensors)
     except Exception as error:  # as above
-        raise CheckpointError(f"{path}: its random state is none ({one_line(error)})") from error
+        raise CheckpointError(
+            f"{path}: its random state cannot be set ({one_line(error)})"
+        ) from error
 
 
 def find_checkpoint(output_dir: Path) -> Path | None:
