@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from training import assert_close_metrics, assert_resumes, metrics, run, settings, weights
+from training import assert_close_metrics, assert_resumes, fill, metrics, run, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.trainer_providers import run_trl
@@ -21,7 +21,6 @@ from fastdpo.memory.plan import plan
 from fastdpo.model.load import load_model, load_model_config, load_tokenizer
 from fastdpo.model.scorer import load_scorer
 from fastdpo.reference import model_fingerprint
-from fastdpo.training.run import precompute
 
 CPU = torch.device("cpu")
 FILE = "adapter_model.safetensors"
@@ -185,10 +184,8 @@ def test_on_a_base_in_4_bits(go, tmp_path):
 
 
 def test_the_reference_cache_tells_adapters_apart(still_model, make, adapter, pairs_file, tmp_path):
-    def fill(model, **changes):
-        keys = settings(model, pairs_file, tmp_path / "out", **changes)
-        report = precompute(TrainConfig.from_dict(keys))
-        return report["found"], report["computed"]
+    def cached(model, **changes):
+        return fill(model, pairs_file, tmp_path / "out", **changes)
 
     for model, keys in [
         (still_model, {}),
@@ -198,10 +195,10 @@ def test_the_reference_cache_tells_adapters_apart(still_model, make, adapter, pa
         (make(seed=2), {}),
         (make(lora_alpha=15), {"use_peft": True}),
     ]:
-        assert fill(model, **keys) == (0, 48)
-    assert fill(adapter, use_peft=True, lora_dropout=0.2, learning_rate=1.0) == (48, 0)
-    assert fill(make(), use_peft=True) == (48, 0)
-    assert fill(still_model, use_peft=True) == fill(still_model) == fill(adapter) == (48, 0)
+        assert cached(model, **keys) == (0, 48)
+    assert cached(adapter, use_peft=True, lora_dropout=0.2, learning_rate=1.0) == (48, 0)
+    assert cached(make(), use_peft=True) == (48, 0)
+    assert cached(still_model, use_peft=True) == cached(still_model) == cached(adapter) == (48, 0)
 
 
 class Backwards(set):

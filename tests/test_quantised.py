@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from families import build
-from training import assert_resumes, metrics, run, settings, weights
+from training import assert_resumes, fill, metrics, run, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdpo.config import TrainConfig
@@ -17,7 +17,6 @@ from fastdpo.model.head import check_head, effective_weight, find_head
 from fastdpo.model.load import load_model
 from fastdpo.model.quantised import count_weights
 from fastdpo.reference import weights_digest
-from fastdpo.training.run import precompute
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -155,16 +154,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(go, tmp_path):
 
 
 def test_the_reference_cache_tells_quantisations_apart(tied_model, pairs_file, tmp_path):
-    def fill(**changes):
-        keys = settings(tied_model, pairs_file, tmp_path / "out", use_peft=True, **changes)
-        report = precompute(TrainConfig.from_dict(keys))
-        return report["found"], report["computed"]
-
-    assert fill() == (0, 48)
-    assert fill(load_in_4bit=True) == (0, 48)
-    assert fill(load_in_4bit=True, lora_r=3) == (48, 0)
-    assert fill(load_in_4bit=True, bnb_4bit_quant_type="fp4") == (0, 48)
-    assert fill(load_in_4bit=True, use_bnb_nested_quant=True) == (0, 48)
+    cached = partial(fill, tied_model, pairs_file, tmp_path / "out", use_peft=True)
+    assert cached() == (0, 48)
+    assert cached(load_in_4bit=True) == (0, 48)
+    assert cached(load_in_4bit=True, lora_r=3) == (48, 0)
+    assert cached(load_in_4bit=True, bnb_4bit_quant_type="fp4") == (0, 48)
+    assert cached(load_in_4bit=True, use_bnb_nested_quant=True) == (0, 48)
     model, _ = four_bit(tied_model)
     before = weights_digest(model)
     layer = model.model.layers[1].mlp.up_proj

@@ -5,15 +5,15 @@ interruption.
 import json
 import logging
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from training import settings
+import training
 from transformers import AutoModelForCausalLM
 
 from fastdpo import reference
-from fastdpo.config import TrainConfig
 from fastdpo.data.batch import make_batch
 from fastdpo.data.groups import Group
 from fastdpo.data.packing import Part
@@ -22,21 +22,11 @@ from fastdpo.model.head import find_head
 from fastdpo.model.layout import choose_layout
 from fastdpo.model.scorer import Scorer
 from fastdpo.reference import LogpStore, OnlineReference, fill_reference
-from fastdpo.training.run import precompute
 
 
 @pytest.fixture
 def fill(tiny_model, pairs_file, tmp_path):
-    """Run `fastdpo precompute` with changes; returns (found, computed)."""
-
-    def run(**changes):
-        config = TrainConfig.from_dict(
-            settings(tiny_model, pairs_file, tmp_path / "out", **changes)
-        )
-        result = precompute(config)
-        return result["found"], result["computed"]
-
-    return run
+    return partial(training.fill, tiny_model, pairs_file, tmp_path / "out")
 
 
 def test_only_what_changes_the_numbers_misses(fill, tmp_path, tiny_model, pairs_file):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastdpo import TrainConfig, train
+from fastdpo.training.run import precompute
 
 
 def settings(model: Path, data: Path, output: Path, **changes: Any) -> dict[str, Any]:
@@ -41,6 +42,12 @@ def run(model: Path, data: Path, output: Path, **changes: Any) -> tuple[dict[str
     with heard() as said:
         result = train(TrainConfig.from_dict(settings(model, data, output, **changes)))
     return {**result.metrics, "output_dir": str(result.output_dir)}, said
+
+
+def fill(model: Path, data: Path, output: Path, **changes: Any) -> tuple[int, int]:
+    """Run `fastdpo precompute`; how many log-probabilities were found, and how many computed."""
+    report = precompute(TrainConfig.from_dict(settings(model, data, output, **changes)))
+    return report["found"], report["computed"]
 
 
 @contextmanager
