@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from fastdpo_kernels import LOSSES
-from training import metrics, run, weights
+from training import assert_same_run, metrics, run, weights
 
 from fastdpo.errors import ConfigError, FastDPOError
 from fastdpo.training import update
@@ -21,14 +21,6 @@ IN_BACKWARD = {**ONE_ROW, "optimizer_in_backward": True}
 @pytest.fixture
 def go(tied_model, pairs_file):
     return partial(run, tied_model, pairs_file)
-
-
-def assert_same(ours, theirs, skipped=0):
-    a, b = weights(ours), weights(theirs)
-    assert all(torch.equal(a[name], b[name]) for name in b)
-    for x, y in zip(metrics(ours), metrics(theirs)[skipped:], strict=True):
-        for name in ("loss", "grad_norm", "learning_rate", "rewards/margins"):
-            assert x[name] == y[name], name
 
 
 @pytest.mark.parametrize(
@@ -47,7 +39,8 @@ def test_it_changes_no_number(go, tmp_path, changes):
     common = {"weight_decay": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 2, **changes}
     go(tmp_path / "plain", **common, **ONE_ROW)
     go(tmp_path / "ours", **common, **IN_BACKWARD)
-    assert_same(tmp_path / "ours", tmp_path / "plain")
+    assert_same_run(tmp_path / "ours", tmp_path / "plain")
+    assert len(metrics(tmp_path / "ours")) == len(metrics(tmp_path / "plain"))
 
 
 def test_one_gradient_lives_at_a_time(go, tmp_path, monkeypatch):
@@ -71,7 +64,8 @@ def test_it_resumes_what_another_run_began(go, tmp_path):
     go(tmp_path / "plain", **common, **ONE_ROW, save_strategy="steps", save_steps=3)
     path = str(tmp_path / "plain" / "checkpoint-3")
     go(tmp_path / "ours", **common, **IN_BACKWARD, resume_from_checkpoint=path)
-    assert_same(tmp_path / "ours", tmp_path / "plain", skipped=3)
+    assert_same_run(tmp_path / "ours", tmp_path / "plain")
+    assert [row["step"] for row in metrics(tmp_path / "ours")] == [4, 5]
 
 
 def test_steps_of_several_rows_are_refused_with_the_numbers(go, tmp_path):
