@@ -208,9 +208,9 @@ def content(file: Path) -> Any:
 
 def values(store: Path) -> dict[bytes, float]:
     """Every value of a reference cache; one that cannot be read is none."""
-    known = LogpStore(store)
-    assert not np.isnan(list(known._sums.values())).any()
-    return known._sums
+    logps = LogpStore(store).logps
+    assert not np.isnan(list(logps.values())).any()
+    return logps
 
 
 def _untimed(values: dict[str, Any]) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def _run(values: dict[str, Any], folder: Path, kill: Kill) -> None:
 
     torch.set_num_threads(1)
     datasets.config.HF_DATASETS_CACHE = Path(values["output_dir"]).parent / "datasets"
-    reference._SECONDS_BETWEEN_WRITES = 0.0
+    reference.SECONDS_BETWEEN_WRITES = 0.0
     watch = Watch(folder, kill)
     for place, name, phase in (
         (references, "fill_reference", "reference"),

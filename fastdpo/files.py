@@ -4,10 +4,11 @@ with the process that holds them, however it ends.
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,36 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def read_json(file: Path) -> Any:
+    """What a JSON file holds; None where it cannot be read or is none."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def names_below(folder: Path) -> list[str]:
+    """The files below a directory, named from there."""
+    return sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
+
+
+def move(names: Iterable[str], source: Path, target: Path) -> None:
+    """Move files of one directory into another in this order, each in place of its namesake."""
+    for name in names:
+        (target / name).parent.mkdir(exist_ok=True)
+        os.replace(source / name, target / name)
+
+
+def remove(names: Iterable[str], folder: Path) -> None:
+    """Remove files of a directory in this order, and the directories in it that are empty then."""
+    for name in names:
+        file = folder / name
+        file.unlink(missing_ok=True)
+        if file.parent != folder:
+            with suppress(OSError):  # not empty
+                file.parent.rmdir()
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes left half written in `folder`; nobody may be writing there."""
     for path in folder.glob(f"{_TEMPORARY}*"):
@@ -113,26 +144,28 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path, wait: bool = False) -> Iterator[bool]:
+def locked(folder: Path, wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold the lock of a directory; no file is needed for it, and a killed process leaves none,
-    even if processes that it has forked live on.
+    even if processes that it has forked live on. Some network file systems have no locks.
 
-    Yields whether the lock is held: some network file systems have none.
+    Where another process holds it, `wait` is called before it is waited for.
 
     Raises:
-        BlockingIOError: another process holds it, and `wait` is false.
+        BlockingIOError: another process holds it, and there is no `wait`.
     """
     handle = os.open(folder, os.O_RDONLY)
     _LOCKS.add(handle)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            held = True
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise
+            if wait is None:
+                raise
+            wait()
+            fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError:
-            held = False
-        yield held
+            pass
+        yield
     finally:
         if handle in _LOCKS:
             _LOCKS.discard(handle)
@@ -158,9 +191,8 @@ def are_inside(names: Any) -> bool:
 
 def flush(folder: Path) -> None:
     """Bring every file of a directory to the disk."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            sync(file)
+    for name in names_below(folder):
+        sync(folder / name)
 
 
 def sync(path: Path) -> None:

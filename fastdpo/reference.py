@@ -14,7 +14,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ from .model.scorer import Scorer
 
 logger = logging.getLogger(__name__)
 
-_SECONDS_BETWEEN_WRITES = 20.0
+SECONDS_BETWEEN_WRITES = 20.0
+"""How much of an interrupted pass is computed again, at the most."""
 _FORMAT = "2"
 _NOT_IN_THE_NUMBERS = {
     *("_name_or_path", "name_or_path", "transformers_version", "use_cache"),
@@ -74,22 +75,20 @@ def _plain(value: Any) -> Any:
 
 
 class LogpStore:
-    """The log-probabilities of one reference model: digest of (prompt, response) → sum, and per
-    token where asked.
+    """The log-probabilities of one reference model: digest of (prompt, response) → sum.
 
     Shards are written atomically, so an interrupted run leaves whole ones, and the next run
     computes only the rest.
     """
 
-    def __init__(self, directory: Path, *, per_token: bool = False) -> None:
+    def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.per_token = per_token
-        self._sums: dict[bytes, float] = {}
-        self._tokens: dict[bytes, np.ndarray] = {}
+        self.logps: dict[bytes, float] = {}
+        """Log-probability of every response that is known, nats, by its digest."""
         self._shards: set[Path] = set()
-        self.refresh()
+        self._refresh()
 
-    def refresh(self) -> None:
+    def _refresh(self) -> None:
         """Read what other processes have added."""
         for shard in sorted(set(self.directory.glob("*.safetensors")) - self._shards):
             self._shards.add(shard)
@@ -106,60 +105,33 @@ class LogpStore:
             self.directory.mkdir(parents=True, exist_ok=True)
             if not os.access(self.directory, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, "not writable")
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(files.locked(self.directory))
-            except BlockingIOError:
-                logger.warning("%s: waiting for another process that fills it", self.directory)
-                stack.enter_context(files.locked(self.directory, wait=True))
+
+        def wait() -> None:
+            logger.warning("%s: waiting for another process that fills it", self.directory)
+
+        with files.locked(self.directory, wait):
             files.remove_leftovers(self.directory)
-            self.refresh()
+            self._refresh()
             yield
 
     def _read(self, shard: Path) -> None:
         try:
             data = load_file(shard)
-            digests, sums = data["digests"], data["logps"]
+            digests, logps = data["digests"], data["logps"]
         except (SafetensorError, KeyError, OSError) as error:
             logger.warning("%s: unreadable (%s), its values are computed again", shard, error)
             return
-        keys = [d.tobytes() for d in digests]
-        if "token_logps" in data:
-            ends = data["ends"]
-            parts = np.split(data["token_logps"], ends[:-1])
-            self._tokens.update(zip(keys, parts, strict=True))
-        elif self.per_token:
-            return
-        self._sums.update(zip(keys, sums.tolist(), strict=True))
+        self.logps.update(zip((d.tobytes() for d in digests), logps.tolist(), strict=True))
 
-    def __contains__(self, digest: bytes) -> bool:
-        return digest in (self._tokens if self.per_token else self._sums)
-
-    def __len__(self) -> int:
-        return len(self._tokens if self.per_token else self._sums)
-
-    def logp(self, digest: bytes) -> float:
-        """Log-probability of the response, nats. KeyError if unknown."""
-        return self._sums[digest]
-
-    def token_logps(self, digest: bytes) -> np.ndarray:
-        """Log-probability of each scored token (n,), fp32, nats. KeyError if unknown."""
-        return self._tokens[digest]
-
-    def add(self, digests: Sequence[bytes], token_logps: Sequence[np.ndarray]) -> None:
-        """Keep the values of these responses, in memory and as one new shard on disk."""
+    def add(self, digests: Sequence[bytes], logps: Sequence[float]) -> None:
+        """Keep the log-probabilities of these responses, in memory and as one new shard on disk."""
         if not digests:
             return
-        sums = np.array([t.astype(np.float64).sum() for t in token_logps])
         data = {
             "digests": np.frombuffer(b"".join(digests), np.uint8).reshape(len(digests), 16),
-            "logps": sums,
+            "logps": np.array(logps, np.float64),
         }
-        if self.per_token:
-            data["token_logps"] = np.concatenate(token_logps)
-            data["ends"] = np.cumsum([len(t) for t in token_logps])
-            self._tokens.update(zip(digests, token_logps, strict=True))
-        self._sums.update(zip(digests, sums.tolist(), strict=True))
+        self.logps.update(zip(digests, logps, strict=True))
         shard = self.directory / f"{uuid.uuid4().hex}.safetensors"
         with files.atomic_file(shard) as path:
             save_file(data, path)
@@ -180,37 +152,34 @@ class ReferenceReport:
 
 def fill_reference(
     groups: Sequence[Group],
-    scorer: Scorer | Callable[[], Scorer],
+    scorer: Scorer,
     store: LogpStore,
     *,
     max_tokens: int,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
 ) -> ReferenceReport:
     """Set `ref_logps` of every group, from the store where they are known, computing and keeping
-    the others.
-
-    A `scorer` that is a function is called only if something has to be computed. Processes that
-    fill the same store do so one after the other, each taking over what is there.
+    the others. Processes that fill the same store do so one after the other, each taking over what
+    is there.
     """
     digests = [[g.digest(r) for r in range(len(g.responses))] for g in groups]
     wanted = _distinct(digests)
-    missing = [digest for digest in wanted if digest not in store]
+    missing = wanted.keys() - store.logps.keys()
     if missing:
         with store.filling():
-            missing = [digest for digest in wanted if digest not in store]
-            if missing:
-                model = scorer if isinstance(scorer, Scorer) else scorer()
-                windows = reference_rows(
-                    groups,
-                    list(wanted.values()),
-                    max_tokens=max_tokens,
-                    layout=model.layout.name,
-                    missing={wanted[digest] for digest in missing},
-                )
-                rows = [row for window in windows for row in window]
-                _compute(groups, digests, rows, model, store, progress)
+            missing = wanted.keys() - store.logps.keys()
+            windows = reference_rows(
+                groups,
+                list(wanted.values()),
+                max_tokens=max_tokens,
+                layout=scorer.layout.name,
+                missing={wanted[digest] for digest in missing},
+            )
+            rows = [row for window in windows for row in window]
+            if rows:
+                _compute(groups, digests, rows, scorer, store, progress)
     for group, keys in zip(groups, digests, strict=True):
-        group.ref_logps = np.array([store.logp(d) for d in keys])
+        group.ref_logps = np.array([store.logps[d] for d in keys])
     return ReferenceReport(len(wanted) - len(missing), len(missing), store.directory)
 
 
@@ -224,17 +193,16 @@ def _distinct(digests: Sequence[Sequence[bytes]]) -> dict[bytes, tuple[int, int]
 
 
 def _compute(groups, digests, rows: list[Row], scorer: Scorer, store, progress) -> None:
-    layout = scorer.layout.name
     names: list[bytes] = []
-    values: list[np.ndarray] = []
+    values: list[float] = []
     written = time.monotonic()
     for row in progress(rows, len(rows)) if progress else rows:
-        batch = make_batch(groups, row, layout)
-        logps = scorer.token_logps(batch.to(scorer.device)).float().cpu().numpy()
+        batch = make_batch(groups, row, scorer.layout.name)
+        logps = scorer.token_logps(batch.to(scorer.device)).double().cpu().numpy()
         count = np.bincount(batch.response_ids.numpy(), minlength=len(batch.response_lengths))
-        values += np.split(logps, np.cumsum(count)[:-1])
+        values += [float(part.sum()) for part in np.split(logps, np.cumsum(count)[:-1])]
         names += [digests[part.group][r] for part in row for r in part.responses]
-        if time.monotonic() - written > _SECONDS_BETWEEN_WRITES:
+        if time.monotonic() - written > SECONDS_BETWEEN_WRITES:
             store.add(names, values)
             names, values, written = [], [], time.monotonic()
     store.add(names, values)

@@ -131,7 +131,9 @@ CASES = [
     checkpoint("no optimizer in the state", _state(optimizer=...), f"{ONE}: trainer_state.json…"),
     checkpoint("an empty optimizer", _state(optimizer=[]), f"{ONE}: …"),
     checkpoint(
-        "no random state", _state(python_rng=[3, [1, 2], None]), f"{ONE}: its random state is none"
+        "no random state",
+        _state(python_rng=[3, [1, 2], None]),
+        f"{ONE}: its random state cannot be set",
     ),
     checkpoint(
         "optimizer garbage",

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,50 +68,52 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(
+def llama(
     tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A Llama of two layers on disk, with its tokenizer; weights so large that mistakes show."""
-    path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.1,
-        attention_dropout=0.1,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
+) -> Callable[..., Path]:
+    """Saves a Llama of two layers with its tokenizer; weights so large that mistakes show."""
+
+    def save(**fields: Any) -> Path:
+        path = tmp_path_factory.mktemp("model")
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            initializer_range=0.1,
+            eos_token_id=tokenizer.eos_token_id,
+            **fields,
+        )
+        LlamaForCausalLM(config).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        return path
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tokenizer: PreTrainedTokenizerBase, llama: Callable[..., Path]) -> Path:
+    """With dropout in its configuration, which is to be off while it is trained."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 2}
+    return llama(vocab_size=len(tokenizer), **sizes, attention_dropout=0.1)
+
+
+@pytest.fixture(scope="session")
+def still_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without attention dropout, which TRL's `disable_dropout` leaves on."""
+    path = tmp_path_factory.mktemp("still") / "model"
+    shutil.copytree(tiny_model, path)
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    (path / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.0}))
     return path
 
 
 @pytest.fixture(scope="session")
-def tied_model(
-    tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A Llama on disk whose embedding is its head too, with matrices of 4096 elements and more."""
-    path = tmp_path_factory.mktemp("tied")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=-(-len(tokenizer) // 8) * 8,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        initializer_range=0.1,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+def tied_model(tokenizer: PreTrainedTokenizerBase, llama: Callable[..., Path]) -> Path:
+    """One whose embedding is its head too, with matrices of 4096 elements and more."""
+    vocab_size = -(-len(tokenizer) // 8) * 8
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    return llama(vocab_size=vocab_size, **sizes, tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="session")

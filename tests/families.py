@@ -236,9 +236,9 @@ def gradients(model: Any, logps: Tensor) -> dict[str, Tensor]:
     """Every parameter's gradient of a sum that weighs each token differently."""
     model.zero_grad()
     (logps * torch.linspace(-1, 2, len(logps), dtype=logps.dtype)).sum().backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    return found
+    return grads
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import GROUPS, build, gradients, pack, random_groups, row_logps
+from families import GROUPS, build, gradients, pack, random_groups, relative_error, row_logps
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from training import metrics, run
@@ -20,7 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastdpo.data.segments import Segments
 from fastdpo.errors import ConfigError, FastDPOError
-from fastdpo.model.activations import recompute_layers
+from fastdpo.model import offload
+from fastdpo.model.layers import layers_of, recompute_layers
 from fastdpo.model.layout import choose_layout
 from fastdpo.model.offload import LEAVING, Offloader, ScratchFile, SideStream
 from fastdpo.model.tiles import tile_layers
@@ -65,17 +66,15 @@ class Queue:
         return len(self.log) - 1
 
 
-def offload(model: Any, queue: Queue, every: int = 1) -> Offloader:
-    """Offload tiny inputs too."""
+@pytest.fixture(autouse=True)
+def tiny_inputs_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "MIN_BYTES", 1)
+
+
+def offloaded(model: Any, queue: Queue, every: int = 1) -> Offloader:
     recompute_layers(model, every=every, offload=queue)
     (offloader,) = {layer._gradient_checkpointing_func for layer in layers_of(model)}
-    offloader.min_bytes = 1
     return offloader
-
-
-def layers_of(model: Any) -> list[Any]:
-    decoder = getattr(model, "get_base_model", lambda: model)().base_model
-    return next(child for child in decoder.children() if isinstance(child, nn.ModuleList))
 
 
 COMBINATIONS: dict[str, Callable[[Any], Any]] = {
@@ -84,10 +83,10 @@ COMBINATIONS: dict[str, Callable[[Any], Any]] = {
     "the first": lambda model: recompute_layers(model, every=99),
     "tiles": lambda model: tile_layers(model, 4),
     "tiles, recomputed": lambda model: (tile_layers(model, 7), recompute_layers(model)),
-    "offloaded": lambda model: offload(model, Queue()),
+    "offloaded": lambda model: offloaded(model, Queue()),
     "every second offloaded, tiles": lambda model: (
         tile_layers(model, 4),
-        offload(model, Queue(), every=2),
+        offloaded(model, Queue(), every=2),
     ),
 }
 
@@ -113,12 +112,7 @@ def assert_same(model: Any, change: Callable[[Any], Any], row: Any) -> None:
     change(model)
     logps = row_logps(model, row)
     torch.testing.assert_close(logps, expected, rtol=0, atol=16 * FP32)
-    found = gradients(model, logps)
-    assert found.keys() == expected_gradients.keys()
-    total = torch.stack([g.norm() for g in expected_gradients.values()]).norm()
-    for name, gradient in expected_gradients.items():
-        error = (found[name] - gradient).norm() / (gradient.norm() + 1e-6 * total)
-        assert error < 16 * FP32, name
+    assert relative_error(gradients(model, logps), expected_gradients) < 16 * FP32
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -137,8 +131,8 @@ def test_other_architectures(family: str) -> None:
 
 def kept_bytes(model: Any, row: Any) -> int:
     """Bytes that one forward leaves on the device for the backward, weights aside."""
-    found = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    weights, sizes = set(found), Counter[int]()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes = Counter[int]()
 
     def pack_(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -212,8 +206,8 @@ def test_tiles_repeat_dropout_and_autocast() -> None:
         output = mlp(hidden)
     assert torch.equal(torch.get_rng_state(), after)
     assert output.dtype == torch.bfloat16 and torch.equal(output, expected)
-    for found, grad in zip(grads(output), expected_grads, strict=True):
-        torch.testing.assert_close(found, grad, rtol=1e-5, atol=1e-6)
+    for ours, expected_grad in zip(grads(output), expected_grads, strict=True):
+        torch.testing.assert_close(ours, expected_grad, rtol=1e-5, atol=1e-6)
     copied = copy.deepcopy(mlp)
     for weight in copied.parameters():
         nn.init.zeros_(weight)
@@ -252,7 +246,7 @@ def test_what_is_not_token_wise_is_left_alone() -> None:
 
 def test_inputs_come_back_one_layer_ahead() -> None:
     model, queue, row = prepared(), Queue(), pack(GROUPS, share=True)
-    offloader = offload(model, queue)
+    offloader = offloaded(model, queue)
     for number, layer in enumerate(layers_of(model)):
         layer.mlp.register_forward_pre_hook(lambda *_, n=number: queue.log.append(("layer", n)))
     logps = row_logps(model, row)
@@ -272,7 +266,7 @@ def test_inputs_come_back_one_layer_ahead() -> None:
 
 def test_host_buffers_serve_step_after_step() -> None:
     model, queue = prepared(), Queue()
-    offloader = offload(model, queue)
+    offloader = offloaded(model, queue)
     short, long = (pack(GROUPS[:n], share=True) for n in (1, 3))
     for row in (short, long, short, long):
         row_logps(model, row).sum().backward()
@@ -284,7 +278,7 @@ def test_host_buffers_serve_step_after_step() -> None:
 def test_a_backward_may_come_twice_or_never() -> None:
     model, queue, row = prepared(), Queue(), pack(GROUPS, share=True)
     expected = gradients(model, row_logps(model, row))
-    offloader = offload(model, queue)
+    offloader = offloaded(model, queue)
     logps = row_logps(model, row)
     weights = torch.linspace(-1, 2, len(logps), dtype=logps.dtype)
     (logps * weights).sum().backward(retain_graph=True)
@@ -312,8 +306,6 @@ def test_inputs_are_freed_once_they_have_left(tmp_path) -> None:
     for layer in layers_of(model):
         layer.register_forward_pre_hook(lambda _, args: alive.append(weakref.ref(args[0])))
     recompute_layers(model, offload=ScratchFile(tmp_path))
-    for layer in layers_of(model):
-        layer._gradient_checkpointing_func.min_bytes = 1
     logps = row_logps(model, row)
     assert len(alive) == LAYERS and sum(ref() is not None for ref in alive) <= LEAVING
     logps.sum().backward()
@@ -348,19 +340,20 @@ def test_offloading_on_a_gpu() -> None:
     expected, plain = step()
     recompute_layers(model, offload=SideStream(torch.device("cuda")))
     for _ in range(3):
-        found, kept = step()
-        for ours, plainly in zip(found, expected, strict=True):  # flash kernels add with atomics
+        offloaded, kept = step()
+        for ours, plainly in zip(offloaded, expected, strict=True):
+            # Flash kernels add with atomics.
             assert (ours - plainly).float().norm() <= 1e-2 * plainly.float().norm()
         assert plain - kept >= (12 - LEAVING - 1) * length * 512 * 2
 
 
-def test_only_what_is_worth_it_leaves_the_device() -> None:
+def test_only_what_is_worth_it_leaves_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     model, queue, row = prepared(), Queue(), pack(GROUPS, share=True)
-    offloader = offload(model, queue)
+    offloaded(model, queue)
     with torch.no_grad():
         row_logps(model, row)
     row_logps(model.eval(), row).sum().backward()
-    offloader.min_bytes = len(row.ids) * 32 * 8 + 1
+    monkeypatch.setattr(offload, "MIN_BYTES", len(row.ids) * 32 * 8 + 1)
     row_logps(model.train(), row).sum().backward()
     assert not queue.log
 
@@ -401,7 +394,6 @@ def test_inputs_in_a_file_take_no_memory(tmp_path) -> None:
 def test_a_run_with_inputs_in_a_file_is_the_plain_run(
     tiny_model, pairs_file, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(Offloader.__init__, "__defaults__", (1,))  # smaller than any of a test
     sent = []
     send = ScratchFile.send
     monkeypatch.setattr(ScratchFile, "send", lambda *args: sent.append(1) or send(*args))

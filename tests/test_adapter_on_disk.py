@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from training import metrics, run, settings, weights
+from training import assert_close_metrics, assert_resumes, fill, metrics, run, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.trainer_providers import run_trl
@@ -21,7 +21,6 @@ from fastdpo.memory.plan import plan
 from fastdpo.model.load import load_model, load_model_config, load_tokenizer
 from fastdpo.model.scorer import load_scorer
 from fastdpo.reference import model_fingerprint
-from fastdpo.training.run import precompute
 
 CPU = torch.device("cpu")
 FILE = "adapter_model.safetensors"
@@ -37,20 +36,10 @@ SGD = {"optim": "sgd", "learning_rate": 0.5, "max_steps": 3, "shuffle": False}
 
 
 @pytest.fixture(scope="module")
-def base(tiny_model, tmp_path_factory):
-    """Without attention dropout in its configuration, which TRL's `disable_dropout` leaves on."""
-    path = tmp_path_factory.mktemp("base") / "model"
-    shutil.copytree(tiny_model, path)
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    (path / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.0}))
-    return path
-
-
-@pytest.fixture(scope="module")
-def make(base, tmp_path_factory):
+def make(still_model, tmp_path_factory):
     """Adapters that change what the base says, by the keys of peft's configuration."""
 
-    def make(on=base, seed=1, **changes):
+    def make(on=still_model, seed=1, **changes):
         keys = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}
         model = AutoModelForCausalLM.from_pretrained(on)
         with torch.random.fork_rng():
@@ -95,19 +84,19 @@ def close(ours, trl):
 
 @pytest.mark.parametrize("precomputed", [True, False], ids=["precomputed", "online"])
 @pytest.mark.parametrize("kind", ["lora", "dora", "ranks"])
-def test_it_is_trained_on_as_trl_does(base, make, pairs_file, tmp_path, kind, precomputed):
+def test_it_is_trained_on_as_trl_does(still_model, make, pairs_file, tmp_path, kind, precomputed):
     adapter = make(**KINDS[kind])
     keys = {"use_peft": True, "precompute_ref_log_probs": precomputed, **SGD}
     _, said = run(adapter, pairs_file, tmp_path / "out", **keys)
     model = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base), adapter, is_trainable=True
+        AutoModelForCausalLM.from_pretrained(still_model), adapter, is_trainable=True
     )
     close(
         metrics(tmp_path / "out"),
         theirs(model, pairs_file, precompute_ref_log_probs=precomputed),
     )
     model.save_pretrained(tmp_path / "trl", selected_adapters=["default"])
-    start, ours, trl = (weights(p, FILE) for p in (adapter, tmp_path / "out", tmp_path / "trl"))
+    start, ours, trl = (weights(p) for p in (adapter, tmp_path / "out", tmp_path / "trl"))
     assert ours.keys() == trl.keys() == start.keys()
     for name, tensor in ours.items():
         moved = (trl[name] - start[name]).norm()
@@ -116,13 +105,15 @@ def test_it_is_trained_on_as_trl_does(base, make, pairs_file, tmp_path, kind, pr
 
 
 @pytest.mark.parametrize("precomputed", [True, False], ids=["precomputed", "online"])
-def test_merged_it_is_where_full_training_starts(base, adapter, pairs_file, tmp_path, precomputed):
+def test_merged_it_is_where_full_training_starts(
+    still_model, adapter, pairs_file, tmp_path, precomputed
+):
     keys = {"precompute_ref_log_probs": precomputed, **SGD}
     run(adapter, pairs_file, tmp_path / "out", **keys)
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(still_model), adapter)
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
-    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(still_model).save_pretrained(tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     merged.config._name_or_path = str(tmp_path / "merged")
     close(
@@ -143,9 +134,7 @@ def test_both_references_agree_and_the_output_loads(make, pairs_file, tmp_path, 
     common = {"use_peft": True, **SGD, "lora_dropout": 0.0}
     run(adapter, pairs_file, tmp_path / "a", **common)
     run(adapter, pairs_file, tmp_path / "b", **common, precompute_ref_log_probs=False)
-    for ours, other in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b"), strict=True):
-        assert ours["loss"] == pytest.approx(other["loss"], abs=1e-5)
-        assert ours["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    assert_close_metrics(tmp_path / "a", tmp_path / "b")
     assert metrics(tmp_path / "a")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     tokens = torch.tensor([[5, 9, 7, 3]])
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "a")
@@ -159,40 +148,25 @@ def test_both_references_agree_and_the_output_loads(make, pairs_file, tmp_path, 
 
 @pytest.mark.parametrize("precomputed", [True, False], ids=["precomputed", "online"])
 def test_a_resumed_run_keeps_the_reference_of_the_start(go, tmp_path, precomputed):
-    common = {
-        "use_peft": True,
-        "precompute_ref_log_probs": precomputed,
-        "lora_dropout": 0.3,
-        "max_steps": 5,
-    }
-    go(tmp_path / "whole", **common)
-    go(tmp_path / "cut", **common, save_strategy="steps", save_steps=3)
-    shutil.rmtree(tmp_path / "cut" / "checkpoint-5")
-    for left in (FILE, "metrics.jsonl"):
-        (tmp_path / "cut" / left).unlink()
-    torch.manual_seed(99)
-    _, said = go(tmp_path / "cut", **common, resume_from_checkpoint=True)
-    assert any("resumed at step 3" in line for line in said)
-    whole, cut = weights(tmp_path / "whole", FILE), weights(tmp_path / "cut", FILE)
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    assert metrics(tmp_path / "whole")[-1]["loss"] == metrics(tmp_path / "cut")[-1]["loss"]
+    keys = {"use_peft": True, "precompute_ref_log_probs": precomputed, "lora_dropout": 0.3}
+    assert_resumes(go, tmp_path, 3, **keys, max_steps=5)
 
 
-def test_as_a_reference_it_is_what_peft_computes(base, adapter, pairs_file, tmp_path):
+def test_as_a_reference_it_is_what_peft_computes(still_model, adapter, pairs_file, tmp_path):
     """For full weights and for adapters, precomputed and online, against the merged model."""
     merged = AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
-    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(still_model).save_pretrained(tmp_path / "merged")
     for peft in ({}, {"use_peft": True, "lora_r": 2, "lora_dropout": 0.0}):
-        found = []
+        losses = []
         for reference in (adapter, tmp_path / "merged"):
             for precomputed in (True, False):
-                out = tmp_path / f"{len(found)}{len(peft)}"
+                out = tmp_path / f"{len(losses)}{len(peft)}"
                 keys = {"precompute_ref_log_probs": precomputed, **SGD, **peft, "max_steps": 1}
-                run(base, pairs_file, out, ref_model_name_or_path=str(reference), **keys)
-                found.append(metrics(out)[0]["loss"])
-        assert found == pytest.approx([found[0]] * 4, abs=1e-5)
-        assert abs(found[0] - math.log(2)) > 1e-3
+                run(still_model, pairs_file, out, ref_model_name_or_path=str(reference), **keys)
+                losses.append(metrics(out)[0]["loss"])
+        assert losses == pytest.approx([losses[0]] * 4, abs=1e-5)
+        assert abs(losses[0] - math.log(2)) > 1e-3
     both = {"use_peft": True, "ref_model_name_or_path": str(adapter), **SGD, "max_steps": 1}
     for precomputed in (True, False):
         out = tmp_path / f"both{precomputed}"
@@ -205,29 +179,26 @@ def test_on_a_base_in_4_bits(go, tmp_path):
     keys = {"use_peft": True, "load_in_4bit": True, **SGD}
     go(tmp_path / "a", **keys)
     go(tmp_path / "b", **keys, precompute_ref_log_probs=False)
-    for ours, other in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b"), strict=True):
-        assert ours["loss"] == pytest.approx(other["loss"], abs=1e-5)
+    assert_close_metrics(tmp_path / "a", tmp_path / "b")
     assert metrics(tmp_path / "a")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_the_reference_cache_tells_adapters_apart(base, make, adapter, pairs_file, tmp_path):
-    def fill(model, **changes):
-        keys = settings(model, pairs_file, tmp_path / "out", **changes)
-        report = precompute(TrainConfig.from_dict(keys))
-        return report["found"], report["computed"]
+def test_the_reference_cache_tells_adapters_apart(still_model, make, adapter, pairs_file, tmp_path):
+    def cached(model, **changes):
+        return fill(model, pairs_file, tmp_path / "out", **changes)
 
     for model, keys in [
-        (base, {}),
+        (still_model, {}),
         (adapter, {}),
         (adapter, {"use_peft": True}),
         (make(seed=2), {"use_peft": True}),
         (make(seed=2), {}),
         (make(lora_alpha=15), {"use_peft": True}),
     ]:
-        assert fill(model, **keys) == (0, 48)
-    assert fill(adapter, use_peft=True, lora_dropout=0.2, learning_rate=1.0) == (48, 0)
-    assert fill(make(), use_peft=True) == (48, 0)
-    assert fill(base, use_peft=True) == fill(base) == fill(adapter) == (48, 0)
+        assert cached(model, **keys) == (0, 48)
+    assert cached(adapter, use_peft=True, lora_dropout=0.2, learning_rate=1.0) == (48, 0)
+    assert cached(make(), use_peft=True) == (48, 0)
+    assert cached(still_model, use_peft=True) == cached(still_model) == cached(adapter) == (48, 0)
 
 
 class Backwards(set):
@@ -286,7 +257,7 @@ def test_settings_that_agree_are_taken_and_written_down(go, adapter, tmp_path):
     run(adapter, config.dataset_name, tmp_path / "again", **{**config.to_dict(), **again})
 
 
-def test_its_own_tokenizer_comes_before_the_bases(base, make, tmp_path):
+def test_its_own_tokenizer_comes_before_the_bases(still_model, make, tmp_path):
     adapter = make()
     config = TrainConfig(model_name_or_path=str(adapter))
     tokenizer = load_tokenizer(config)
@@ -297,10 +268,10 @@ def test_its_own_tokenizer_comes_before_the_bases(base, make, tmp_path):
     assert load_tokenizer(config).chat_template == "mine"
 
 
-def test_a_relative_base_is_looked_for_from_here(base, make, monkeypatch):
+def test_a_relative_base_is_looked_for_from_here(still_model, make, monkeypatch):
     path = make()
-    edit(path, base_model_name_or_path=base.name)
-    monkeypatch.chdir(base.parent)
+    edit(path, base_model_name_or_path=still_model.name)
+    monkeypatch.chdir(still_model.parent)
     assert load_model(TrainConfig(model_name_or_path=str(path)), CPU).config.hidden_size == 32
 
 
@@ -312,7 +283,9 @@ def test_plan_and_doctor_know_it(adapter, pairs_file):
     assert "M parameters" in text and "shared" in text.rpartition("layout")[2]
 
 
-def test_one_of_the_hub_is_found_in_its_cache(base, adapter, pairs_file, tmp_path, monkeypatch):
+def test_one_of_the_hub_is_found_in_its_cache(
+    still_model, adapter, pairs_file, tmp_path, monkeypatch
+):
     """The hub's cache is a directory of snapshots; nothing is fetched."""
     from huggingface_hub import constants
 
@@ -325,7 +298,7 @@ def test_one_of_the_hub_is_found_in_its_cache(base, adapter, pairs_file, tmp_pat
     (repository / "refs" / "main").write_text(commit)
     result, _ = run("some/adapter", pairs_file, tmp_path / "out", use_peft=True, max_steps=1)
     assert result["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert weights(tmp_path / "out", FILE).keys() == weights(adapter, FILE).keys()
+    assert weights(tmp_path / "out").keys() == weights(adapter).keys()
 
 
 def edit(path, **changes):
@@ -342,7 +315,7 @@ def cut(path, file=FILE):
 def change_weights(path, change):
     from safetensors.torch import save_file
 
-    save_file(change(weights(path, FILE)), path / FILE, metadata={"format": "pt"})
+    save_file(change(weights(path)), path / FILE, metadata={"format": "pt"})
 
 
 def point(path, file):

@@ -3,7 +3,6 @@ gradient norm.
 """
 
 import json
-import shutil
 
 import pytest
 from fastdpo_kernels import LOSSES
@@ -18,23 +17,13 @@ def rows(pairs_file):
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model, tmp_path_factory):
-    """Without attention dropout in its configuration, which TRL's `disable_dropout` leaves on."""
-    path = tmp_path_factory.mktemp("plain") / "model"
-    shutil.copytree(tiny_model, path)
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    (path / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.0}))
-    return path
-
-
-@pytest.fixture(scope="module")
-def trl(rows, model):
-    return run_trl(rows, model, 4, 6, 6, learning_rate=1e-4).metrics
+def trl(rows, still_model):
+    return run_trl(rows, still_model, 4, 6, 6, learning_rate=1e-4).metrics
 
 
 @pytest.mark.parametrize("variant", ["shared", "padded", "accumulate 2"])
-def test_every_step_agrees_with_trl(rows, model, trl, variant):
-    ours = run_variant(rows, model, 4, 6, variant, 1e-4).metrics
+def test_every_step_agrees_with_trl(rows, still_model, trl, variant):
+    ours = run_variant(rows, still_model, 4, 6, variant, 1e-4).metrics
     assert len(ours) == len(trl) == 4
     assert ours[-1]["loss"] != pytest.approx(ours[0]["loss"], abs=1e-3)
     for a, b in zip(ours, trl, strict=True):
@@ -49,12 +38,12 @@ def test_every_step_agrees_with_trl(rows, model, trl, variant):
 
 
 @pytest.mark.parametrize("loss_type", sorted(set(LOSSES) - {"sigmoid"}))
-def test_every_loss_agrees_with_trl(rows, model, loss_type):
+def test_every_loss_agrees_with_trl(rows, still_model, loss_type):
     from bench.trainer_providers import run_fastdpo
 
     options = {"loss_type": [loss_type], "label_smoothing": 0.1, "learning_rate": 1e-4}
-    theirs = run_trl(rows, model, 3, 6, 6, **options).metrics
-    ours = run_fastdpo(rows, model, 3, 6, 0, **options).metrics
+    theirs = run_trl(rows, still_model, 3, 6, 6, **options).metrics
+    ours = run_fastdpo(rows, still_model, 3, 6, 0, **options).metrics
     for a, b in zip(ours, theirs, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5, abs=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)

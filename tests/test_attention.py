@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from families import GROUPS, pack, random_groups
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastdpo.data.segments import Segments, gather_keys
@@ -128,7 +129,7 @@ def test_default_scaling_is_the_head_size() -> None:
     assert_same(out, by_definition(q, k, v, row.seen(), 8**-0.5), [q, k, v])
 
 
-def reference_varlen(
+def naive_varlen(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -160,12 +161,12 @@ def new_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_
     """torch.nn.attention.varlen.varlen_attn as of torch 2.13."""
     if not enable_gqa and q.shape[1] != k.shape[1]:
         raise ValueError("Expect query and key/value to have the same number of heads")
-    return reference_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, window_size)
+    return naive_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, window_size)
 
 
 def old_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
     """The same as of torch 2.11, which takes grouped heads as they are."""
-    return reference_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, window_size)
+    return naive_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, window_size)
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "packed"])
@@ -183,16 +184,14 @@ def test_varlen_equals_segments(
     monkeypatch.setattr(
         "fastdpo.model.attention.choose_backend", lambda *_, **__: backends.Backend("varlen", "")
     )
-    backends._varlen_gqa.cache_clear()
     row = pack(GROUPS, share=share)
     q, k, v = qkv(len(row.ids), size=sizes[0], value_size=sizes[1])
     segments = Segments.build(row.bounds)
     out, _ = attention(
         MODULE, q, k, v, None, scaling=0.3, sliding_window=window, fastdpo_segments=segments
     )
-    expected = backends.by_segments(q, k, v, segments, 0.3, window, None, None)
+    expected = backends.by_segments(backends.Call(q, k, v, segments, 0.3, window, None, None))
     assert_same(out, expected, [q, k, v])
-    backends._varlen_gqa.cache_clear()
 
 
 def test_flash_attn_package_gets_the_soft_cap(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,9 +211,7 @@ def test_flash_attn_package_gets_the_soft_cap(monkeypatch: pytest.MonkeyPatch) -
         deterministic,
     ):
         assert causal and not deterministic
-        return reference_varlen(
-            q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale, window_size, softcap
-        )
+        return naive_varlen(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale, window_size, softcap)
 
     package = types.ModuleType("flash_attn")
     package.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
@@ -354,32 +351,41 @@ BACKENDS = [
     (CUDA, torch.bfloat16, {"wanted": "sdpa"}, "sdpa", "asks"),
     (CUDA, torch.bfloat16, {"wanted": "flex"}, "flex", "asks"),
     (CPU, torch.float32, {"wanted": "sdpa", "softcap": True}, "sdpa", "asks"),
-    (CUDA, torch.bfloat16, {"capability": (7, 5)}, "sdpa", "capability"),
 ]
+
+
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """As if there were a Hopper GPU, and no flash-attn."""
+    choose_backend.cache_clear()
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
+    yield monkeypatch
+    choose_backend.cache_clear()
 
 
 @pytest.mark.parametrize(("device", "dtype", "features", "name", "reason"), BACKENDS)
 def test_choose_backend(
-    monkeypatch: pytest.MonkeyPatch,
+    on_hopper: pytest.MonkeyPatch,
     device: torch.device,
     dtype: torch.dtype,
     features: dict[str, Any],
     name: str,
     reason: str,
 ) -> None:
-    choose_backend.cache_clear()
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    backend = choose_backend(device, dtype, **({"capability": (9, 0)} | features))
-    choose_backend.cache_clear()
+    backend = choose_backend(device, dtype, **features)
     assert backend.name == name and reason in backend.reason
 
 
-def test_choose_backend_with_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
-    choose_backend.cache_clear()
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
-    backend = choose_backend(CUDA, torch.bfloat16, softcap=True, capability=(8, 0))
-    choose_backend.cache_clear()
-    assert backend.name == "flash_attn"
+def test_choose_backend_on_an_older_gpu(on_hopper: pytest.MonkeyPatch) -> None:
+    on_hopper.setattr("torch.cuda.get_device_capability", lambda _: (7, 5))
+    backend = choose_backend(CUDA, torch.bfloat16)
+    assert backend.name == "sdpa" and "capability" in backend.reason
+
+
+def test_choose_backend_with_flash_attn(on_hopper: pytest.MonkeyPatch) -> None:
+    on_hopper.setattr("importlib.util.find_spec", lambda _: object())
+    assert choose_backend(CUDA, torch.bfloat16, softcap=True).name == "flash_attn"
 
 
 @pytest.mark.parametrize(
@@ -392,11 +398,10 @@ def test_choose_backend_with_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None
     ],
 )
 def test_a_backend_that_cannot_be_had_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, wanted: str, features: dict[str, Any], why: str
+    on_hopper: pytest.MonkeyPatch, wanted: str, features: dict[str, Any], why: str
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ModelError, match=f"attention_backend: {wanted} cannot be used: .*{why}"):
-        choose_backend(CUDA, torch.float16, capability=(9, 0), wanted=wanted, **features)
+        choose_backend(CUDA, torch.float16, wanted=wanted, **features)
     with pytest.raises(ModelError, match="cpu has no varlen kernel"):
         choose_backend(CPU, torch.float32, wanted=wanted)
 
@@ -462,5 +467,5 @@ def test_a_batch_is_refused() -> None:
 def test_registered_without_a_mask() -> None:
     register()
     register()
-    assert AttentionInterface._global_mapping[NAME] is attention
-    assert NAME not in AttentionMaskInterface._global_mapping
+    assert ALL_ATTENTION_FUNCTIONS[NAME] is attention
+    assert NAME not in ALL_MASK_ATTENTION_FUNCTIONS

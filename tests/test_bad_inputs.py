@@ -70,6 +70,7 @@ def test_a_bad_input_is_one_line(case: Case, prepared, tmp_path, monkeypatch, ca
     with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         case.prepare(path, patch)
+        capsys.readouterr()
         before = snapshot(path)
         start = time.perf_counter()
         code = main(list(case.arguments))

@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import AuxOutput, create_mask, flex_atten
 from fastdpo.data.segments import Segments
 from fastdpo.model import flex as module
 from fastdpo.model.attention import attention
+from fastdpo.model.backends import Call
 from fastdpo.model.flex import BLOCK, block_mask, flex
 
 LONG = random_groups([(150, [40, 300]), (129, [1, 127, 128]), (1, [260])])
@@ -48,15 +49,15 @@ def dense_flex(
 def visited(mask: Any, length: int) -> Tensor:
     """(S, S): whole blocks where they are full, the mask's own answer where they are partial."""
     exact = create_mask(mask.mask_mod, 1, 1, length, length, device="cpu")[0, 0]
-    found = torch.zeros(length, length, dtype=torch.bool)
+    seen = torch.zeros(length, length, dtype=torch.bool)
     lists = ((mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices))
     for whole, (counts, indices) in zip((False, True), lists, strict=True):
         for q, count in enumerate(counts[0, 0].tolist()):
             rows = slice(q * BLOCK, (q + 1) * BLOCK)
             for k in indices[0, 0, q, :count].tolist():
                 columns = slice(k * BLOCK, (k + 1) * BLOCK)
-                found[rows, columns] |= exact[rows, columns] | whole
-    return found
+                seen[rows, columns] |= exact[rows, columns] | whole
+    return seen
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "packed"])
@@ -64,16 +65,16 @@ def visited(mask: Any, length: int) -> Tensor:
 def test_flex_is_attention(
     features: dict[str, Any], share: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_kernel", lambda: dense_flex)
+    monkeypatch.setattr(module, "compiled", lambda: dense_flex)
     row = pack(GROUPS, share=share)
     sizes = {"value_size": features.get("value_size", 8)}
     q, k, v = qkv(len(row.ids), 4, features.get("kv_heads", 2), **sizes)
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64, requires_grad=True)
-    chosen = sinks if features.get("sinks") else None
+    sinks_or_none = sinks if features.get("sinks") else None
     window, softcap = features.get("window"), features.get("softcap")
-    out = flex(q, k, v, Segments.build(row.bounds), 0.4, window, softcap, chosen)
-    expected = by_definition(q, k, v, row.seen(window), 0.4, softcap, chosen)
-    assert_same(out, expected, [q, k, v] + ([sinks] if chosen is not None else []))
+    call = Call(q, k, v, Segments.build(row.bounds), 0.4, window, softcap, sinks_or_none)
+    expected = by_definition(q, k, v, row.seen(window), 0.4, softcap, sinks_or_none)
+    assert_same(flex(call), expected, [q, k, v] + ([sinks] if features.get("sinks") else []))
 
 
 @pytest.mark.parametrize("window", [None, 1, 100, 128, 200, 5000])

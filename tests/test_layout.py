@@ -1,4 +1,4 @@
-"""Every layout gives the numbers and gradients of separate sequences, or is not chosen."""
+"""Every layout gives the numbers and gradients of separate sequences, or is not taken."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def could_share(model: Any, truth: Truth) -> bool:
 
 @pytest.mark.parametrize("family", OTHERS)
 def test_what_cannot_be_shared_is_padded(family: str) -> None:
-    """Exact in the layout that is chosen, and padded only where sharing would be wrong."""
+    """Exact in the layout that is taken, and padded only where sharing would be wrong."""
     model = build(family)
     stock = model.config._attn_implementation
     truth = Truth.of(model, GROUPS)

@@ -105,7 +105,7 @@ def test_no_step_spoils_the_weights_before_it_is_seen(go, tmp_path, monkeypatch,
 
     def breaks(pairs, *, beta, label_smoothing):
         calls.append(1)
-        # The second call is the one that tells what the first loss has to be.
+        # The second call is the one that tells what the first loss is expected to be.
         factor = math.nan if len(calls) == 4 else 1.0
         return factor * sigmoid(pairs, beta=beta, label_smoothing=label_smoothing)
 

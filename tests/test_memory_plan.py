@@ -24,10 +24,10 @@ from fastdpo.memory import estimate, switches
 from fastdpo.memory import planner as planning
 from fastdpo.memory.report import as_json, as_text
 from fastdpo.memory.shapes import ModelShape, meta_model, row_shape, step_shapes, weight_bytes
-from fastdpo.model.activations import recompute_layers
 from fastdpo.model.adapter import add_adapter
 from fastdpo.model.attention import NAME, register
 from fastdpo.model.head import find_head
+from fastdpo.model.layers import recompute_layers
 from fastdpo.model.layout import Layout, beyond_positions
 from fastdpo.model.scorer import Scorer
 from fastdpo.model.tiles import tile_layers

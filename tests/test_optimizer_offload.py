@@ -10,12 +10,11 @@ from functools import partial
 
 import pytest
 import torch
-from training import metrics, run, weights
+from training import assert_resumes, metrics, run, weights
 
 from fastdpo.config import TrainConfig
 from fastdpo.errors import ConfigError, FastDPOError
-from fastdpo.training import run as run_module
-from fastdpo.training import update
+from fastdpo.training import setup, update
 from fastdpo.training.optimizer import optimizer_path
 
 cpu_offload = pytest.importorskip("torchao.optim.cpu_offload")
@@ -58,15 +57,15 @@ def go(tied_model, pairs_file, monkeypatch):
     monkeypatch.setattr(cpu_offload, "get_available_devices", lambda: ["cpu", "cuda"])
     monkeypatch.setattr(cpu_offload, "torch", FakeTorch())
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
-    monkeypatch.setattr(run_module, "optimizer_path", lambda config, device: "on the host")
+    monkeypatch.setattr(setup, "optimizer_path", lambda config, device: "on the host")
     return partial(run, tied_model, pairs_file)
 
 
-def assert_same(ours, theirs, skipped=0):
+def assert_same(ours, theirs):
     a, b = weights(ours), weights(theirs)
     for name in b:
         torch.testing.assert_close(a[name], b[name], rtol=1e-6, atol=1e-7)
-    for x, y in zip(metrics(ours), metrics(theirs)[skipped:], strict=True):
+    for x, y in zip(metrics(ours), metrics(theirs), strict=True):
         for name in ("loss", "grad_norm", "learning_rate"):
             assert x[name] == pytest.approx(y[name], rel=1e-5), name
 
@@ -104,15 +103,11 @@ def test_gradients_of_large_weights_are_freed_in_the_backward(go, tmp_path, monk
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(go, tmp_path):
-    common = {**OFFLOAD, "max_steps": 5}
-    go(tmp_path / "whole", **common, save_strategy="steps", save_steps=3)
-    path = str(tmp_path / "whole" / "checkpoint-3")
-    go(tmp_path / "rest", **common, resume_from_checkpoint=path)
-    whole, rest = weights(tmp_path / "whole"), weights(tmp_path / "rest")
-    assert all(torch.equal(whole[name], rest[name]) for name in whole)
+    keys = {**OFFLOAD, "max_steps": 5}
+    start = assert_resumes(go, tmp_path, 3, **keys)
+    keys["optimizer_offload"] = False
     with pytest.raises(FastDPOError, match="another optimizer"):
-        keys = {**common, "optimizer_offload": False}
-        go(tmp_path / "other", **keys, resume_from_checkpoint=path)
+        go(tmp_path / "other", **keys, resume_from_checkpoint=str(start))
 
 
 def test_it_needs_a_gpu():

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from training import metrics, run, weights
+from training import assert_resumes, run, weights
 
 from fastdpo.config import TrainConfig
 from fastdpo.config.optimizer import BITSANDBYTES, TORCHAO
@@ -43,19 +43,11 @@ def test_8_bit_adamw_goes_where_adamw_goes(go, tmp_path, tied_model, optim):
 def test_a_resumed_run_equals_an_uninterrupted_one(go, tmp_path, optim):
     # torchao keeps the rate in fp32, where this one's last value depends on how it is multiplied.
     rate = {"lr_scheduler_type": "cosine", "learning_rate": 3e-4}
-    common = {"optim": optim, "max_steps": 7, "weight_decay": 0.1, **rate}
-    go(tmp_path / "whole", **common)
-    go(tmp_path / "cut", **common, save_strategy="steps", save_steps=3)
-    path = str(tmp_path / "cut" / "checkpoint-3")
-    go(tmp_path / "rest", **common, resume_from_checkpoint=path)
-    whole, rest = weights(tmp_path / "whole"), weights(tmp_path / "rest")
-    assert all(torch.equal(whole[name], rest[name]) for name in whole)
-    same = ("loss", "grad_norm", "learning_rate")
-    for a, b in zip(metrics(tmp_path / "whole")[3:], metrics(tmp_path / "rest"), strict=True):
-        assert [a[name] for name in same] == [b[name] for name in same]
-    other = common | {"optim": "adamw_torch", "resume_with_changes": True}
+    keys = {"optim": optim, "max_steps": 7, "weight_decay": 0.1, **rate}
+    start = assert_resumes(go, tmp_path, 3, **keys)
+    other = keys | {"optim": "adamw_torch", "resume_with_changes": True}
     with pytest.raises(CheckpointError, match="another optimizer"):
-        go(tmp_path / "other", **other, resume_from_checkpoint=path)
+        go(tmp_path / "other", **other, resume_from_checkpoint=str(start))
 
 
 @pytest.mark.parametrize("optim", EIGHT_BIT)
@@ -92,16 +84,9 @@ def test_stochastic_rounding_is_right_on_average():
 
 
 def test_a_bf16_run_learns_by_stochastic_rounding_and_resumes(go, tmp_path):
-    common = {"optim": "adamw_torch_8bit", "dtype": "bfloat16", "stochastic_rounding": True}
-    common |= {"learning_rate": 3e-5, "max_steps": 4}
-    go(tmp_path / "whole", **common)
-    go(tmp_path / "cut", **common, save_strategy="steps", save_steps=2)
-    path = str(tmp_path / "cut" / "checkpoint-2")
-    torch.manual_seed(99)
-    go(tmp_path / "rest", **common, resume_from_checkpoint=path)
-    whole, rest = weights(tmp_path / "whole"), weights(tmp_path / "rest")
-    assert whole["model.norm.weight"].dtype == torch.bfloat16
-    assert all(torch.equal(whole[name], rest[name]) for name in whole)
+    keys = {"optim": "adamw_torch_8bit", "dtype": "bfloat16", "stochastic_rounding": True}
+    assert_resumes(go, tmp_path, 2, **keys, learning_rate=3e-5, max_steps=4)
+    assert weights(tmp_path / "whole")["model.norm.weight"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

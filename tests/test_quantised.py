@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from families import build
-from training import metrics, run, settings, weights
+from training import assert_resumes, fill, metrics, run, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdpo.config import TrainConfig
@@ -17,8 +17,6 @@ from fastdpo.model.head import check_head, effective_weight, find_head
 from fastdpo.model.load import load_model
 from fastdpo.model.quantised import count_weights
 from fastdpo.reference import weights_digest
-from fastdpo.training import checkpoint
-from fastdpo.training.run import precompute
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -111,8 +109,7 @@ def test_it_trains_as_on_the_weights_that_it_stands_for(go, tmp_path, tied_model
     for ours, theirs in zip(metrics(tmp_path / "ours"), metrics(tmp_path / "theirs"), strict=True):
         for name in ("loss", "grad_norm", "logps/chosen", "entropy"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
-    ours = weights(tmp_path / "ours", "adapter_model.safetensors")
-    theirs = weights(tmp_path / "theirs", "adapter_model.safetensors")
+    ours, theirs = weights(tmp_path / "ours"), weights(tmp_path / "theirs")
     assert ours.keys() == theirs.keys()
     # AdamW's first steps are the sign of the gradient, whatever its size.
     far = sum((a - theirs[name]).abs().gt(1e-3).sum().item() for name, a in ours.items())
@@ -150,31 +147,19 @@ def test_products_run_in_the_autocast_type_after_evaluation_too(tied_model):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(go, tmp_path):
-    common = {**QLORA, "max_steps": 4, "gradient_checkpointing": True}
-    go(tmp_path / "whole", **common)
-    go(tmp_path / "cut", **common, save_strategy="steps", save_steps=2)
-    saved = tmp_path / "cut" / "checkpoint-2"
+    saved = assert_resumes(go, tmp_path, 2, **QLORA, max_steps=4, gradient_checkpointing=True)
     assert not list(saved.glob("model*")) and (saved / "adapter_model.safetensors").exists()
-    checkpoint.remove(tmp_path / "cut" / "checkpoint-4")
-    for left in ("adapter_model.safetensors", "metrics.jsonl"):
-        (tmp_path / "cut" / left).unlink()
-    go(tmp_path / "cut", **common, resume_from_checkpoint=True)
-    whole, cut = (weights(tmp_path / n, "adapter_model.safetensors") for n in ("whole", "cut"))
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    whole = weights(tmp_path / "whole")
     assert any(t.abs().sum() > 0 for name, t in whole.items() if "lora_B" in name)
 
 
 def test_the_reference_cache_tells_quantisations_apart(tied_model, pairs_file, tmp_path):
-    def fill(**changes):
-        keys = settings(tied_model, pairs_file, tmp_path / "out", use_peft=True, **changes)
-        report = precompute(TrainConfig.from_dict(keys))
-        return report["found"], report["computed"]
-
-    assert fill() == (0, 48)
-    assert fill(load_in_4bit=True) == (0, 48)
-    assert fill(load_in_4bit=True, lora_r=3) == (48, 0)
-    assert fill(load_in_4bit=True, bnb_4bit_quant_type="fp4") == (0, 48)
-    assert fill(load_in_4bit=True, use_bnb_nested_quant=True) == (0, 48)
+    cached = partial(fill, tied_model, pairs_file, tmp_path / "out", use_peft=True)
+    assert cached() == (0, 48)
+    assert cached(load_in_4bit=True) == (0, 48)
+    assert cached(load_in_4bit=True, lora_r=3) == (48, 0)
+    assert cached(load_in_4bit=True, bnb_4bit_quant_type="fp4") == (0, 48)
+    assert cached(load_in_4bit=True, use_bnb_nested_quant=True) == (0, 48)
     model, _ = four_bit(tied_model)
     before = weights_digest(model)
     layer = model.model.layers[1].mlp.up_proj

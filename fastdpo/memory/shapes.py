@@ -16,7 +16,7 @@ from ..config import TrainConfig
 from ..data.groups import Group
 from ..data.packing import Row
 from ..data.plan import Step
-from ..errors import ModelError
+from ..errors import ModelError, one_line
 from ..model.adapter import add_adapter
 from ..model.head import base_causal_lm, find_head
 
@@ -110,9 +110,8 @@ def meta_model(config: TrainConfig, model_config: Any) -> Any:
                 model.requires_grad_(False)
                 model = add_adapter(model, config)
     except (ValueError, KeyError) as error:
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
-            f"{config.model_name_or_path}: no causal language model ({line})"
+            f"{config.model_name_or_path}: no causal language model ({one_line(error)})"
         ) from None
     return model.train()
 

@@ -1,10 +1,8 @@
 """LoRA adapters: a new one, or one that lies on disk, to be trained on or merged into its base."""
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings
 
 import torch
 from torch import nn
@@ -12,9 +10,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..config import TrainConfig
-from ..errors import ModelError
-from .frozen import frozen_state, probe_tokens
-from .messages import one_line
+from ..errors import ModelError, one_line
+from .frozen import compare, frozen_state, probe_tokens
 from .place import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Place, find_model
 from .weights import check_adapter, read_header
 
@@ -43,8 +40,8 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig) -> Any:
         if not any(name.endswith(wanted) for name in names):  # peft's own rule
             raise config.error("lora_modules_to_save", f"the model has no module {wanted}")
     try:
-        with warnings.catch_warnings():  # peft's calls of what transformers is to drop
-            warnings.simplefilter("ignore", FutureWarning)
+        # peft calls what transformers is to drop.
+        with catch_warnings(action="ignore", category=FutureWarning):
             return get_peft_model(model, adapter)
     except ValueError as error:
         raise ModelError(f"lora_target_modules: {one_line(error)}") from error
@@ -88,18 +85,16 @@ def lora_settings(place: Place) -> Any:
     """
     from peft import LoraConfig
 
+    file = f"{place.adapter}/{ADAPTER_CONFIG}"
     try:
-        with _quiet():
+        with catch_warnings(action="ignore"):
             settings = LoraConfig.from_pretrained(str(place.adapter))
     except Exception as error:  # the file is anybody's, and its values fail in any way
-        raise ModelError(f"{place.adapter}/{ADAPTER_CONFIG}: {one_line(error)}") from error
+        raise ModelError(f"{file}: {one_line(error)}") from error
     for name in ("r", "lora_alpha"):  # peft takes anything, and fails far from here
         value = getattr(settings, name)
         if not isinstance(value, int | float) or value <= 0:
-            raise ModelError(
-                f"{place.adapter}/{ADAPTER_CONFIG}: {name}: expected a number above 0, "
-                f"found {value!r}"
-            )
+            raise ModelError(f"{file}: {name}: expected a number above 0, found {value!r}")
     settings.task_type = "CAUSAL_LM"
     return settings
 
@@ -130,15 +125,15 @@ def load_adapter(model: PreTrainedModel, place: Place, dropout: float = 0.0) -> 
     settings.lora_dropout, settings.inference_mode = dropout, False
     names = getattr(model, "_checkpoint_conversion_mapping", None)
     try:
-        with _quiet():
+        with catch_warnings(action="ignore"):  # each of them is an error or a line of ours here
             adapted = PeftModelForCausalLM(model, settings)
             tensors = load_peft_weights(str(file.parent), device="cpu", key_mapping=names)
-            found = set_peft_model_state_dict(adapted, tensors)
+            result = set_peft_model_state_dict(adapted, tensors)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # as above
         raise ModelError(f"{file}: does not fit {place.name} ({one_line(error)})") from error
-    check_adapter(adapted, found, file, place.name)
+    check_adapter(adapted, result, file, place.name)
     return adapted
 
 
@@ -151,12 +146,11 @@ def merge_adapter(model: PreTrainedModel, place: Place) -> PreTrainedModel:
     tied = _is_tied(model)
     adapted = load_adapter(model, place)
     before = _logits(adapted)
-    with _quiet():
+    with catch_warnings(action="ignore"):
         merged: PreTrainedModel = adapted.merge_and_unload()
     after = _logits(merged)
-    tolerance = 0.5 * torch.finfo(after.dtype).eps ** 0.5 * before.abs().max().item()
-    same = (before - after).abs().max().item() <= tolerance
-    if not same or _is_tied(merged) != tied:
+    difference, tolerance = compare(after, before, after.dtype)
+    if not difference <= tolerance or _is_tied(merged) != tied:
         why = "its head is the embedding too, and the adapter changes one of them" if tied else ""
         raise ModelError(
             f"{place.adapter}: cannot be merged into {place.name} ({why or 'the numbers differ'}); "
@@ -203,11 +197,3 @@ def _logits(model: Any) -> torch.Tensor:
     with frozen_state(model):
         logits: torch.Tensor = model(input_ids=probe_tokens(model, 8)[None], use_cache=False).logits
     return logits.clone()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without peft's warnings, each of which is an error or a line of ours here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

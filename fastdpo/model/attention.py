@@ -19,14 +19,11 @@ from transformers import AttentionInterface
 
 from ..data.segments import Segments
 from ..errors import ModelError
-from .backends import (
-    activate,
-    by_segments,
-    choose_backend,
-    flash_attn,
-    varlen,
-)
+from .backends import Call, activate, by_segments, choose_backend, flash_attn, varlen
 from .flex import flex
+
+_KERNELS = {"sdpa": by_segments, "flex": flex, "flash_attn": flash_attn}
+"""By backend; all others are torch's varlen attention, with one kernel or another."""
 
 NAME = "fastdpo"
 """The name under which transformers knows this attention."""
@@ -74,7 +71,7 @@ def attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    chosen = choose_backend(
+    selected = choose_backend(
         query.device,
         query.dtype,
         head_dim=max(query.shape[-1], value.shape[-1]),
@@ -82,12 +79,8 @@ def attention(
         sinks=s_aux is not None,
         wanted=backend,
     )
-    arguments = (query, key, value, segments, scale, sliding_window, softcap)
-    if chosen.name == "sdpa":
-        return by_segments(*arguments, s_aux), None
-    if chosen.name == "flex":
-        return flex(*arguments, s_aux), None
-    return (flash_attn if chosen.name == "flash_attn" else varlen)(*arguments)[None], None
+    call = Call(query, key, value, segments, scale, sliding_window, softcap, s_aux)
+    return _KERNELS.get(selected.name, varlen)(call), None
 
 
 def _checked(

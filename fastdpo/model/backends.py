@@ -8,13 +8,15 @@
   sdpa          scaled_dot_product_attention segment by segment, any device and dtype; with a soft
                 cap or sinks an explicit softmax, which costs queries × keys × heads per segment.
 
-All of them take query (1, Hq, S, D), key (1, Hkv, S, D) and value (1, Hkv, S, Dv), as layers do.
+Each takes a `Call` and returns (1, S, Hq, Dv).
 """
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -31,8 +33,26 @@ ONLY_IF_ASKED = {"flash_attn_3": "FA3", "flash_attn_4": "FA4"}
 """Kernels that torch can put in place of its flash-attention 2, by torch's name for them."""
 
 
+@dataclass(frozen=True)
+class Call:
+    """What a layer asks of its attention, in one packed row."""
+
+    query: torch.Tensor
+    """(1, Hq, S, D), Hq a multiple of Hkv."""
+    key: torch.Tensor
+    """(1, Hkv, S, D)."""
+    value: torch.Tensor
+    """(1, Hkv, S, Dv)."""
+    segments: Segments
+    scale: float
+    sliding_window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+    """(Hq,): their logits."""
+
+
 class Backend(NamedTuple):
-    """Which kernel computes attention, and why it was chosen."""
+    """Which kernel computes attention, and why."""
 
     name: str
     """One of the names above."""
@@ -48,16 +68,12 @@ def choose_backend(
     head_dim: int = 64,
     softcap: bool = False,
     sinks: bool = False,
-    capability: tuple[int, int] | None = None,
     wanted: str | None = None,
 ) -> Backend:
     """The fastest exact backend for a device, a dtype and what the layer asks for, or the `wanted`
-    one.
-
-    `capability` is the CUDA compute capability, read from the device unless given. Raises
-    ModelError where the wanted one cannot be had.
+    one. Raises ModelError where that cannot be had.
     """
-    obstacle = _obstacle(device, dtype, head_dim, capability)
+    obstacle = _obstacle(device, dtype, head_dim)
     special = "attention sinks" if sinks else "soft cap" if softcap else None
     if wanted is not None and wanted != "sdpa":
         obstacle = obstacle or _lacks(wanted, special)
@@ -75,15 +91,13 @@ def choose_backend(
     return Backend("flex", f"FlexAttention, compiled: {special}, and {without}")
 
 
-def _obstacle(
-    device: torch.device, dtype: torch.dtype, head_dim: int, capability: tuple[int, int] | None
-) -> str | None:
+def _obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """What keeps every kernel for whole rows out."""
     if device.type != "cuda":
         return f"{device.type} has no varlen kernel"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"flash kernels are fp16/bf16, this is {dtype}"
-    if (capability or torch.cuda.get_device_capability(device)) < (8, 0):
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return "flash kernels need compute capability 8.0"
     if head_dim > MAX_FLASH_HEAD_DIM:
         return f"flash kernels end at head size 256 < {head_dim}"
@@ -126,35 +140,27 @@ def activate(name: str | None) -> None:
         raise ModelError(f"attention_backend: {name} is not installed ({error})") from error
 
 
-def by_segments(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    segments: Segments,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    s_aux: torch.Tensor | None,
-) -> torch.Tensor:
-    """(1, S, Hq, Dv): SDPA, or explicit softmax, one segment at a time."""
-    key, value = (_gathered(x, segments).transpose(0, 1)[None] for x in (key, value))
+def by_segments(call: Call) -> torch.Tensor:
+    """SDPA, or an explicit softmax, one segment at a time."""
+    segments, window = call.segments, call.sliding_window
+    key, value = (_gathered(x, segments).transpose(0, 1)[None] for x in (call.key, call.value))
     pieces = zip(
-        query.split(segments.query_lengths, dim=2),
+        call.query.split(segments.query_lengths, dim=2),
         key.split(segments.key_lengths, dim=2),
         value.split(segments.key_lengths, dim=2),
         strict=True,
     )
+    explicit = bool(call.softcap) or call.sinks is not None
     outputs = []
     for q, k, v in pieces:
         n, m = q.shape[2], k.shape[2]
-        window = None if sliding_window is None or sliding_window >= m else sliding_window
-        explicit = bool(softcap) or s_aux is not None
-        plain = n == m and window is None and not explicit
-        mask = None if plain else segments.causal_mask(n, m, window, q.device)
-        if mask is not None and explicit:
-            out = _explicit(q, k, v, mask, scale, softcap, s_aux)
+        narrow = window if window is not None and window < m else None
+        if explicit:
+            out = _explicit(q, k, v, segments.causal_mask(n, m, narrow, q.device), call)
         else:
-            out = _sdpa(q, k, v, mask, scale)
+            plain = n == m and narrow is None
+            mask = None if plain else segments.causal_mask(n, m, narrow, q.device)
+            out = _sdpa(q, k, v, mask, call.scale)
         outputs.append(out.transpose(1, 2))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
@@ -191,109 +197,72 @@ def _sdpa(
 
 
 def _explicit(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, call: Call
 ) -> torch.Tensor:
     """One segment with a soft cap or sinks, unknown to SDPA's kernels; softmax in fp32 at least."""
     heads, groups = k.shape[1], q.shape[1] // k.shape[1]
-    scores = (q.unflatten(1, (heads, groups)) @ k.unsqueeze(2).transpose(-1, -2)) * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = (q.unflatten(1, (heads, groups)) @ k.unsqueeze(2).transpose(-1, -2)) * call.scale
+    if call.softcap:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     scores = scores.masked_fill(~mask, float("-inf"))
-    if sinks is not None:
-        column = sinks.to(scores.dtype).view(1, heads, groups, 1, 1)
+    if call.sinks is not None:
+        column = call.sinks.to(scores.dtype).view(1, heads, groups, 1, 1)
         scores = torch.cat([scores, column.expand(-1, -1, -1, q.shape[2], 1)], dim=-1)
     weights = torch.softmax(scores, dim=-1)[..., : k.shape[2]].to(v.dtype)
     return (weights @ v.unsqueeze(2)).flatten(1, 2)
 
 
-def _flash_inputs(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(S, Hq, D), (T, Hkv, D), (T, Hkv, D): one head size, and a multiple of 8."""
-    size = max(query.shape[-1], value.shape[-1])
-    size += -size % 8
-    q, k, v = (
-        F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x for x in (query, key, value)
-    )
-    return q[0].transpose(0, 1), _gathered(k, segments), _gathered(v, segments)
+def varlen(call: Call) -> torch.Tensor:
+    """torch's own varlen attention, without soft cap and sinks (see `choose_backend`)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouped = {}
+    if call.query.shape[1] != call.key.shape[1] and _wants_to_be_told(varlen_attn):
+        grouped = {"enable_gqa": True}
+    return _flash(call, varlen_attn, scale=call.scale, **grouped)
 
 
-def _window(segments: Segments, sliding_window: int | None) -> tuple[int, int]:
-    """(left, right) of the flash kernels, -1 for no limit: a query's own token counts as one."""
-    if sliding_window is None or sliding_window >= segments.max_seqlen_k:
-        return (-1, 0)
-    return (sliding_window - 1, 0)
-
-
-@lru_cache(maxsize=1)
-def _varlen_gqa() -> dict[str, Any]:
+@lru_cache(maxsize=2)
+def _wants_to_be_told(kernel: Callable[..., Any]) -> bool:
     """torch 2.11 takes grouped heads as they are; later versions raise unless told so."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    return "enable_gqa" in inspect.signature(kernel).parameters
 
 
-def varlen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    segments: Segments,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    """(S, Hq, Dv) by torch's own varlen attention; `softcap` is None (see `choose_backend`)."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = _flash_inputs(query, key, value, segments)
-    grouped = _varlen_gqa() if q.shape[1] != k.shape[1] else {}
-    out: Any = varlen_attn(
-        q,
-        k,
-        v,
-        segments.cu_seqlens_q,
-        segments.cu_seqlens_k,
-        segments.max_seqlen_q,
-        segments.max_seqlen_k,
-        scale=scale,
-        window_size=_window(segments, sliding_window),
-        **grouped,
-    )
-    return out[..., : value.shape[-1]]
-
-
-def flash_attn(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    segments: Segments,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    """(S, Hq, Dv) by the flash-attn package."""
+def flash_attn(call: Call) -> torch.Tensor:
+    """The flash-attn package's varlen attention, without sinks (see `choose_backend`)."""
     from flash_attn import flash_attn_varlen_func
 
-    q, k, v = _flash_inputs(query, key, value, segments)
-    out = flash_attn_varlen_func(
-        q,
-        k,
-        v,
+    return _flash(
+        call,
+        flash_attn_varlen_func,
+        softmax_scale=call.scale,
+        causal=True,
+        softcap=call.softcap or 0.0,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def _flash(call: Call, kernel: Callable[..., Any], **options: Any) -> torch.Tensor:
+    """One call of a flash kernel, which wants one head size for all, a multiple of 8."""
+    segments, window = call.segments, (-1, 0)  # keys to the left and right, -1 for no limit
+    if call.sliding_window is not None and call.sliding_window < segments.max_seqlen_k:
+        window = (call.sliding_window - 1, 0)  # a query's own token counts as one
+    size = max(call.query.shape[-1], call.value.shape[-1])
+    size += -size % 8
+    q, k, v = (
+        F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x
+        for x in (call.query, call.key, call.value)
+    )
+    out = kernel(
+        q[0].transpose(0, 1),
+        _gathered(k, segments),
+        _gathered(v, segments),
         segments.cu_seqlens_q,
         segments.cu_seqlens_k,
         segments.max_seqlen_q,
         segments.max_seqlen_k,
-        softmax_scale=scale,
-        causal=True,
-        window_size=_window(segments, sliding_window),
-        softcap=softcap or 0.0,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
+        window_size=window,
+        **options,
     )
-    return out[..., : value.shape[-1]]
+    return out[None, ..., : call.value.shape[-1]]

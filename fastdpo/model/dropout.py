@@ -13,14 +13,14 @@ Dropouts = dict[tuple[int, str], float]
 
 def switch_off(model_config: Any) -> Dropouts:
     """Set every dropout of a configuration to 0; what they were."""
-    found = {
+    dropouts = {
         (number, name): value
         for number, part in enumerate(_parts(model_config))
         for name, value in part.to_dict().items()
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float)
     }
-    _set(model_config, dict.fromkeys(found, 0.0))
-    return found
+    _set(model_config, dict.fromkeys(dropouts, 0.0))
+    return dropouts
 
 
 def rates(module: nn.Module) -> list[str]:

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from ..data.batch import Batch, make_batch
 from ..data.groups import Group
 from ..data.packing import Part
-from ..errors import ModelError
+from ..errors import ModelError, one_line
 from .attention import NAME
 from .forward import batch_states
 from .frozen import compute_dtype, frozen_state, probe_tokens
@@ -86,7 +86,7 @@ class ExactnessCheck:
         except ModelError as error:
             return str(error)
         except Exception as error:  # An unknown architecture may fail in any way; it falls back.
-            return f"{type(error).__name__}: {error}".splitlines()[0]
+            return one_line(error)
         finally:
             self.base.set_attn_implementation(self.stock)
         return objection

@@ -16,13 +16,14 @@ import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from ..data.segments import Segments
+from .backends import Call
 
 BLOCK = 128
 """Queries and keys of a block of the mask."""
 
 
 @lru_cache(maxsize=1)
-def _kernel() -> Callable[..., Any]:
+def compiled() -> Callable[..., Any]:
     """FlexAttention as a fused kernel; row lengths become symbolic once they have changed."""
     return torch.compile(flex_attention)
 
@@ -35,31 +36,22 @@ def _capped(softcap: float) -> Callable[..., torch.Tensor]:
     return score
 
 
-def flex(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    segments: Segments,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    s_aux: torch.Tensor | None,
-) -> torch.Tensor:
-    """query (1, Hq, S, D), key (1, Hkv, S, D), value (1, Hkv, S, Dv) → (1, S, Hq, Dv)."""
-    out: Any = _kernel()(
-        query,
-        key,
-        value,
-        score_mod=_capped(softcap) if softcap else None,
-        block_mask=block_mask(segments, sliding_window, query.device),
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-        return_aux=None if s_aux is None else AuxRequest(lse=True),
+def flex(call: Call) -> torch.Tensor:
+    """FlexAttention, with all that a layer can ask for; (1, S, Hq, Dv)."""
+    out: Any = compiled()(
+        call.query,
+        call.key,
+        call.value,
+        score_mod=_capped(call.softcap) if call.softcap else None,
+        block_mask=block_mask(call.segments, call.sliding_window, call.query.device),
+        scale=call.scale,
+        enable_gqa=call.query.shape[1] != call.key.shape[1],
+        return_aux=None if call.sinks is None else AuxRequest(lse=True),
     )
-    if s_aux is not None:
+    if call.sinks is not None:
         out, aux = out
-        kept = torch.sigmoid(aux.lse - s_aux.to(aux.lse.dtype)[:, None])
-        out = (out * kept[..., None]).to(value.dtype)
+        kept = torch.sigmoid(aux.lse - call.sinks.to(aux.lse.dtype)[:, None])
+        out = (out * kept[..., None]).to(call.value.dtype)
     return out.transpose(1, 2)
 
 
@@ -113,7 +105,7 @@ def _by_block(seen: torch.Tensor, blocks: int, filler: bool) -> torch.Tensor:
     return torch.nn.functional.pad(seen, (0, 0, 0, missing), value=filler).view(blocks, BLOCK, -1)
 
 
-def _ordered(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _ordered(selected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """bool (N, N) → how many key blocks each query block has, and their numbers, first of all."""
-    order = chosen.int().argsort(dim=-1, descending=True, stable=True)
-    return chosen.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
+    order = selected.int().argsort(dim=-1, descending=True, stable=True)
+    return selected.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]

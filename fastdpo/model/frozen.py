@@ -43,6 +43,14 @@ def probe_tokens(model: nn.Module, count: int, seed: int = 0) -> torch.Tensor:
     return tokens.to(embedding.weight.device)
 
 
+def compare(ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    """The largest difference, and the largest that passes for rounding: half of the digits of
+    `dtype`.
+    """
+    difference = (ours.double() - theirs.double()).abs().max().item()
+    return difference, 0.5 * torch.finfo(dtype).eps ** 0.5 * theirs.abs().max().item()
+
+
 def compute_dtype(model: nn.Module, dtype: torch.dtype) -> torch.dtype:
     """The type that products are rounded to: autocast's where it is on, else `dtype`."""
     device = next(model.parameters()).device.type

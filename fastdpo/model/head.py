@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..data.segments import Segments
 from ..errors import ModelError
 from .attention import NAME
-from .frozen import compute_dtype, frozen_state, probe_tokens
+from .frozen import compare, compute_dtype, frozen_state, probe_tokens
 
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 """Configuration fields that multiply the logits (cohere, falcon_h1, muse_glimmer)."""
@@ -109,11 +109,9 @@ def _softcap(config: Any) -> float | None:
 def hidden_states(model: nn.Module, **inputs: Any) -> torch.Tensor:
     """The decoder's last hidden state (B, S, H), what the head is applied to.
 
-    `inputs` are those of the model's forward (input_ids (B, S), …); no cache is kept unless asked.
+    `inputs` are those of the model's forward (input_ids (B, S), …); no cache is kept.
     """
-    base = base_causal_lm(model)
-    inputs.setdefault("use_cache", False)
-    outputs = _decoder(base)(**inputs)
+    outputs = _decoder(base_causal_lm(model))(**inputs, use_cache=False)
     return outputs.last_hidden_state if hasattr(outputs, "last_hidden_state") else outputs[0]
 
 
@@ -147,22 +145,21 @@ def check_head(model: nn.Module, head: Head) -> None:
     """
     base = base_causal_lm(model)
     tokens = probe_tokens(base, 8)[None]
-    inputs: dict[str, Any] = {"input_ids": tokens, "use_cache": False}
+    inputs: dict[str, Any] = {"input_ids": tokens}
     if base.config._attn_implementation == NAME:
         inputs["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device)[None]
         inputs["fastdpo_segments"] = Segments.build([(0, tokens.shape[1], 0, 0)], tokens.device)
     with frozen_state(model):
         ours = head.logits(hidden_states(model, **inputs))
-        theirs = model(**inputs).logits.to(ours.device)
+        theirs = model(**inputs, use_cache=False).logits.to(ours.device)
     if not theirs.isfinite().all():
         raise ModelError(
             f"{model.name_or_path or type(base).__name__}: its logits are not finite; a weight is "
-            "infinite or no number"
+            "infinite or not a number"
         )
     dtypes = (compute_dtype(model, head.weight.dtype), theirs.dtype)
-    eps, dtype = max(((torch.finfo(d).eps, d) for d in dtypes), key=lambda pair: pair[0])
-    tolerance = 0.5 * eps**0.5 * theirs.abs().max().item()
-    difference = (ours.double() - theirs.double()).abs().max().item()
+    dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    difference, tolerance = compare(ours, theirs, dtype)
     if not difference <= tolerance:
         raise ModelError(
             f"{type(base).__name__}: its logits are not weight · hidden with the known scales and "
@@ -184,7 +181,7 @@ def effective_weight(head: Head) -> torch.Tensor:
     if not hasattr(module, "lora_A") or module.disable_adapters or module.merged:
         return weight
     _check_adapter(module)
-    active = [name for name in module.active_adapters if name in module.lora_A]
+    active = _active(module)
     updated: torch.Tensor = weight
     for name in active:
         a, b = module.lora_A[name].weight, module.lora_B[name].weight
@@ -204,7 +201,7 @@ def _check_adapter(module: Any) -> None:
         raise ModelError(f"head: expected LoRA, DoRA or modules_to_save, got peft's {kind}")
     if not lora:
         return
-    active = [name for name in module.active_adapters if name in module.lora_A]
+    active = _active(module)
     for name in active:
         variant = module.lora_variant.get(name)
         if variant is not None and (not module.use_dora[name] or len(active) > 1):
@@ -217,6 +214,11 @@ def _check_adapter(module: Any) -> None:
             )
         if module.lora_B[name].bias is not None:
             raise ModelError("lora_bias: expected false when the head is a LoRA target")
+
+
+def _active(module: Any) -> list[str]:
+    """The LoRA adapters of a module that are in use."""
+    return [name for name in module.active_adapters if name in module.lora_A]
 
 
 def _linear(module: Any) -> Any:

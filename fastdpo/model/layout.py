@@ -2,7 +2,7 @@
 
 Sharing a prompt is exact where attention is the only thing that mixes tokens, and where it goes
 through our attention function. Neither can be told from a configuration alone, so the layout is
-chosen by what is known (layer types, rotary scaling, dropout) and then proved at start-up: a few
+selected by what is known (layer types, rotary scaling, dropout) and then proved at start-up: a few
 random prompts and responses, once in the candidate layout and once as separate sequences through
 the model's stock attention. What fails falls back to a layout that gives the same numbers.
 """

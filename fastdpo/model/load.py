@@ -9,10 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.integrations.liger import apply_liger_kernel
 
 from ..config import TrainConfig
-from ..errors import CheckpointError, ConfigError, ModelError
+from ..errors import CheckpointError, ConfigError, ModelError, one_line
 from .adapter import check_adapter_file, merge_adapter
 from .dropout import silence, switch_off
-from .messages import one_line
 from .place import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Place, find_model, tokenizer_place
 from .quantised import check_packed, compute_in, is_quantised, quantisation
 from .weights import (
@@ -20,6 +19,7 @@ from .weights import (
     check_file,
     check_files,
     check_loaded,
+    lies_there,
     no_report,
     read_json,
 )
@@ -36,7 +36,7 @@ def load_tokenizer(config: TrainConfig) -> Any:
     place = find_model(config)
     path, revision = tokenizer_place(place, config)
     files = [Path(path) / name for name in TOKENIZER_FILES]
-    files = [file for file in files if file.exists() or file.is_symlink()]
+    files = [file for file in files if lies_there(file)]
     for file in files:
         check_file(file)
     try:
@@ -70,7 +70,7 @@ def load_model_config(config: TrainConfig, path: str | None = None) -> Any:
     place = find_model(config, path)
     if place.directory is not None:
         file = place.directory / "config.json"
-        if not (file.exists() or file.is_symlink()):
+        if not lies_there(file):
             raise ModelError(
                 f"{place.directory}: no model could be loaded (it has neither {file.name} nor "
                 f"{ADAPTER_CONFIG})"

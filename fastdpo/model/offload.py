@@ -18,6 +18,7 @@ import mmap
 import os
 import tempfile
 import weakref
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -141,26 +142,21 @@ class Pool:
     def __init__(self, allocate: Callable[[int], Tensor]) -> None:
         self.allocate = allocate
         self.free: list[Tensor] = []
+        """From small to large."""
 
     def take(self, size: int) -> Tensor:
         """The smallest free buffer of `size` bytes at least, or a new one in place of a free one
         that is too small.
         """
-        large_enough = [buffer for buffer in self.free if buffer.numel() >= size]
-        if large_enough:
-            found = min(large_enough, key=Tensor.numel)
-            self._remove(found)
-            return found
-        if self.free:
-            self._remove(min(self.free, key=Tensor.numel))
+        place = bisect_left(self.free, size, key=Tensor.numel)
+        if place < len(self.free):
+            return self.free.pop(place)
+        del self.free[:1]
         return self.allocate(size)
 
     def give(self, buffer: Tensor) -> None:
         """Take a buffer back."""
-        self.free.append(buffer)
-
-    def _remove(self, buffer: Tensor) -> None:
-        self.free = [other for other in self.free if other is not buffer]
+        insort(self.free, buffer, key=Tensor.numel)
 
 
 class _Kept:
@@ -211,8 +207,8 @@ class Offloader:
     that goes, after a backward or without one, buffers return to the pool.
     """
 
-    def __init__(self, transfer: Transfer, min_bytes: int = MIN_BYTES) -> None:
-        self.transfer, self.min_bytes = transfer, min_bytes
+    def __init__(self, transfer: Transfer) -> None:
+        self.transfer = transfer
         self.pool = Pool(transfer.buffer)
         self.order: list[weakref.ref[_Kept]] = []
         self.leaving: deque[weakref.ref[_Kept]] = deque()
@@ -224,10 +220,11 @@ class Offloader:
         """
         if not torch.is_grad_enabled():
             return function(*args)
-        hidden = args[0] if args else None
+        hidden: Any = args[0] if args else None
+        plain = isinstance(hidden, Tensor) and not isinstance(hidden, nn.Parameter)
         # The graph holds the hooks: by its address, not by itself, they may know the input.
         wanted = None
-        if isinstance(hidden, Tensor) and self._worth_it(hidden):
+        if plain and hidden.nbytes >= MIN_BYTES:
             wanted = (hidden.data_ptr(), hidden.shape)
         # Within the layer the checkpoint's own hooks are the ones in force: these see its inputs.
         with torch.autograd.graph.saved_tensors_hooks(partial(self._pack, wanted), self._unpack):
@@ -251,16 +248,8 @@ class Offloader:
         if not isinstance(packed, _Kept):
             return packed
         tensor = packed.take()
-        before = self._before(packed)
-        if before is not None:
-            before.fetch()
+        alive = [kept for ref in self.order if (kept := ref()) is not None]
+        place = alive.index(packed)
+        if place:  # the backward of the layer before comes next
+            alive[place - 1].fetch()
         return tensor
-
-    def _before(self, kept: _Kept) -> _Kept | None:
-        """The input of the layer before, whose backward comes next."""
-        alive = [entry for ref in self.order if (entry := ref()) is not None]
-        place = alive.index(kept)
-        return alive[place - 1] if place else None
-
-    def _worth_it(self, hidden: Tensor) -> bool:
-        return not isinstance(hidden, nn.Parameter) and hidden.nbytes >= self.min_bytes

@@ -9,7 +9,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..config import TrainConfig
 from ..errors import ModelError
-from .weights import read_json, weight_files
+from .weights import lies_there, read_json, weight_files
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -32,9 +32,6 @@ class Place:
         """The base's directory, None for a model of the hub."""
         path = Path(self.name)
         return path if path.is_dir() else None
-
-    def __str__(self) -> str:
-        return self.given if self.adapter is None else f"{self.given} (on {self.name})"
 
 
 def find_model(config: TrainConfig, path: str | None = None) -> Place:
@@ -78,7 +75,6 @@ def tokenizer_place(place: Place, config: TrainConfig) -> tuple[str, str]:
 def _existing(name: str | None, key: str) -> str:
     if not name:
         raise ModelError(f"{key}: expected a local directory or a hub name")
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
@@ -86,7 +82,7 @@ def _existing(name: str | None, key: str) -> str:
         raise ModelError(
             f"{key}: {name} is a file; expected the directory with config.json and safetensors"
         )
-    if looks_local:
+    if _looks_local(name):
         raise ModelError(f"{key}: {name} does not exist")
     return name
 
@@ -94,29 +90,28 @@ def _existing(name: str | None, key: str) -> str:
 def _adapter(name: str, revision: str) -> Path | None:
     """The directory of an adapter's files, fetched from the hub where they lie there."""
     if Path(name).is_dir():
-        file = Path(name) / ADAPTER_CONFIG
-        return file.parent if file.exists() or file.is_symlink() else None
+        return Path(name) if lies_there(Path(name) / ADAPTER_CONFIG) else None
     try:
-        found = find_adapter_config_file(name, revision=revision)
+        settings = find_adapter_config_file(name, revision=revision)
     except (OSError, ValueError):  # loading the model will say what is wrong with the name
         return None
-    if found is None:
+    if settings is None:
         return None
     _cached(name, ADAPTER_WEIGHTS, revision)
-    return Path(found).parent
+    return Path(settings).parent
 
 
-def _cached(name: str, file: str, revision: str) -> str | None:
-    if Path(name).is_dir():
-        return None
-    found: str | None = cached_file(
-        name,
-        file,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
+def _cached(name: str, file: str, revision: str) -> bool:
+    """Whether a model of the hub has this file, which is fetched."""
+    return not Path(name).is_dir() and bool(
+        cached_file(
+            name,
+            file,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
     )
-    return found
 
 
 def _base(file: Path, name: Any) -> str:
@@ -129,7 +124,12 @@ def _base(file: Path, name: Any) -> str:
         if (path / ADAPTER_CONFIG).exists():
             raise ModelError(f"{where}: {name} is an adapter itself; expected a whole model")
         return str(path)
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if path.exists() or _looks_local(name):
         relative = "" if path.is_absolute() else f" (looked for in {Path.cwd()})"
         raise ModelError(f"{where}: there is no directory {name}{relative}")
     return name
+
+
+def _looks_local(name: str) -> bool:
+    """Whether no hub has such a name."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1

@@ -20,7 +20,7 @@ SIZE = 512
 BUDGET_SECONDS = 0.05
 """Time spent on the products of both types together, after one of each that warms it up."""
 WORTH_IT = 1.2
-"""How many times as fast bf16 has to be: the casts between the products cost some of it."""
+"""How many times as fast bf16 must be: the casts between the products cost some of the gain."""
 
 
 @lru_cache(maxsize=1)

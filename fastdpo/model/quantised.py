@@ -11,7 +11,7 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from ..config import TrainConfig
-from ..errors import ModelError
+from ..errors import ModelError, one_line
 from ..extras import need
 from .frozen import frozen_state, probe_tokens
 
@@ -69,8 +69,9 @@ def check_packed(model: Any) -> None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # an architecture that reads weights itself may fail in any way
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ModelError(f"load_in_4bit: {name} does not run in 4 bits ({reason})") from error
+        raise ModelError(
+            f"load_in_4bit: {name} does not run in 4 bits ({one_line(error)})"
+        ) from error
 
 
 def packing(model: Any) -> str:

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import ConfigError
-from .frozen import compute_dtype, frozen_state
+from .frozen import compare, compute_dtype, frozen_state
 from .head import base_causal_lm
+from .layers import layers_of
 
 PROBE_TOKENS, PROBE_TILE = 7, 3
 
@@ -62,7 +62,7 @@ def tile_layers(model: nn.Module, tokens: int) -> str:
 
 def candidates(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """MLPs and norms of the layers, and the norm after the last one."""
-    layers = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = layers_of(base)
     stacks = [m for m in base.children() if any(layer in m.modules() for layer in layers)]
     for owner in [*layers, *stacks]:
         for name, child in owner.named_children():
@@ -88,9 +88,8 @@ def _is_token_wise(module: nn.Module, base: Any) -> bool:
         return False
     if not isinstance(whole, Tensor) or whole.shape != hidden.shape:
         return False
-    eps = torch.finfo(compute_dtype(base, weight.dtype)).eps
-    difference = (whole.double() - tiles.double()).abs().max()
-    return bool(difference <= 0.5 * eps**0.5 * whole.double().abs().max())
+    difference, tolerance = compare(tiles, whole, compute_dtype(base, weight.dtype))
+    return difference <= tolerance
 
 
 def run_in_tiles(module: Any, tokens: int) -> None:
@@ -123,10 +122,10 @@ def _run(function: Callable[[Tensor], Tensor], hidden: Tensor, tile: int) -> Ten
     output = None
     for start in range(0, hidden.shape[1], tile):
         piece = hidden[:, start : start + tile]
-        found = function(piece.contiguous())
+        result = function(piece.contiguous())
         if output is None:
-            output = found.new_empty((*hidden.shape[:2], *found.shape[2:]))
-        output[:, start : start + tile] = found
+            output = result.new_empty((*hidden.shape[:2], *result.shape[2:]))
+        output[:, start : start + tile] = result
     assert output is not None
     return output
 
@@ -171,10 +170,10 @@ class _Tiles(torch.autograd.Function):
                 part = slice(start, start + ctx.tile)
                 piece = hidden[:, part].detach().contiguous().requires_grad_(ctx.wanted)
                 with torch.enable_grad(), ctx.state.autocast():
-                    found = ctx.module._whole_forward(piece)
+                    result = ctx.module._whole_forward(piece)
                 sources = [piece, *ctx.weights] if ctx.wanted else list(ctx.weights)
                 grads: list[Tensor | None] = list(
-                    torch.autograd.grad(found, sources, grad[:, part], allow_unused=True)
+                    torch.autograd.grad(result, sources, grad[:, part], allow_unused=True)
                 )
                 if into is not None:
                     first = grads.pop(0)

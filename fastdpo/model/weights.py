@@ -7,7 +7,7 @@ shows a table; here that is an error.
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..errors import ModelError
+from ..errors import ModelError, some
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +34,15 @@ TOKENIZER_FILES = (
 )
 _LFS = b"version https://git-lfs"
 _INTEGERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
-_SHOWN = 3
+
+
+def lies_there(file: Path) -> bool:
+    """Whether there is something of that name, be it a link that leads nowhere."""
+    return file.exists() or file.is_symlink()
 
 
 def check_file(file: Path) -> None:
-    """Raise ModelError unless it is a file that can be read and holds something of its own."""
+    """Raise ModelError for what is no file, cannot be read, is empty or points to Git LFS."""
     if file.is_symlink() and not file.exists():
         raise ModelError(f"{file}: is a link to {file.readlink()}, which is not there")
     if not file.exists():
@@ -99,9 +103,9 @@ def weight_files(directory: Path) -> list[Path]:
         ModelError: an index that is no index, or that names a file that is not there.
     """
     whole, index = directory / WEIGHTS, directory / INDEX
-    if whole.exists() or whole.is_symlink():
+    if lies_there(whole):
         return [whole]
-    if not (index.exists() or index.is_symlink()):
+    if not lies_there(index):
         return []
     placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(v, str) for v in placed.values()):
@@ -110,7 +114,7 @@ def weight_files(directory: Path) -> list[Path]:
         raise ModelError(f"{index}: its weight_map is empty")
     files = [directory / name for name in sorted(set(placed.values()))]
     for file in files:
-        if not (file.exists() or file.is_symlink()):
+        if not lies_there(file):
             raise ModelError(f"{index}: names {file.name}, which is missing in {directory}")
     return files
 
@@ -129,9 +133,9 @@ def check_files(directory: Path) -> dict[str, str]:
     files, types = weight_files(directory), dict[str, str]()
     if not files and "transformers_weights" not in settings:
         others = sorted(file.name for file in directory.glob("*.bin"))
-        found = f"found {_first(others)}" if others else f"there is no {WEIGHTS}"
+        problem = f"found {some(others)}" if others else f"there is no {WEIGHTS}"
         raise ModelError(
-            f"{directory}: no causal language model in safetensors could be loaded ({found})"
+            f"{directory}: no causal language model in safetensors could be loaded ({problem})"
         )
     for file in files:
         types |= read_header(file)
@@ -153,44 +157,44 @@ def check_loaded(
     if info["mismatched_keys"]:
         wrong = sorted(info["mismatched_keys"])
         shapes = [f"{key} {list(has)} (expected {list(wants)})" for key, has, wants in wrong]
-        raise ModelError(f"{where}: {_count(shapes, 'weight')} of another shape: {_first(shapes)}")
+        raise ModelError(f"{where}: {_count(shapes, 'weight')} of another shape: {some(shapes)}")
     missing = sorted(set(info["missing_keys"]) & own.keys())
     left = sorted(info["unexpected_keys"])
     if missing:
-        rest = f"; it holds {_first(left)}, which {name} has not" if left else ""
+        rest = f"; it holds {some(left)}, which {name} has not" if left else ""
         raise ModelError(
-            f"{where}: lacks {_count(missing, 'weight')} of {name}: {_first(missing)}{rest}"
+            f"{where}: lacks {_count(missing, 'weight')} of {name}: {some(missing)}{rest}"
         )
     if getattr(model, "hf_quantizer", None) is None:
         whole = [key for key in own if types.get(key) in _INTEGERS]
         if whole:
             raise ModelError(
-                f"{where}: holds integers for {_count(whole, 'weight')}: {_first(whole)}; expected "
+                f"{where}: holds integers for {_count(whole, 'weight')}: {some(whole)}; expected "
                 "floating point, or a quantization_config in config.json"
             )
     if buffers := sorted(set(info["missing_keys"]) - own.keys()):
-        lacks = f"lacks {_count(buffers, 'buffer')}, left as made: {_first(buffers)}"
+        lacks = f"lacks {_count(buffers, 'buffer')}, left as made: {some(buffers)}"
         logger.warning(f"note: {where}: {lacks}")
     if left:
-        out = f"{_count(left, 'weight')} not of {name} left out: {_first(left)}"
+        out = f"{_count(left, 'weight')} not of {name} left out: {some(left)}"
         logger.warning(f"note: {where}: {out}")
 
 
-def check_adapter(model: nn.Module, found: Any, file: Path, base: str) -> None:
-    """Hold what peft's loading `found` against the adapter that the model has now.
+def check_adapter(model: nn.Module, result: Any, file: Path, base: str) -> None:
+    """Hold the result of peft's loading against the adapter that the model has now.
 
     Raises:
         ModelError: the file lacks weights of the adapter, or has some that belong nowhere.
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if missing := sorted(trained & set(found.missing_keys)):
+    if missing := sorted(trained & set(result.missing_keys)):
         raise ModelError(
-            f"{file}: lacks {_count(missing, 'weight')} of the adapter on {base}: {_first(missing)}"
+            f"{file}: lacks {_count(missing, 'weight')} of the adapter on {base}: {some(missing)}"
         )
-    if left := sorted(found.unexpected_keys):
+    if left := sorted(result.unexpected_keys):
         raise ModelError(
             f"{file}: {_count(left, 'weight')} have no place on {base}, so it was made for another "
-            f"model: {_first(left)}"
+            f"model: {some(left)}"
         )
 
 
@@ -209,11 +213,5 @@ def no_report() -> Iterator[None]:
         loading.removeFilter(other)
 
 
-def _count(names: Iterable[str], what: str) -> str:
-    number = len(list(names))
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _first(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+def _count(names: list[str], what: str) -> str:
+    return f"{len(names)} {what}{'' if len(names) == 1 else 's'}"

@@ -9,7 +9,6 @@ whole or not at all.
 
 import json
 import logging
-import os
 import random
 import re
 from collections.abc import Mapping
@@ -24,9 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
-from ..errors import CheckpointError, FastDPOError
-from ..files import are_inside, explain, flush, sync, temporary_directory
-from ..model.messages import one_line
+from .. import files
+from ..errors import CheckpointError, FastDPOError, one_line
 from ..model.save import save_weights
 from . import optimizer_state
 
@@ -53,22 +51,17 @@ def save_checkpoint(
     state: Mapping[str, Any],
 ) -> None:
     """Write a checkpoint; without an optimizer, one that cannot be resumed (`save_only_model`)."""
-    with explain(path), temporary_directory(path) as temporary:
+    with files.explain(path), files.temporary_directory(path) as temporary:
         save_model(temporary, model, tokenizer)
         if optimizer is not None:
             tensors, rest = optimizer_state.flatten(optimizer)
             save_file(tensors, temporary / "optimizer.safetensors")
             save_file(_rng_tensors(), temporary / "rng.safetensors")
-            full = {
-                **state,
-                "optimizer": rest,
-                "python_rng": random.getstate(),
-            }
+            full = {**state, "optimizer": rest, "python_rng": random.getstate()}
             (temporary / STATE).write_text(json.dumps(full), encoding="utf-8")
-        files = sorted(f for f in temporary.rglob("*") if f.is_file())
-        manifest = {f.relative_to(temporary).as_posix(): _fingerprint(f) for f in files}
+        manifest = {name: _fingerprint(temporary / name) for name in files.names_below(temporary)}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        flush(temporary)
+        files.flush(temporary)
         _appear(temporary, path)
 
 
@@ -81,11 +74,9 @@ def _appear(made: Path, path: Path) -> None:
         made.rename(path)
     else:
         (path / MANIFEST).unlink(missing_ok=True)
-        names = (f.relative_to(made) for f in made.rglob("*") if f.is_file())
-        for name in sorted(names, key=lambda name: (name == Path(MANIFEST), name)):
-            (path / name).parent.mkdir(exist_ok=True)
-            os.replace(made / name, path / name)
-    sync(path.parent)
+        names = sorted(files.names_below(made), key=lambda name: name == MANIFEST)
+        files.move(names, made, path)
+    files.sync(path.parent)
 
 
 def save_model(path: Path, model: Any, tokenizer: Any) -> None:
@@ -103,19 +94,16 @@ def read_state(path: Path) -> dict[str, Any]:
     problem = damage(path)
     if problem:
         raise CheckpointError(f"{path}: {problem}")
-    file = path / STATE
-    if not file.exists():
+    if not (path / STATE).exists():
         raise CheckpointError(
             f"{path}: holds the model alone (save_only_model), so it cannot be resumed"
         )
-    try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {STATE} is not valid JSON ({error})") from error
+    state = files.read_json(path / STATE)
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: {STATE} is not a mapping in JSON")
     for name, kind in _STATE_TYPES.items():
-        known: dict[str, Any] = state if isinstance(state, dict) else {}
-        optional = name in ("config", "identity") and bool(known)  # earlier versions lack them
-        value = known.get(name, {} if optional else None)
+        optional = name in ("config", "identity")  # earlier versions lack them
+        value = state.get(name, {} if optional else None)
         if not isinstance(value, kind) or (isinstance(value, int) and value < 0):
             raise CheckpointError(f"{path}: {STATE} holds no {name} that can be read")
     return state
@@ -151,7 +139,9 @@ def restore(path: Path, state: Mapping[str, Any], optimizer: Optimizer) -> None:
         random.setstate((version, tuple(internal), gauss))
         _restore_rng(tensors)
     except Exception as error:  # as above
-        raise CheckpointError(f"{path}: its random state is none ({one_line(error)})") from error
+        raise CheckpointError(
+            f"{path}: its random state cannot be set ({one_line(error)})"
+        ) from error
 
 
 def find_checkpoint(output_dir: Path) -> Path | None:
@@ -213,20 +203,12 @@ def rotate(output_dir: Path, keep: int | None, newest: int) -> None:
 def remove(path: Path) -> None:
     """Remove the files that a run wrote into a checkpoint, and the directory where that is all."""
     manifest = None if path.is_symlink() else _manifest(path)
-    if manifest is None:
-        with suppress(OSError):  # a kill may have left it empty
+    with files.explain(path):
+        if manifest is not None:
+            # The manifest last: what a kill leaves is known to be ours, and to be incomplete.
+            files.remove((*manifest, MANIFEST), path)
+        with suppress(OSError):  # not empty, or a link
             path.rmdir()
-        return
-    with explain(path):
-        folders = {path}
-        # The manifest last: what a kill leaves is known to be ours, and to be incomplete.
-        for name in (*manifest, MANIFEST):
-            file = path / name
-            file.unlink(missing_ok=True)
-            folders.add(file.parent)
-        for folder in sorted(folders, reverse=True):
-            with suppress(OSError):  # not empty
-                folder.rmdir()
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -249,14 +231,11 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 def _manifest(path: Path) -> dict[str, dict[str, Any]] | None:
     """What a checkpoint's files were when they were written; None where that is not known."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    manifest = files.read_json(path / MANIFEST)
+    if not isinstance(manifest, dict) or not files.are_inside(manifest):
         return None
-    known = isinstance(manifest, dict) and are_inside(manifest)
-    if not known or not all(map(_is_fingerprint, manifest.values())):
-        return None
-    return manifest
+    kinds = (isinstance(entry, dict) and entry.keys() for entry in manifest.values())
+    return manifest if all(keys == {"bytes", "xxh3_128"} for keys in kinds) else None
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:
@@ -265,10 +244,6 @@ def _fingerprint(file: Path) -> dict[str, Any]:
         while block := stream.read(1 << 24):
             content.update(block)
     return {"bytes": file.stat().st_size, "xxh3_128": content.hexdigest()}
-
-
-def _is_fingerprint(entry: Any) -> bool:
-    return isinstance(entry, dict) and entry.keys() == {"bytes", "xxh3_128"}
 
 
 def _rng_tensors() -> dict[str, torch.Tensor]:

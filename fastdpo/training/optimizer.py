@@ -4,8 +4,8 @@ AdamW is torch's, with moments as wide as the weights, or torchao's or bitsandby
 in 8 bits (blocks of 256 share an fp32 scale) for every weight of 4096 and more elements.
 """
 
-import warnings
 from typing import Any
+from warnings import catch_warnings
 
 import torch
 from torch.optim import Optimizer
@@ -117,8 +117,8 @@ def _bitsandbytes(
 def restart(scheduler: LRScheduler, step: int) -> None:
     """Set the rates to those after `step` steps; every schedule follows the step alone."""
     scheduler.last_epoch = step - 1
-    with warnings.catch_warnings():  # it wants to see a step of the optimizer first
-        warnings.simplefilter("ignore", UserWarning)
+    # It wants to see a step of the optimizer first.
+    with catch_warnings(action="ignore", category=UserWarning):
         scheduler.step()
 
 

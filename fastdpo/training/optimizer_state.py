@@ -108,8 +108,8 @@ def _join(state: dict[str, Any], name: str, signed: bool, dtype: str) -> None:
 
 @torch.no_grad()
 def _refresh(optimizer: Any) -> None:
-    """What loading leaves behind: host copies of the old weights, groups that the schedule would no
-    longer reach, pages that are no pages.
+    """Mend what loading leaves behind: host copies of the old weights, groups that the schedule
+    would no longer reach, moments outside of paged memory.
     """
     if getattr(optimizer, "d_opt", None):
         optimizer.d_param_groups = optimizer.d_opt.param_groups

@@ -13,17 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from ..config import TrainConfig
-from ..errors import CheckpointError, ConfigError
-from ..files import (
-    are_inside,
-    explain,
-    flush,
-    locked,
-    remove_leftovers,
-    temporary_directory,
-    write_text,
-)
+from ..errors import CheckpointError, ConfigError, some
 from ..model.place import find_model
 from . import checkpoint
 from .changes import deciding
@@ -54,14 +46,7 @@ _WRITTEN = (
 
 
 class Output:
-    """The output directory of the run that holds its lock.
-
-    Attributes:
-        path: the directory.
-        finished: whether the run that wrote there reached its last step, and what it saved is
-            still there.
-        step: that step.
-    """
+    """The output directory of the run that holds its lock."""
 
     def __init__(self, path: Path, config: TrainConfig) -> None:
         self.path, self.config = path, config
@@ -72,16 +57,21 @@ class Output:
 
     @property
     def finished(self) -> bool:
-        whole = all((self.path / name).exists() for name in self._files)
-        return bool(self._state.get("finished")) and whole
+        """Whether the run that wrote there reached its last step, and all it saved is there."""
+        return bool(self._state.get("finished")) and not self._lost()
 
     @property
     def step(self) -> int:
+        """The last step of the run that wrote there."""
         return int(self._state.get("step", 0))
 
     @property
     def _files(self) -> list[str]:
         return self._state.get("files", [])
+
+    def _lost(self) -> list[str]:
+        """What that run saved and is not there any more."""
+        return [name for name in self._files if not (self.path / name).exists()]
 
     def holds_this_run(self) -> bool:
         """Whether a finished run wrote there whose configuration decided the same weights."""
@@ -97,15 +87,15 @@ class Output:
         wanted = self.config.resume_from_checkpoint
         if wanted is not True:
             return Path(wanted).expanduser() if wanted else None
-        found = checkpoint.find_checkpoint(self.path)
-        if found is None and self._state.get("finished"):
-            gone = [name for name in self._files if not (self.path / name).exists()]
-            lacks = f", lacks {_some(gone)}" if gone else ""
+        newest = checkpoint.find_checkpoint(self.path)
+        if newest is None and self._state.get("finished"):
+            lost = self._lost()
+            lacks = f", lacks {some(lost)}" if lost else ""
             raise CheckpointError(
                 f"resume_from_checkpoint: the run in {self.path} is finished (step {self.step})"
                 f"{lacks} and holds no checkpoint to go on from; choose another output_dir"
             )
-        return found
+        return newest
 
     def require(self) -> None:
         """Raise ConfigError if the directory was moved or replaced: the lock went with it, and what
@@ -122,15 +112,15 @@ class Output:
         if self._begun:
             return
         self.require()
-        with explain(self.path):
-            remove_leftovers(self.path)
+        with files.explain(self.path):
+            files.remove_leftovers(self.path)
             earlier = set(self._files)
             # First of all: where nothing can be written, nothing is removed either.
             self._record(False, 0, {*earlier, *_LOGS})
             if config.overwrite_output_dir:
                 for path in checkpoint.checkpoints(self.path):
                     checkpoint.remove(path)
-                self._remove(earlier - {STATE})
+                files.remove(earlier - {STATE}, self.path)
                 self._record(False, 0, set(_LOGS))
         self._begun = True
         self.save_config(config)
@@ -138,7 +128,7 @@ class Output:
     def save_config(self, config: TrainConfig) -> None:
         """Write the configuration as it is now."""
         if self._begun:
-            write_text(self.path / CONFIG, config.to_yaml())
+            files.write_text(self.path / CONFIG, config.to_yaml())
 
     def finish(self, config: TrainConfig, step: int, model: Any, tokenizer: Any, card: str) -> None:
         """Save the trained model and its card; files of an earlier model that it lacks go.
@@ -149,33 +139,23 @@ class Output:
         self.begin(config)
         self.require()
         earlier = set(self._files)
-        with explain(self.path):
-            with temporary_directory(self.path / "model") as made:
+        with files.explain(self.path):
+            with files.temporary_directory(self.path / "model") as made:
                 checkpoint.save_model(made, model, tokenizer)
                 (made / "README.md").write_text(card, encoding="utf-8")
-                flush(made)
-                names = {f.relative_to(made).as_posix() for f in made.rglob("*") if f.is_file()}
+                files.flush(made)
+                names = set(files.names_below(made))
                 self._record(False, step, earlier | names)
-                self._remove({name for name in earlier if _WEIGHTS in name})
-                for name in sorted(names, key=_weights_last):
-                    (self.path / name).parent.mkdir(exist_ok=True)
-                    os.replace(made / name, self.path / name)
-            self._remove(earlier - names - set(_LOGS))
+                files.remove({name for name in earlier if _WEIGHTS in name}, self.path)
+                files.move(sorted(names, key=_weights_last), made, self.path)
+            files.remove(earlier - names - set(_LOGS), self.path)
             logs = {name for name in _LOGS if (self.path / name).exists()}
             self._record(True, step, names | logs)
 
-    def _record(self, finished: bool, step: int, files: set[str]) -> None:
+    def _record(self, finished: bool, step: int, names: set[str]) -> None:
         config = deciding(self.config)
-        self._state = {"finished": finished, "step": step, "files": sorted(files), "config": config}
-        write_text(self.path / STATE, json.dumps(self._state, indent=1))
-
-    def _remove(self, names: set[str]) -> None:
-        for name in names:
-            file = self.path / name
-            file.unlink(missing_ok=True)
-            if file.parent != self.path:
-                with suppress(OSError):
-                    file.parent.rmdir()
+        self._state = {"finished": finished, "step": step, "files": sorted(names), "config": config}
+        files.write_text(self.path / STATE, json.dumps(self._state, indent=1))
 
 
 def _weights_last(name: str) -> tuple[bool, bool, str]:
@@ -193,7 +173,7 @@ def claim(config: TrainConfig) -> Iterator[Output]:
     path = Path(config.output_dir).expanduser()
     made = _make(path)
     try:
-        with locked(path):
+        with files.locked(path):
             try:
                 yield Output(path, config)
             finally:
@@ -223,18 +203,15 @@ def _make(path: Path) -> list[Path]:
 def _place(path: Path) -> tuple[int, int] | None:
     """Which directory a path leads to, None where it leads nowhere."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    known = isinstance(state, dict) and are_inside(state.get("files"))
+    state = files.read_json(file)
+    known = isinstance(state, dict) and files.are_inside(state.get("files"))
     return state if known and isinstance(state.get("step"), int) else {}
 
 
@@ -259,7 +236,7 @@ def _check(path: Path, config: TrainConfig, ours: set[str]) -> None:
         strange += [p.name for p in saved if not (_is_ours(p.resolve()) or _was_ours(p))]
     if strange:
         raise ConfigError(
-            f"output_dir: {path} holds {_some(strange)}, which no run of fastdpo wrote there; "
+            f"output_dir: {path} holds {some(strange)}, which no run of fastdpo wrote there; "
             "choose another directory"
         )
 
@@ -273,10 +250,8 @@ def _is_ours(path: Path) -> bool:
 
 def _was_ours(path: Path) -> bool:
     """Whether a checkpoint without its manifest is a run's that was damaged."""
-    try:
-        return "pending" in json.loads((path / checkpoint.STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return False
+    state = files.read_json(path / checkpoint.STATE)
+    return isinstance(state, dict) and "pending" in state
 
 
 def _check_branch(path: Path, wanted: Path, saved: list[Path], used: bool) -> None:
@@ -292,7 +267,7 @@ def _check_branch(path: Path, wanted: Path, saved: list[Path], used: bool) -> No
     newer = places[places.index(wanted) + 1 :] if wanted in places else []
     if newer:
         raise ConfigError(
-            f"resume_from_checkpoint: {path} holds {_some([p.name for p in newer])} after "
+            f"resume_from_checkpoint: {path} holds {some([p.name for p in newer])} after "
             f"{wanted.name}; choose another output_dir to go on from there, or true for the newest"
         )
 
@@ -321,8 +296,3 @@ def _is_written(place: Path, path: Path) -> bool:
     """Whether a run in `path` writes or rotates what lies at `place`."""
     parts = place.relative_to(path).parts
     return not parts or parts[0] in {p.name for p in checkpoint.checkpoints(path)}
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

@@ -94,14 +94,14 @@ class Pending:
                 for _, sums, norm, _ in self._unread
             ]
         )
-        found = []
+        steps = []
         for (step, sums, _, rate), row in zip(self._unread, table.tolist(), strict=True):
             values: dict[str, Any] = sums.means(row[:-1]) | {"grad_norm": row[-1]}
             for name in ("loss", "grad_norm"):
                 if not math.isfinite(values[name]):
                     raise self._not_finite(step, name, values[name])
-            found.append(values | {"learning_rate": rate})
-        return found
+            steps.append(values | {"learning_rate": rate})
+        return steps
 
     def _not_finite(self, step: int, name: str, value: float) -> FastDPOError:
         left = f"stopped with the weights of step {step}"

@@ -1,46 +1,28 @@
 """A trace of a few steps, for a browser: `profile_steps`."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity
+from torch.profiler import ProfilerActivity, profile, schedule
 
 SKIPPED = 2
 """Steps at the start, in which kernels are compiled and memory is first touched."""
 
 
-class Profiler(Protocol):
-    """What wants to know where steps end."""
-
-    def step(self) -> None:
-        """A step has ended."""
-
-
-class _Nothing:
-    def step(self) -> None:
-        pass
-
-
-@contextmanager
-def profiler(steps: int, path: Path, device: torch.device) -> Iterator[Profiler]:
+def profiler(steps: int, path: Path, device: torch.device) -> AbstractContextManager[Any]:
     """Trace `steps` steps after the first two into `path`, which ui.perfetto.dev opens; with 0,
-    nothing.
+    nothing. What the block is given wants `step()` to be called where a step ends.
     """
     if steps == 0:
-        yield _Nothing()
-        return
+        return nullcontext(SimpleNamespace(step=lambda: None))
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-
-    def write(profile: Any) -> None:
-        profile.export_chrome_trace(str(path))
-
-    schedule = torch.profiler.schedule(wait=SKIPPED - 1, warmup=1, active=steps, repeat=1)
-    with torch.profiler.profile(
-        activities=activities, schedule=schedule, on_trace_ready=write
-    ) as profile:
-        yield profile
+    return profile(
+        activities=activities,
+        schedule=schedule(wait=SKIPPED - 1, warmup=1, active=steps, repeat=1),
+        on_trace_ready=lambda trace: trace.export_chrome_trace(str(path)),
+    )

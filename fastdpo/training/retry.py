@@ -23,11 +23,11 @@ from ..config.values import show
 from ..data.ahead import ahead
 from ..data.packing import longest_comparison
 from ..devices import at_hand
-from ..errors import ConfigError, FastDPOError
+from ..errors import ConfigError, FastDPOError, one_line
 from ..memory.auto import REASON, advice
 from ..memory.planner import Planner
 from ..memory.switches import SWITCHES, Demand
-from ..model.activations import recompute_layers
+from ..model.layers import recompute_layers
 from ..model.load import load_model_config
 from ..model.offload import transfer_of
 from ..model.tiles import tile_layers
@@ -60,10 +60,9 @@ def enough_memory() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise FastDPOError(
-            f"there is not enough memory for model, adapter and reference: {reason}; fastdpo plan "
-            "says what a run needs"
+            f"there is not enough memory for model, adapter and reference: {one_line(error)}; "
+            "fastdpo plan says what a run needs"
         ) from error
 
 

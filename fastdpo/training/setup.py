@@ -19,9 +19,8 @@ from ..errors import ConfigError
 from ..losses import make_loss
 from ..memory.allocator import keep_freed_memory, return_freed_memory
 from ..memory.auto import fit
-from ..model.activations import recompute_layers
 from ..model.adapter import adopt_adapter
-from ..model.compiled import compile_layers
+from ..model.layers import compile_layers, recompute_layers
 from ..model.layout import beyond_positions
 from ..model.load import (
     check_given,

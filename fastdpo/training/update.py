@@ -130,7 +130,7 @@ class Offloaded(Update):
         self.free = True  # the only way that torchao knows
 
     def norm(self) -> Tensor:
-        """The norm of the step's gradient, (); scaled down like it."""
+        """The norm of the step's gradient, (), which is scaled on the host."""
         if self.norms is None:
             return super().norm()
         norm = self.norms.total()
