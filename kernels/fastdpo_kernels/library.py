@@ -17,8 +17,8 @@ from . import regimes
 from .arguments import check_problem
 from .call import begin, inside_operator, names, once, wide
 from .head import OUTPUTS, transposed
-from .losses import Comparisons
-from .problem import Loss, Problem
+from .losses import Comparisons, Loss
+from .problem import Problem
 from .regimes import Dtypes, Needs
 
 _HEAD = (
@@ -33,11 +33,10 @@ _functions: dict[str, Callable[[Comparisons], Tensor]] = {}
 
 
 @contextmanager
-def named_loss(loss: str | Callable[[Comparisons], Tensor]) -> Iterator[str]:
-    """A name that the operators understand: the loss's own, or one that lasts as long as this."""
-    if isinstance(loss, str):
-        yield loss
-        return
+def named(loss: Callable[[Comparisons], Tensor]) -> Iterator[str]:
+    """A name that stands for a function as the `loss_type` of the operator, for as long as this
+    lasts.
+    """
     name = f"<function {id(loss)}, {len(_functions)}>"
     _functions[name] = loss
     try:
@@ -231,7 +230,10 @@ def linear_dpo_loss(
     """Loss (), log-probabilities of responses (R,), `outputs` (T,) and the gradients of the loss
     that are needed.
     """
-    loss = Loss.find(_functions.get(loss_type, loss_type), beta, label_smoothing)
+    if loss_type in _functions:
+        loss = Loss(_functions[loss_type])
+    else:
+        loss = Loss.named(loss_type, beta=beta, label_smoothing=label_smoothing)
     with inside_operator(hidden):
         call = begin(hidden, weight, bias, targets, **head)
         rest = (comparisons, ref_logps, comparison_weights, response_lengths)

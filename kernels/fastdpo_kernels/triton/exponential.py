@@ -39,7 +39,7 @@ from .logits import (
 )
 from .score import extras, score_into, unpack
 
-_GROUP = 16
+GROUP = 16
 _MERGED = 32
 _CLAMP = 75.0
 _CLAMP_SQUARED = 40.0
@@ -403,7 +403,7 @@ def _launch(
         stride_tile=tile.stride(0),
         clamp=clamp,
         SUMS=flags is not None,
-        GROUP=_GROUP,
+        GROUP=GROUP,
         PERSISTENT=config.persistent,
     )
 

@@ -1,4 +1,5 @@
-"""The specification: every operation of the package in plain PyTorch, in any dtype up to fp64.
+"""The naive way, which is the specification: every operation in plain PyTorch, in any dtype up to
+fp64.
 
 Nothing here is chunked or fused, so the whole (T, V) logits exist. Tests compare every other path
 with this one.
