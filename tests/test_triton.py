@@ -136,18 +136,14 @@ def test_dpo_loss_and_gradients(loss_type, dtype, shuffled):
         order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
         x, y, ids = x[order], y[order], ids[order]
     x, w, y, pairs, ref = on_device(x.to(dtype), w.to(dtype), y, pairs, ref)
+    options = {"loss_type": loss_type, "label_smoothing": 0.1}
     if loss_type == "function":
-
-        def loss_type(pairs):
-            return (0.1 * pairs.margins - 1) ** 2
-
+        options = {"loss_function": lambda pairs: (0.1 * pairs.margins - 1) ** 2}
     results = {}
     for backend in ("naive", "triton"):
         cast = torch.float64 if backend == "naive" else dtype
         a, c = x.to(cast, copy=True).requires_grad_(), w.to(cast, copy=True).requires_grad_()
-        loss, logps = linear_dpo_loss(
-            a, c, y, ids, pairs, ref, loss_type=loss_type, label_smoothing=0.1, backend=backend
-        )
+        loss, logps = linear_dpo_loss(a, c, y, ids, pairs, ref, backend=backend, **options)
         (2 * loss).backward()
         results[backend] = [loss.detach(), logps, a.grad, c.grad]
     compare(results["triton"], results["naive"], [torch.float32, torch.float32, dtype, dtype])

@@ -5,7 +5,7 @@ from functools import cache
 
 import torch
 
-from .head import WORKSPACE_MIB, Head, Tiles, WorkspaceBytes
+from .head import WORKSPACE_MIB, Head, Layout, Tiles, WorkspaceBytes
 from .tiles import TorchLayout, TorchTiles
 from .triton.layout import TritonLayout
 
@@ -79,7 +79,7 @@ def workspace_bytes(
         tokens: how many are scored: a host leaves out ignored ones.
         vocab, width: V and H of the head.
         dtype: what the head computes in.
-        device: "cpu" or "cuda", which need not be there.
+        device: "cpu" or "cuda", which need not be there; nor need Triton for backend "triton".
         outputs, workspace_mib, backend: as in `linear_logprob`.
         softcap: whether the head has a soft cap.
 
@@ -93,7 +93,4 @@ def workspace_bytes(
     return layout.bytes(tokens, outputs, softcap)
 
 
-_LAYOUTS: dict[str, type[TorchLayout] | type[TritonLayout]] = {
-    "torch": TorchLayout,
-    "triton": TritonLayout,
-}
+_LAYOUTS: dict[str, type[Layout]] = {"torch": TorchLayout, "triton": TritonLayout}

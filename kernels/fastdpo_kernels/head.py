@@ -65,6 +65,26 @@ class Head:
         return replace(self, weight=weight, bias=bias)
 
 
+@dataclass(frozen=True)
+class Layout(ABC):
+    """How the tiles of a head (V, H) that computes in `dtype` are cut on a kind of device."""
+
+    vocab: int
+    width: int
+    dtype: torch.dtype
+    device: str
+    workspace_mib: int
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """How many tokens a tile may hold."""
+
+    @abstractmethod
+    def bytes(self, tokens: int, outputs: tuple[str, ...], softcap: bool) -> WorkspaceBytes:
+        """What a call for so many scored tokens needs, the gradient of the head included."""
+
+
 class Tiles(ABC):
     """Scores a few thousand tokens at a time through one head, on one device.
 

@@ -153,7 +153,7 @@ def linear_dpo_loss(
     scalars = {"beta": beta, "label_smoothing": label_smoothing}
     if backend == "naive":
         objective = Loss(loss_function) if loss_function else Loss.named(loss_type, **scalars)
-        loss, logps, stats = _naive_loss(hidden, weight, bias, targets, *rest, objective, options)
+        loss, logps, stats = _naive_loss(hidden, weight, bias, targets, rest, objective, options)
     else:
         options |= {"backend": backend, "workspace_mib": workspace_mib}
         options |= {"outputs": ",".join(outputs), "needs": _needs(hidden, weight, bias)}
@@ -234,34 +234,14 @@ def _naive_loss(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    response_ids: Tensor,
-    comparisons: Tensor,
-    ref_logps: Tensor,
-    comparison_weights: Tensor | None,
-    response_lengths: Tensor | None,
+    rest: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
     loss: Loss,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     targets = scored_targets(targets, weight.shape[0], options["ignore_index"])
     stats = _naive_stats(hidden, weight, bias, targets, **options | {"ignore_index": -1})
-    problem = Problem.build(
-        targets,
-        response_ids.to(targets.device),
-        comparisons.to(targets.device),
-        ref_logps,
-        comparison_weights,
-        response_lengths,
-        loss,
-    )
-    value, logps = naive.dpo_loss(
-        stats["logprob"],
-        problem.response_ids,
-        problem.comparisons,
-        problem.ref_logps,
-        loss,
-        problem.weights,
-        problem.response_lengths,
-    )
+    problem = Problem.build(targets, *rest, loss).to(targets.device)
+    value, logps = naive.dpo_loss(stats["logprob"], problem)
     dtype = wide(options["dtype"])
     return value.to(dtype), logps.detach().to(dtype), stats
 

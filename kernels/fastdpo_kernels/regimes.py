@@ -130,7 +130,8 @@ class Gradients:
         return total.to(dtype)
 
 
-def _chunks(start: int, stop: int, rows: int) -> Iterator[slice]:
+def _ranges(start: int, stop: int, rows: int) -> Iterator[slice]:
+    """The tokens of each tile in turn."""
     for first in range(start, stop, rows):
         yield slice(first, min(first + rows, stop))
 
@@ -152,7 +153,7 @@ def score_with_gradient(
     none = Dtypes(dtype, dtype, dtype)
     grads = Gradients(tiles, hidden, Needs(True, False, False), none)
     parts = []
-    for rows in _chunks(0, targets.shape[0], tiles.rows):
+    for rows in _ranges(0, targets.shape[0], tiles.rows):
         tile, row_scale, stats = tiles.exponentials(hidden[rows], targets[rows], outputs)
         grads.add(rows, tile, row_scale)
         parts.append(stats)
@@ -171,7 +172,7 @@ def logprob_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of Σ c_t·logp_t for any coefficients (T,), from the statistics of the forward."""
     grads = Gradients(tiles, hidden, needs, dtypes)
-    for rows in _chunks(0, targets.shape[0], tiles.rows):
+    for rows in _ranges(0, targets.shape[0], tiles.rows):
         tile, row_scale = tiles.probabilities(hidden[rows], targets[rows], _part(stats, rows))
         grads.add(rows, tile, row_scale * coefficients[rows])
     return grads.result()
@@ -256,7 +257,7 @@ def _dpo_piece(
             problem, piece, stats["logprob"], logps, selected, False
         )
         return loss, stats
-    *earlier, last = _chunks(piece.start, piece.stop, tiles.rows)
+    *earlier, last = _ranges(piece.start, piece.stop, tiles.rows)
     before = slice(piece.start, last.start)
     parts = [tiles.score(hidden[before], targets[before], outputs)] if earlier else []
     tile, row_scale, stats = tiles.exponentials(hidden[last], targets[last], outputs)

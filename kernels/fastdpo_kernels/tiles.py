@@ -7,12 +7,11 @@ is worked on a few rows at a time, so that on a CPU all element-wise passes run 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .head import Head, Stats, Tiles, WorkspaceBytes
+from .head import Head, Layout, Stats, Tiles, WorkspaceBytes
 from .products import mm
 
 _MAX_TILE_ROWS = 2048
@@ -41,15 +40,8 @@ def _kept_workspace(size: int, dtype: torch.dtype) -> Tensor:
     return buffer[:size]
 
 
-@dataclass(frozen=True)
-class TorchLayout:
-    """How the tiles of a head (V, H) that computes in `dtype` are cut on a kind of device."""
-
-    vocab: int
-    width: int
-    dtype: torch.dtype
-    device: str
-    workspace_mib: int
+class TorchLayout(Layout):
+    """`Layout` in plain PyTorch."""
 
     @property
     def tile_dtype(self) -> torch.dtype:
@@ -65,9 +57,7 @@ class TorchLayout:
 
     @property
     def rows(self) -> int:
-        """How many tokens a tile holds so that on a CPU it and the blocks beside it stay within
-        `workspace_mib` MiB.
-        """
+        """On a CPU a tile and the blocks beside it stay within `workspace_mib` MiB."""
         budget = int((self.workspace_mib << 20) * _TILE_SHARE)
         return max(1, min(_MAX_TILE_ROWS, budget // self._row_bytes))
 
@@ -78,7 +68,6 @@ class TorchLayout:
         return max(1, limit // self._row_bytes)
 
     def bytes(self, tokens: int, outputs: tuple[str, ...], softcap: bool) -> WorkspaceBytes:
-        """What a call for so many scored tokens needs, the gradient of the head included."""
         rows = min(tokens, self.rows)
         states = rows * self.width * self.tile_dtype.itemsize
         # The slope of a soft cap; the exponentials and their products with something else.
