@@ -134,11 +134,11 @@ def linear_dpo_loss(
 
     Returns:
         `(loss, response_logps)`: a scalar differentiable in hidden, weight and bias, and (R,) fp32
-        without gradient;
-        with `outputs`, a third element: a named tuple of (T,) tensors, 0 where ignored.
+        without gradient; with `outputs`, a third element: a named tuple of (T,) tensors, 0 where
+        ignored.
 
     Raises:
-        ValueError: as `linear_logprob`, and for an unknown loss.
+        ValueError: as `linear_logprob`, and for an unknown loss or one of another shape.
     """
     backend = backend_name(backend)
     _check_outputs(outputs)
@@ -157,7 +157,7 @@ def linear_dpo_loss(
     else:
         options |= {"backend": backend, "workspace_mib": workspace_mib}
         options |= {"outputs": ",".join(outputs), "needs": _needs(hidden, weight, bias)}
-        constants = [None if t is None else t.detach() for t in (targets, *rest)]
+        constants = (None if t is None else t.detach() for t in (targets, *rest))
         tensors = (hidden, weight, bias, *constants)
         if loss_function is None:
             results = library.linear_dpo_loss(*tensors, loss_type=loss_type, **scalars, **options)

@@ -112,6 +112,7 @@ class Gradients:
         self._weight = mm(a, b, dtype, operands=operands)
 
     def _in_units(self, scale: Tensor) -> Tensor:
+        """Coefficients in units of the largest so far, which the sums are brought to as well."""
         smallest = torch.finfo(scale.dtype).tiny
         unit = scale.abs().amax().clamp(min=smallest)
         if self._unit is not None:
