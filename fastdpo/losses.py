@@ -7,8 +7,7 @@ The losses themselves live in `fastdpo_kernels.losses`, where a new one is added
 from collections.abc import Callable, Sequence
 
 import torch
-from fastdpo_kernels.losses import LOSSES, Comparisons
-from fastdpo_kernels.problem import Loss
+from fastdpo_kernels.losses import LOSSES, Comparisons, Loss
 from torch import Tensor
 
 from .errors import ConfigError
@@ -35,7 +34,7 @@ def make_loss(
             f"loss_weights: expected {len(loss_types)} numbers, one per loss, got {len(weights)}"
         )
     if weights == [1.0]:  # by its name, so that a kernel that knows it can be used
-        return Loss.find(loss_types[0], beta, label_smoothing)
+        return Loss.named(loss_types[0], beta=beta, label_smoothing=label_smoothing)
 
     def loss(pairs: Comparisons) -> Tensor:
         terms = [

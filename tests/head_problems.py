@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from fastdpo_kernels import call, linear_dpo_loss, linear_logprob, tiles
+from fastdpo_kernels import call, linear_dpo_loss, linear_logprob
 from fastdpo_kernels.backends import make_tiles
 from fastdpo_kernels.head import OUTPUTS, Head, Tiles
 from torch import Tensor
@@ -33,7 +33,7 @@ class Engine:
 
 ENGINES = [Engine("torch", torch.float64)]
 """`tests/test_triton.py` has the fused kernels, which take their time in the interpreter."""
-REFERENCE = Engine("reference", torch.float64)
+NAIVE = Engine("naive", torch.float64)
 
 HEADS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -143,30 +143,27 @@ def assert_same(ours: dict[str, Tensor], exact: dict[str, Tensor], tolerance: fl
 
 
 @contextmanager
-def small_tiles(rows: int) -> Iterator[list[Tiles]]:
-    """Tiles of few tokens, so that everything is cut, with NaN in a tile before it is written.
+def small_tiles(rows: int, block_rows: int = 3) -> Iterator[list[Tiles]]:
+    """Tiles of few tokens, so that everything is cut, with NaN in a tile before it is written, and
+    worked on `block_rows` tokens at a time.
 
     Yields the list of all tiles made meanwhile.
     """
     made: list[Tiles] = []
 
     def make_small(backend: str, head: Head, workspace_mib: int) -> Tiles:
-        engine = make_tiles(backend, head, workspace_mib)
-        engine.rows = min(rows, engine.rows)
+        engine: Any = make_tiles(backend, head, workspace_mib)
+        engine.rows, engine.block_rows = min(rows, engine.rows), block_rows
         poison(engine)
         made.append(engine)
         return engine
 
-    with (
-        mock.patch.object(call, "make_tiles", make_small),
-        mock.patch.object(tiles, "_CACHE_BLOCK_BYTES", 3 * 101 * 8),
-    ):
+    with mock.patch.object(call, "make_tiles", make_small):
         yield made
 
 
 def poison(engine: Any) -> Any:
-    """Fill the workspace of an engine with NaN whenever it is handed out."""
-    name = "_workspace" if hasattr(engine, "_workspace") else "_tile"
-    original = getattr(engine, name)
-    setattr(engine, name, lambda size: original(size).fill_(math.nan))
+    """Fill a tile with NaN whenever one is handed out."""
+    original = engine.empty_tile
+    engine.empty_tile = lambda tokens: original(tokens).fill_(math.nan)
     return engine

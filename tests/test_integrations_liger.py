@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from fastdpo_kernels import LOSSES, Comparisons, LinearDPOLoss, linear_dpo_loss
+from fastdpo_kernels import LOSSES, LinearDPOLoss, linear_dpo_loss
 from fastdpo_kernels.integrations import liger
 from torch import Tensor
 
@@ -254,9 +254,24 @@ def test_wrong_arguments_are_named():
         LinearDPOLoss()(w, x, labels, b, ref_x[:, 1:], ref_w, ref_b)
 
 
-def test_comparisons_keep_their_fields_when_averaged():
-    one, two = torch.ones(2), torch.full((2,), 2.0)
-    pairs = liger._per_token(Comparisons(4 * one, 6 * one, 8 * one, 10 * one, two, 0 * one))
-    assert [pairs.chosen_logps[0], pairs.rejected_logps[0]] == [2, 6]
-    assert [pairs.ref_chosen_logps[0], pairs.ref_rejected_logps[0]] == [4, 10]
-    assert pairs.chosen_lengths[0] == pairs.rejected_lengths[0] == 1
+def test_a_loss_sees_averages_of_responses_of_one_token(monkeypatch):
+    seen = []
+
+    def loss(pairs, *, beta, label_smoothing):
+        seen.append(pairs)
+        return pairs.margins
+
+    monkeypatch.setitem(LOSSES, "seen", loss)
+    arguments = batch()
+    chosen, rejected = (arguments[2] != -100).sum(1).clamp(min=1).view(2, 3)
+    for average in (False, True):
+        called(LinearDPOLoss(loss_type="seen", average_log_prob=average), arguments)
+    summed, averaged = seen[1], seen[-1]
+    for name, count in (
+        ("chosen_logps", chosen),
+        ("rejected_logps", rejected),
+        ("ref_chosen_logps", chosen),
+        ("ref_rejected_logps", rejected),
+    ):
+        torch.testing.assert_close(getattr(averaged, name), getattr(summed, name) / count)
+    assert (averaged.chosen_lengths == 1).all() and (averaged.rejected_lengths == 1).all()

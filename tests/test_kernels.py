@@ -13,13 +13,14 @@ from fastdpo_kernels import (
     linear_dpo_loss,
     linear_logprob,
     register_loss,
-    tiles,
 )
+from fastdpo_kernels.backends import backend_name, choose_backend
 from fastdpo_kernels.head import OUTPUTS
-from fastdpo_kernels.problem import Loss, Problem, whole_comparisons
+from fastdpo_kernels.losses import Loss
+from fastdpo_kernels.problem import Problem, whole_comparisons
 from head_problems import (
     HEADS,
-    REFERENCE,
+    NAIVE,
     Case,
     assert_same,
     evaluate_logprob,
@@ -51,21 +52,21 @@ def unpacked(tokens, **kwargs):
 @pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("tokens", [1, 6, 63])
 @pytest.mark.parametrize("train", [*TRAIN, (False, False)], ids=str)
-def test_logprob_matches_the_reference(engine, options, tokens, train):
+def test_logprob_matches_the_naive_one(engine, options, tokens, train):
     options = dict(options)
     case = unpacked(tokens, bias=options.pop("bias", False), dtype=torch.float32)
-    exact = evaluate_logprob(case, REFERENCE, train, **options)
+    exact = evaluate_logprob(case, NAIVE, train, **options)
     assert_same(evaluate_logprob(case, engine, train, **options), exact, engine.tolerance)
 
 
 @pytest.mark.parametrize("loss_type", sorted(LOSSES))
 @pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
-def test_dpo_loss_and_gradients_match_the_reference(engine, loss_type, options):
+def test_dpo_loss_and_gradients_match_the_naive_one(engine, loss_type, options):
     options = {k: v for k, v in options.items() if k != "temperature"}
     case = packed(bias=options.pop("bias", False), dtype=torch.float32)
     weights = torch.linspace(0.1, 1, len(case.comparisons), dtype=torch.float64)
     options |= {"loss_type": loss_type, "label_smoothing": 0.1, "comparison_weights": weights}
-    exact = evaluate_loss(case, REFERENCE, **options)
+    exact = evaluate_loss(case, NAIVE, **options)
     options["comparison_weights"] = weights.to(engine.device)
     assert_same(evaluate_loss(case, engine, **options), exact, engine.tolerance)
 
@@ -74,7 +75,7 @@ def test_dpo_loss_and_gradients_match_the_reference(engine, loss_type, options):
 @pytest.mark.parametrize("train", [*TRAIN, (False, False)], ids=str)
 def test_comparisons_of_any_length_in_tiles_of_any_size(engine, train, rows):
     case = packed(bias=True, dtype=torch.float32, longest=30)
-    exact = evaluate_loss(case, REFERENCE, train, softcap=4.0)
+    exact = evaluate_loss(case, NAIVE, train, softcap=4.0)
     with small_tiles(rows):
         assert_same(evaluate_loss(case, engine, train, softcap=4.0), exact, engine.tolerance)
 
@@ -84,7 +85,7 @@ def test_comparisons_of_any_length_in_tiles_of_any_size(engine, train, rows):
 def test_chunking_never_changes_the_result(engine, responses, seed, rows):
     case = packed(responses + 2, seed, dtype=torch.float32)
     order = torch.randperm(len(case.response_ids), generator=torch.Generator().manual_seed(seed))
-    exact = evaluate_loss(case, REFERENCE)
+    exact = evaluate_loss(case, NAIVE)
     tokens = [*OUTPUTS, "gradient of hidden"]
     with small_tiles(rows):
         assert_same(evaluate_loss(case, engine), exact, engine.tolerance)
@@ -129,14 +130,14 @@ def test_pieces_hold_whole_comparisons_and_cover_all_once():
     assert (pieces[0][0].start, pieces[-1][0].stop) == (0, len(y))
     every = torch.arange(len(pairs))
     assert sorted(itertools.chain(*(every[c].tolist() for _, c in pieces))) == every.tolist()
-    for piece, chosen in pieces:
+    for piece, selected in pieces:
         inside = set(ids[piece].tolist())
         outside = set(ids.tolist()) - inside
         assert not inside & set(ids[: piece.start].tolist())
-        assert not outside & set(pairs[chosen].flatten().tolist())
+        assert not outside & set(pairs[selected].flatten().tolist())
 
 
-def naive_logprob(case, dtype):
+def rounded_logprob(case, dtype):
     """The same in plain PyTorch in `dtype`, logits rounded to it: what the error is measured by."""
     x, w = (t.to(dtype).requires_grad_() for t in case[:2])
     valid = case.targets != -100
@@ -157,12 +158,12 @@ def naive_logprob(case, dtype):
 def test_errors_are_bounded_by_those_of_the_same_dtype(engine, train, tokens, dtype, offset):
     case = unpacked(tokens, hidden=64, vocab=509, dtype=torch.bfloat16, seed=2)
     case.hidden[:, 0], case.weight[:, 0] = 4.0, offset / 4
-    exact = evaluate_logprob(case, REFERENCE, train, outputs=())
-    naive = naive_logprob(case, dtype)
+    exact = evaluate_logprob(case, NAIVE, train, outputs=())
+    rounded = rounded_logprob(case, dtype)
     ours = evaluate_logprob(case, engine, train, dtype=dtype, outputs=())
     assert ours.keys() == exact.keys()
     for name, value in ours.items():
-        error, bound = ((t - exact[name]).norm() for t in (value, naive[name]))
+        error, bound = ((t - exact[name]).norm() for t in (value, rounded[name]))
         eps = torch.finfo(torch.float32).eps * (1 + exact[name].norm())
         assert error <= 2 * bound + 4 * eps, name
     if dtype != torch.float32:  # logits are not rounded to it
@@ -181,7 +182,7 @@ def peaked(logits, dtype=torch.float32):
 def test_extreme_logits_stay_finite_and_exact(engine):
     x, w = peaked([1e4, 40.0, 9.0, -1e4])
     y = torch.tensor([3, 4, 3, 3])
-    exact = linear_logprob(x.double(), w.double(), y, backend="reference")
+    exact = linear_logprob(x.double(), w.double(), y, backend="naive")
     leaf = x.to(engine.device).requires_grad_()
     ours = linear_logprob(leaf, w.to(engine.device), y.to(engine.device), backend=engine.backend)
     torch.testing.assert_close(ours.double().cpu(), exact, rtol=1e-6, atol=1e-6)
@@ -236,7 +237,7 @@ def test_a_loss_is_added_by_writing_a_function():
         x, w, _, y, ids, pairs, ref = packed()
         expected = linear_dpo_loss(x, w, y, ids, pairs, ref, loss_type="squared")
         direct = linear_dpo_loss(
-            x, w, y, ids, pairs, ref, loss_type=lambda pairs: (pairs.margins - 1) ** 2
+            x, w, y, ids, pairs, ref, loss_function=lambda pairs: (pairs.margins - 1) ** 2
         )
         assert torch.equal(expected[0], direct[0])
         with pytest.raises(ValueError, match="registered already"):
@@ -245,7 +246,7 @@ def test_a_loss_is_added_by_writing_a_function():
         LOSSES.pop("squared", None)
 
 
-BACKENDS = ["torch", "triton", "reference"]
+BACKENDS = ["torch", "triton", "naive"]
 INTEGERS = {"dtype": torch.int32}
 
 
@@ -314,10 +315,14 @@ def test_wrong_arguments_are_named(change, message):
         ({"comparison_weights": torch.ones(2)}, r"comparison_weights: expected shape \(1,\)"),
         ({"response_lengths": torch.ones(1)}, r"response_lengths: expected shape \(2,\)"),
         (
-            {"loss_type": lambda pairs: pairs.margins.mean()},
-            r"loss_type: .* returns \(1,\).* got \(\)",
+            {"loss_function": lambda pairs: pairs.margins.mean()},
+            r"loss_function: .* returns \(1,\).* got \(\)",
         ),
-        ({"loss_type": lambda pairs: pairs.margins[:, None]}, r"loss_type: .* got \(1, 1\)"),
+        (
+            {"loss_function": lambda pairs: pairs.margins[:, None]},
+            r"loss_function: .* got \(1, 1\)",
+        ),
+        ({"loss_type": abs}, "loss_type: expected the name of a loss, .*; .* loss_function"),
         ({"softcap": -1.0}, "softcap: expected a number above 0, got -1.0"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -407,7 +412,7 @@ def test_a_bias_of_minus_infinity_takes_entries_out_of_the_vocabulary(backend):
         linear_logprob(*tensors, outputs=names, backend=kind)._asdict()
         for kind, tensors in (
             (backend, (x, w, y, b)),
-            ("reference", (x.double(), w[:50].double(), y, b[:50].double())),
+            ("naive", (x.double(), w[:50].double(), y, b[:50].double())),
         )
     )
     for name, value in found.items():
@@ -424,12 +429,8 @@ def test_unknown_loss_is_named():
         linear_dpo_loss(x, w, y, ids, pairs, ref, loss_type="sigmoidal")
 
 
-def test_the_workspace_is_bounded_and_can_be_released():
-    tiles.release_workspace()
-    x, w, _, y = make(3000, vocab=4096, dtype=torch.float32)
-    with small_tiles(2048):
-        linear_logprob(x.requires_grad_(), w.requires_grad_(), y, workspace_mib=2).sum().backward()
-    (buffer,) = tiles._workspaces.values()
-    assert buffer.numel() * buffer.element_size() <= 2 << 20
-    tiles.release_workspace()
-    assert not tiles._workspaces
+def test_reference_is_another_spelling_of_naive():
+    x, w, _, y = make(5, dtype=torch.float32)
+    assert backend_name("reference") == choose_backend("reference", x.device) == "naive"
+    found, expected = (linear_logprob(x, w, y, backend=name) for name in ("reference", "naive"))
+    assert torch.equal(found, expected)

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from fastdpo_kernels import LinearDPOLoss, call, library, linear_dpo_loss, linear_logprob, reference
+from fastdpo_kernels import LinearDPOLoss, call, library, linear_dpo_loss, linear_logprob, naive
 from fastdpo_kernels.head import OUTPUTS
 from fastdpo_kernels.integrations.trl import LinearLogProb
 from head_problems import make, small_tiles
@@ -202,8 +202,8 @@ def exact(drawn: Arguments, value_of: Callable[..., tuple[Tensor, dict[str, Tens
     x, w = wide["hidden"], wide["weight"]
     product = x @ w.T
     logits = (product + wide["bias"] if "bias" in wide else product).requires_grad_()
-    stats = reference.token_stats(
-        reference.logits_of(logits, torch.eye(VOCAB, dtype=torch.float64), **drawn.options),
+    stats = naive.token_stats(
+        naive.logits_of(logits, torch.eye(VOCAB, dtype=torch.float64), **drawn.options),
         wide["targets"],
         IGNORED,
     )
@@ -251,7 +251,7 @@ def assert_close(
         assert (off <= allowed).all(), f"gradient of {name}: {leaf.grad}, {truth.gradients[name]}"
 
 
-@pytest.fixture(scope="module", params=[*ENGINES, "reference"])
+@pytest.fixture(scope="module", params=[*ENGINES, "naive"])
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -355,8 +355,8 @@ def test_linear_dpo_loss(backend: str, layout: Layout | None, data: Any) -> None
 def of_pairs(stats: dict[str, Tensor], wide: dict[str, Tensor]):
     """Liger's loss and most of its metrics, chosen responses in the first half of the rows."""
     other = [wide.get(name) for name in REFERENCE]
-    logits = reference.logits_of(*other)
-    ref = reference.token_stats(logits, wide["targets"], IGNORED)["logprob"].sum(1)
+    logits = naive.logits_of(*other)
+    ref = naive.token_stats(logits, wide["targets"], IGNORED)["logprob"].sum(1)
     logps = stats["logprob"].sum(1)
     (chosen, rejected), rewards = logps.chunk(2), 0.7 * (logps - ref)
     margins = rewards.chunk(2)[0] - rewards.chunk(2)[1]
@@ -431,7 +431,7 @@ def test_tied_tensors_and_views_of_complex_numbers(backend: str) -> None:
     _, w, _, y = make(6, dtype=torch.float32, ignore=0)
     leaf, other = w.clone().requires_grad_(), w.double().requires_grad_()
     found = linear_logprob(leaf[3:9], leaf, y, backend=backend)
-    (expected := linear_logprob(other[3:9], other, y, backend="reference")).sum().backward()
+    (expected := linear_logprob(other[3:9], other, y, backend="naive")).sum().backward()
     found.sum().backward()
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(leaf.grad.double(), other.grad, rtol=1e-5, atol=1e-5)

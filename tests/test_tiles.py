@@ -4,10 +4,11 @@ from unittest import mock
 
 import pytest
 import torch
-from fastdpo_kernels import arguments, products, reference, regimes
+from fastdpo_kernels import arguments, naive, products, regimes
 from fastdpo_kernels.backends import choose_backend, make_tiles
 from fastdpo_kernels.head import OUTPUTS, Head
-from fastdpo_kernels.problem import Loss, Problem
+from fastdpo_kernels.losses import Loss
+from fastdpo_kernels.problem import Problem
 from fastdpo_kernels.regimes import Dtypes, Gradients, Needs
 from fastdpo_kernels.tiles import TorchTiles
 from head_problems import HEADS, make, packed, poison
@@ -19,7 +20,7 @@ def exact_tile(head, x, y):
     """∂logp_t/∂(x_t·Wᵀ + b)_v in fp64 by autograd, 0 where ignored."""
     pre = torch.zeros(len(x), head.weight.shape[0], dtype=torch.float64, requires_grad=True)
     eye = torch.eye(head.weight.shape[0], dtype=torch.float64)
-    shifted = reference.logits_of(
+    shifted = naive.logits_of(
         pre + x @ head.weight.T,
         eye,
         head.bias,
@@ -27,7 +28,7 @@ def exact_tile(head, x, y):
         logit_scale=head.logit_scale,
         temperature=head.temperature,
     )
-    reference.token_stats(shifted, y, -1)["logprob"].sum().backward()
+    naive.token_stats(shifted, y, -1)["logprob"].sum().backward()
     return pre.grad
 
 
@@ -40,8 +41,8 @@ def test_tiles_keep_their_promise(engine, options, ignored):
     y = y.clamp(min=-1)
     x, w, b = (None if t is None else t.double() for t in (x, w, b))
     exact = exact_tile(Head(w, b, **options), x, y)
-    logits = reference.logits_of(x, w, b, **options)
-    stats = reference.token_stats(logits, y, -1)
+    logits = naive.logits_of(x, w, b, **options)
+    stats = naive.token_stats(logits, y, -1)
 
     def placed(tensor):
         return None if tensor is None else tensor.to(engine.device, engine.exact)
@@ -77,7 +78,7 @@ def test_a_target_outside_the_vocabulary_gives_nan():
 def test_indices_that_nobody_may_look_at():
     """Negative ones, which would count from the end, become the first that does not exist."""
     values = torch.tensor([0, -1, 5, -100], dtype=torch.int32)
-    on_the_gpu = mock.patch.object(arguments, "_on_the_host", lambda _: False)
+    on_the_gpu = mock.patch.object(arguments, "on_the_host", lambda _: False)
     with on_the_gpu:
         assert arguments.indices("ids", values, 5, "").tolist() == [0, 5, 5, 5]
         assert arguments.scored_targets(values, 5, -100).tolist() == [0, 5, 5, -1]
@@ -111,9 +112,8 @@ def passes(rows, needs, responses=9, longest=8):
     x, w, _, y, ids, pairs, ref = case
     pairs = torch.tensor([[a, a + 1] for a in range(0, responses - 1, 2)])
     weights = torch.ones(len(pairs), dtype=torch.float64)
-    problem = Problem.build(
-        y.clamp(min=-1), ids, pairs, ref, weights, None, Loss.find("sigmoid", 0.1, 0.0)
-    )
+    loss = Loss.named("sigmoid", beta=0.1, label_smoothing=0.0)
+    problem = Problem.build(y.clamp(min=-1), ids, pairs, ref, weights, None, loss)
     tiles = Counted(Head(w), rows)
     dtypes = Dtypes(x.dtype, w.dtype, w.dtype)
     regimes.dpo_loss(tiles, x, problem, (), needs, dtypes)
@@ -222,7 +222,7 @@ def test_the_hosts_matrix_units_are_used_where_they_are_faster(monkeypatch):
 
     monkeypatch.setattr(torch, "mm", spy)
     for faster in (True, False):
-        monkeypatch.setattr(products, "_bf16_is_faster", lambda faster=faster: faster)
+        monkeypatch.setattr(products, "bf16_is_faster", lambda faster=faster: faster)
         for operands in (torch.bfloat16, torch.float32):
             product = products.mm(a, b, torch.float32, operands=operands)
             assert (product - exact).abs().max() <= 1e-5 * exact.abs().max()
@@ -234,8 +234,8 @@ def test_the_hosts_matrix_units_are_used_where_they_are_faster(monkeypatch):
 
 def test_the_probe_leaves_the_setting_alone():
     before = torch.backends.mkldnn.matmul.fp32_precision
-    products._bf16_is_faster.cache_clear()
-    assert isinstance(products._bf16_is_faster(), bool)
+    products.bf16_is_faster.cache_clear()
+    assert isinstance(products.bf16_is_faster(), bool)
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
@@ -249,12 +249,15 @@ def test_which_backend_auto_is():
 
 
 def test_the_target_logit_is_exact_but_for_its_last_rounding():
-    """Its error is the log-probability's own; those of the other entries average out."""
+    """Its error is the log-probability's own; those of the other entries average out.
+
+    Far below the only other logit, which is 0, a log-probability is the target's logit.
+    """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(128, 8192, generator=generator)
-    w = torch.randn(512, 8192, generator=generator)
-    y = torch.randint(512, (128, 1), generator=generator)
-    tiles = make_tiles("torch", Head(w), 512)
-    found = tiles._products(x, y).gather(1, y)
-    exact = (x.double() @ w.double().T).gather(1, y).float()
-    assert torch.equal(found, exact) and not torch.equal((x @ w.T).gather(1, y), exact)
+    x = torch.randn(256, 8192, generator=generator)
+    w = torch.randn(2, 8192, generator=generator)
+    w[1] = 0
+    x = x[(x @ w[0]) < -30]
+    found = make_tiles("torch", Head(w), 512).score(x, x.new_zeros(len(x)).long(), ())["logprob"]
+    exact = (x.double() @ w[0].double()).float()
+    assert len(x) > 60 and torch.equal(found, exact) and not torch.equal(x @ w[0], exact)

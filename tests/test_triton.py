@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from fastdpo_kernels import LOSSES, linear_dpo_loss, linear_logprob, reference
+from fastdpo_kernels import LOSSES, linear_dpo_loss, linear_logprob, naive
 from fastdpo_kernels.head import OUTPUTS, Head
 from fastdpo_kernels.losses import Comparisons, get_loss
 from head_problems import HEADS, make, packed
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
-from fastdpo_kernels.triton import dpo_step, exponential, score
+from fastdpo_kernels.triton import coefficients, exponential, score
 from fastdpo_kernels.triton.tiles import TritonTiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,7 +26,7 @@ ROUNDINGS = {torch.float32: 2, torch.float16: 2, torch.bfloat16: 4 if DEVICE == 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
     """NaN in every tile before it is written, and tiles of at most 23 tokens."""
-    original = TritonTiles._tile
+    original = TritonTiles.empty_tile
 
     def tile(self, tokens):
         return original(self, tokens).fill_(math.nan)
@@ -35,7 +35,7 @@ def poisoned(monkeypatch):
         make(self, head, workspace_mib)
         self.rows = 23
 
-    monkeypatch.setattr(TritonTiles, "_tile", tile)
+    monkeypatch.setattr(TritonTiles, "empty_tile", tile)
     monkeypatch.setattr(TritonTiles, "__init__", small)
 
 
@@ -48,7 +48,7 @@ def softmax_minus_onehot(x, head, targets):
     b = None if head.bias is None else head.bias.to(x)
     w = head.weight.to(x)
     options = {"logit_scale": head.logit_scale, "temperature": head.temperature}
-    z = reference.logits_of(x, w, b, softcap=head.softcap, **options)
+    z = naive.logits_of(x, w, b, softcap=head.softcap, **options)
     p = z.softmax(-1)
     index = targets.clamp(min=0).unsqueeze(1)
     p = p.scatter_add(1, index, torch.full_like(index, -1, dtype=p.dtype))
@@ -68,8 +68,8 @@ def test_statistics_and_tile(options, dtype, tokens, width):
     head = Head(w, b, **options)
     exact, z = softmax_minus_onehot(x.double(), head, y)
     rounded, low = softmax_minus_onehot(x, head, y)
-    expected = reference.token_stats(z, y, -1)
-    naive = reference.token_stats(low.float(), y, -1)
+    expected = naive.token_stats(z, y, -1)
+    coarse = naive.token_stats(low.float(), y, -1)
     tiles = TritonTiles(head, 1)
     for outputs in ((), OUTPUTS):
         scored = tiles.score(x, y, outputs)
@@ -80,7 +80,7 @@ def test_statistics_and_tile(options, dtype, tokens, width):
                     assert torch.equal(value, expected[name])
                     continue
                 error = (value.double() - expected[name]).abs().max()
-                allowed = 2 * (naive[name].double() - expected[name]).abs().max()
+                allowed = 2 * (coarse[name].double() - expected[name]).abs().max()
                 assert error <= min(allowed, 1e-4) + 4e-6, name
         again = tiles.score(x, y, ())
         for made in ((tile.clone(), row_scale), tiles.probabilities(x, y, again)):
@@ -104,8 +104,8 @@ def test_logprob_and_any_gradient(options, train, dtype):
     x, w, b, y = on_device(*make(30, vocab=70, bias=options.pop("bias", False), dtype=dtype))
     coefficients = torch.linspace(-1, 2, 30, device=DEVICE)
     results = {}
-    for backend in ("reference", "triton"):
-        cast = torch.float64 if backend == "reference" else dtype
+    for backend in ("naive", "triton"):
+        cast = torch.float64 if backend == "naive" else dtype
         leaves = [None if t is None else t.to(cast) for t in (x, w, b)]
         for leaf, wanted in zip(leaves, (*train, train[1]), strict=True):
             if leaf is not None:
@@ -115,7 +115,7 @@ def test_logprob_and_any_gradient(options, train, dtype):
         grads = [t.grad for t in leaves if t is not None and t.requires_grad]
         results[backend] = [logp.detach(), *grads]
     dtypes = [torch.float32, *[dtype] * 3][: len(results["triton"])]
-    compare(results["triton"], results["reference"], dtypes)
+    compare(results["triton"], results["naive"], dtypes)
 
 
 @pytest.mark.parametrize(
@@ -136,21 +136,17 @@ def test_dpo_loss_and_gradients(loss_type, dtype, shuffled):
         order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
         x, y, ids = x[order], y[order], ids[order]
     x, w, y, pairs, ref = on_device(x.to(dtype), w.to(dtype), y, pairs, ref)
+    options = {"loss_type": loss_type, "label_smoothing": 0.1}
     if loss_type == "function":
-
-        def loss_type(pairs):
-            return (0.1 * pairs.margins - 1) ** 2
-
+        options = {"loss_function": lambda pairs: (0.1 * pairs.margins - 1) ** 2}
     results = {}
-    for backend in ("reference", "triton"):
-        cast = torch.float64 if backend == "reference" else dtype
+    for backend in ("naive", "triton"):
+        cast = torch.float64 if backend == "naive" else dtype
         a, c = x.to(cast, copy=True).requires_grad_(), w.to(cast, copy=True).requires_grad_()
-        loss, logps = linear_dpo_loss(
-            a, c, y, ids, pairs, ref, loss_type=loss_type, label_smoothing=0.1, backend=backend
-        )
+        loss, logps = linear_dpo_loss(a, c, y, ids, pairs, ref, backend=backend, **options)
         (2 * loss).backward()
         results[backend] = [loss.detach(), logps, a.grad, c.grad]
-    compare(results["triton"], results["reference"], [torch.float32, torch.float32, dtype, dtype])
+    compare(results["triton"], results["naive"], [torch.float32, torch.float32, dtype, dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -160,7 +156,7 @@ def test_tokens_over_the_clamp_are_computed_again(dtype):
     x, w, y = on_device(x.to(dtype), w.to(dtype), y.masked_fill(y == -100, -1))
     head = Head(w)
     exact, z = softmax_minus_onehot(x.double(), head, y)
-    stats = reference.token_stats(z, y, -1)
+    stats = naive.token_stats(z, y, -1)
     assert stats["logprob"].min() < -80 and stats["logprob"].max() <= 0
     for outputs in ((), OUTPUTS):
         tile, row_scale, found = TritonTiles(head, 1).exponentials(x, y, outputs)
@@ -177,7 +173,7 @@ def assert_exact(x, w, y, outputs=(), **options):
     x, w, y = on_device(x, w, y.masked_fill(y == -100, -1))
     head = Head(w, **options)
     exact, z = softmax_minus_onehot(x.double(), head, y)
-    expected = reference.token_stats(z, y, -1)
+    expected = naive.token_stats(z, y, -1)
     tiles = TritonTiles(head, 64)
     tile, row_scale, found = tiles.exponentials(x, y, outputs)
     off = (tile.double() * row_scale.double().unsqueeze(1) - exact).norm()
@@ -203,24 +199,24 @@ def test_tokens_over_the_clamp_under_a_soft_cap_and_by_several_programs(
 
 def test_more_partial_sums_than_are_merged_at_once(monkeypatch):
     """41 blocks of the vocabulary, a segment each: 32 are read, then 9."""
-    monkeypatch.setattr(score, "_PROGRAMS_A_CORE", 10**6)
+    monkeypatch.setattr(score, "PROGRAMS_A_CORE", 10**6)
     x, w, _, y = make(2, hidden=16, vocab=32 * 40 + 7, dtype=torch.float32, ignore=0)
     assert_exact(x, w, y, OUTPUTS)
 
 
 def test_a_segment_of_several_blocks_keeps_its_sums(monkeypatch):
     """Under a maximum that grows on the way."""
-    monkeypatch.setattr(score, "_PROGRAMS_A_CORE", 1)
+    monkeypatch.setattr(score, "PROGRAMS_A_CORE", 1)
     x, w, _, y = make(5, vocab=229, dtype=torch.float32, ignore=0)
     assert_exact(x, w, y, OUTPUTS)
 
 
 def test_more_rows_than_a_group_of_programs_and_than_a_launch(monkeypatch):
     for module in (exponential, score):
-        monkeypatch.setattr(module, "_GROUP", 2)
+        monkeypatch.setattr(module, "GROUP", 2)
     x, w, _, y = make(16 * 3 + 3, vocab=70, dtype=torch.float32, ignore=0)
     assert_exact(x, w, y)
-    monkeypatch.setattr(score, "_TOKENS_A_LAUNCH", 16)
+    monkeypatch.setattr(score, "TOKENS_A_LAUNCH", 16)
     assert_exact(x, w, y)
 
 
@@ -236,14 +232,14 @@ def test_rows_beyond_32_bits(where, monkeypatch):
     x, w, _, _ = on_device(*make(3, vocab=3, dtype=torch.float16, ignore=0))
     y = torch.tensor([2, 0, 2], device=DEVICE)
     if where == "tile":
-        monkeypatch.setattr(TritonTiles, "_tile", lambda self, n: far_apart(w.new_zeros(n, 3)))
+        monkeypatch.setattr(TritonTiles, "empty_tile", lambda self, n: far_apart(w.new_zeros(n, 3)))
     head = Head(far_apart(w) if where == "weight" else w)
     exact, z = softmax_minus_onehot(x.double(), head, y)
     tiles = TritonTiles(head, 1)
     states = far_apart(x) if where == "states" else x
     tile, row_scale, stats = tiles.exponentials(states, y, ())
     assert (tile.double() * row_scale.double().unsqueeze(1) - exact).abs().max() <= 2e-3
-    torch.testing.assert_close(stats["logprob"].double(), reference.token_stats(z, y)["logprob"])
+    torch.testing.assert_close(stats["logprob"].double(), naive.token_stats(z, y)["logprob"])
 
 
 def test_log_probabilities_near_zero_stay_exact():
@@ -252,7 +248,7 @@ def test_log_probabilities_near_zero_stay_exact():
     w[5, 0] = 1.0
     x[:, 0] = torch.tensor([10.0, 16.0, 20.0])
     x, w, y = on_device(x, w, y)
-    exact = linear_logprob(x.double(), w.double(), y, backend="reference")
+    exact = linear_logprob(x.double(), w.double(), y, backend="naive")
     _, _, stats = TritonTiles(Head(w), 1).exponentials(x, y, ())
     torch.testing.assert_close(stats["logprob"].double(), exact, rtol=1e-5, atol=0)
 
@@ -281,11 +277,11 @@ def test_indices_of_no_response_give_nan():
     for wrong in (-1, 2):
         logps = torch.zeros(2, **doubles)
         ids = torch.tensor([0, wrong, 1], device=DEVICE)
-        dpo_step.add_response_sums(logps, torch.ones(3, device=DEVICE), ids)
+        coefficients.add_response_sums(logps, torch.ones(3, device=DEVICE), ids)
         assert logps.isnan().all()
         for pair in ([0, wrong], [wrong, 1]):
             zeros, pairs = torch.zeros(2, **doubles), torch.tensor([[0, 1], pair], device=DEVICE)
-            loss, slope = dpo_step.coefficients(
+            loss, slope = coefficients.loss_and_coefficients(
                 zeros, zeros, zeros, pairs, zeros, loss_type="sigmoid", beta=0.1, label_smoothing=0
             )
             assert loss.isnan() and slope.isnan().all()
@@ -298,7 +294,7 @@ def test_a_wide_head_through_descriptors_and_persistent_programs():
     head = Head(w)
     exact, z = softmax_minus_onehot(x.double(), head, y)
     tile, row_scale, stats = TritonTiles(head, 1).exponentials(x, y, ())
-    logp = reference.token_stats(z, y)["logprob"]
+    logp = naive.token_stats(z, y)["logprob"]
     torch.testing.assert_close(stats["logprob"].double(), logp, rtol=1e-5, atol=1e-5)
     ours = tile.double() * row_scale.double().unsqueeze(1)
     assert (ours - exact).norm() <= 8e-3 * exact.norm()
@@ -323,14 +319,14 @@ def test_cutting_never_changes_the_result(responses, seed, rows, bias):
         torch.testing.assert_close(cut, whole, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", dpo_step.DERIVATIVES)
-def test_dpo_step_gives_autograds_coefficients(name):
+@pytest.mark.parametrize("name", coefficients.DERIVATIVES)
+def test_the_kernel_gives_autograds_coefficients(name):
     g = torch.Generator().manual_seed(0)
     responses, count, tokens = 9, 300, 700
     ids = torch.randint(0, responses, (tokens,), generator=g).to(DEVICE)
     logprob = -torch.rand(tokens, generator=g).to(DEVICE)
     logps = torch.zeros(responses, dtype=torch.float64, device=DEVICE)
-    dpo_step.add_response_sums(logps, logprob, ids)
+    coefficients.add_response_sums(logps, logprob, ids)
     onehot = (ids.unsqueeze(0) == torch.arange(responses, device=DEVICE).unsqueeze(1)).double()
     torch.testing.assert_close(logps, onehot @ logprob.double(), rtol=1e-13, atol=1e-13)
     ref = logps + 9 * torch.randn(responses, generator=g, dtype=torch.float64).to(DEVICE)
@@ -343,14 +339,14 @@ def test_dpo_step_gives_autograds_coefficients(name):
     expected = (weights * get_loss(name)(Comparisons(*fields), **options)).sum()
     expected.backward()
     options = {"loss_type": name, "beta": 0.3, "label_smoothing": 0.1}
-    loss, slope = dpo_step.coefficients(logps, ref, lengths, pairs, weights, **options)
+    loss, slope = coefficients.loss_and_coefficients(logps, ref, lengths, pairs, weights, **options)
     torch.testing.assert_close(
         (loss, slope), (expected.detach(), leaf.grad), rtol=1e-12, atol=1e-12
     )
 
 
 def test_every_derivative_belongs_to_a_registered_loss():
-    assert set(dpo_step.DERIVATIVES) <= set(LOSSES)
+    assert set(coefficients.DERIVATIVES) <= set(LOSSES)
 
 
 @pytest.mark.gpu
@@ -389,6 +385,6 @@ def test_workspace_and_addresses_beyond_32_bits(monkeypatch):
     loss.backward()
     gradients = 2 * tokens * width + 6 * vocab * width  # dX; dW in fp32 while summed, then in bf16
     assert torch.cuda.max_memory_allocated() - before <= gradients + (512 << 20)
-    tail = linear_logprob(x[-500:].double(), w.double(), y[-500:], backend="reference")
+    tail = linear_logprob(x[-500:].double(), w.double(), y[-500:], backend="naive")
     assert abs(logps[-1].item() - tail.sum().item()) < 1e-2
     assert x.grad[-1].abs().sum() > 0

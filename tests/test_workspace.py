@@ -72,6 +72,23 @@ def test_a_tile_is_one_buffer_of_as_many_tokens_as_fit(backend):
     assert more == 256 * row < many == many // row * row <= 100 << 20
 
 
+def test_the_tile_is_kept_on_a_cpu_and_can_be_released():
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, 24, generator=g) for n in (3000, 4096))
+    y = torch.randint(4096, (3000,), generator=g)
+    tile = workspace_bytes(3000, 4096, 24, FP32, CPU, workspace_mib=2).tile
+    assert tile <= 2 << 20
+    linear_logprob(x, w, y, workspace_mib=2)
+    peaks = []
+    for release in (True, False, True):
+        if release:
+            release_workspace()
+        peak, _ = peak_bytes(lambda: linear_logprob(x, w, y, workspace_mib=2), CPU)
+        peaks.append(peak)
+    fresh, kept, again = peaks
+    assert fresh == again == kept + tile
+
+
 def test_the_layout_for_a_gpu_is_known_without_one():
     """Rows begin at multiples of 64 elements and come in blocks of 128."""
     options = {"outputs": OUTPUTS, "backend": "triton"}
@@ -84,4 +101,4 @@ def test_the_layout_for_a_gpu_is_known_without_one():
 
 def test_the_whole_logits_are_no_tiles():
     with pytest.raises(ValueError, match="backend"):
-        workspace_bytes(8, 100, 16, FP32, CPU, backend="reference")
+        workspace_bytes(8, 100, 16, FP32, CPU, backend="naive")

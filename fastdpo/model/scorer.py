@@ -109,7 +109,7 @@ class Scorer:
             indices.response_ids,
             indices.comparisons,
             ref_logps,
-            loss_type=loss_function,
+            loss_function=loss_function,
             comparison_weights=batch.weights / comparisons_in_step,
             response_lengths=batch.response_lengths,
             outputs=outputs,

@@ -3,10 +3,12 @@ logits.
 
 Needs torch alone. `linear_logprob` gives the log-probability of given tokens, `linear_dpo_loss` the
 loss of packed preference comparisons together with its gradient. `LinearDPOLoss` and `patch_trl`
-put them into trainers that are written for Liger and into TRL.
+put them into trainers that are written for Liger and into TRL. `workspace_bytes` says beforehand
+what memory they take.
 """
 
 from .backends import workspace_bytes
+from .head import WorkspaceBytes
 from .integrations.liger import LinearDPOLoss
 from .integrations.trl import patch_trl
 from .losses import LOSSES, Comparisons, register_loss
@@ -16,6 +18,7 @@ __all__ = [
     "LOSSES",
     "Comparisons",
     "LinearDPOLoss",
+    "WorkspaceBytes",
     "linear_dpo_loss",
     "linear_logprob",
     "patch_trl",

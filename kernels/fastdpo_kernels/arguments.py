@@ -94,7 +94,7 @@ def indices(name: str, values: Tensor, count: int, of: str) -> Tensor:
     negative ones, which PyTorch would take from the end.
     """
     values = values.long()
-    if not _on_the_host(values):
+    if not on_the_host(values):
         return values.masked_fill(values < 0, count)
     outside = (values < 0) | (values >= count)
     if bool(outside.any()):
@@ -102,7 +102,7 @@ def indices(name: str, values: Tensor, count: int, of: str) -> Tensor:
     return values
 
 
-def _on_the_host(values: Tensor) -> bool:
+def on_the_host(values: Tensor) -> bool:
     return values.device.type == "cpu"
 
 

@@ -5,11 +5,11 @@ from functools import cache
 
 import torch
 
-from .head import WORKSPACE_MIB, Head, Tiles, WorkspaceBytes
+from .head import WORKSPACE_MIB, Head, Layout, Tiles, WorkspaceBytes
 from .tiles import TorchLayout, TorchTiles
 from .triton.layout import TritonLayout
 
-BACKENDS = ("auto", "triton", "torch", "reference")
+BACKENDS = ("auto", "triton", "torch", "naive")
 _NARROWEST_FUSED_HEAD = 16
 
 
@@ -25,10 +25,23 @@ def _triton_tiles() -> Callable[[Head, int], Tiles] | None:
     return TritonTiles
 
 
+def backend_name(backend: str) -> str:
+    """One of `BACKENDS`; "reference" is another spelling of "naive".
+
+    Raises:
+        ValueError: an unknown backend, naming the known ones.
+    """
+    name = "naive" if backend == "reference" else backend
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
+    return name
+
+
 def choose_backend(
     backend: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, width: int = 1024
 ) -> str:
     """What "auto" stands for, for a head of `width` H that computes in `dtype` on `device`."""
+    backend = backend_name(backend)
     if backend != "auto":
         return backend
     fits = device.type == "cuda" and width >= _NARROWEST_FUSED_HEAD and dtype != torch.float64
@@ -66,12 +79,12 @@ def workspace_bytes(
         tokens: how many are scored: a host leaves out ignored ones.
         vocab, width: V and H of the head.
         dtype: what the head computes in.
-        device: "cpu" or "cuda", which need not be there.
+        device: "cpu" or "cuda", which need not be there; nor need Triton for backend "triton".
         outputs, workspace_mib, backend: as in `linear_logprob`.
         softcap: whether the head has a soft cap.
 
     Raises:
-        ValueError: backend "reference", which has no tiles but the whole logits several times.
+        ValueError: an unknown backend, or "naive", which has the whole logits and no tiles.
     """
     engine = choose_backend(backend, device, dtype, width)
     if engine not in _LAYOUTS:
@@ -80,7 +93,4 @@ def workspace_bytes(
     return layout.bytes(tokens, outputs, softcap)
 
 
-_LAYOUTS: dict[str, type[TorchLayout] | type[TritonLayout]] = {
-    "torch": TorchLayout,
-    "triton": TritonLayout,
-}
+_LAYOUTS: dict[str, type[Layout]] = {"torch": TorchLayout, "triton": TritonLayout}

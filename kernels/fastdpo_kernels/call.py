@@ -64,16 +64,16 @@ class Call:
 
     def outputs(self, stats: Stats, wanted: str) -> list[Tensor]:
         """Every optional output in the order of `OUTPUTS`, empty where it is not asked for."""
-        asked = names(wanted)
+        asked, like = names(wanted), stats["logprob"]
         return [
-            self.spread(stats[name]) if name in asked else empty(stats["logprob"], name)
+            self.spread(stats[name]) if name in asked else empty(like, name, like.dtype)
             for name in OUTPUTS
         ]
 
 
-def empty(like: Tensor, name: str) -> Tensor:
-    """What stands for an output that is not asked for."""
-    return like.new_empty(0, dtype=torch.bool if name == "is_top1" else like.dtype)
+def empty(like: Tensor, name: str, dtype: torch.dtype, count: int = 0) -> Tensor:
+    """Room (count,) for an output; none stands for one that is not asked for."""
+    return like.new_empty(count, dtype=torch.bool if name == "is_top1" else dtype)
 
 
 def begin(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import Chosen, Problem
+from .problem import Problem, Selection
 
 OUTPUTS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_prob", "lse")
 WORKSPACE_MIB = 512
@@ -65,6 +65,26 @@ class Head:
         return replace(self, weight=weight, bias=bias)
 
 
+@dataclass(frozen=True)
+class Layout(ABC):
+    """How the tiles of a head (V, H) that computes in `dtype` are cut on a kind of device."""
+
+    vocab: int
+    width: int
+    dtype: torch.dtype
+    device: str
+    workspace_mib: int
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """How many tokens a tile may hold."""
+
+    @abstractmethod
+    def bytes(self, tokens: int, outputs: tuple[str, ...], softcap: bool) -> WorkspaceBytes:
+        """What a call for so many scored tokens needs, the gradient of the head included."""
+
+
 class Tiles(ABC):
     """Scores a few thousand tokens at a time through one head, on one device.
 
@@ -85,6 +105,10 @@ class Tiles(ABC):
     """How many tokens a tile may hold."""
 
     @abstractmethod
+    def empty_tile(self, tokens: int) -> Tensor:
+        """(tokens, V) of the workspace, whatever it holds."""
+
+    @abstractmethod
     def score(self, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> Stats:
         """ "logprob", "lse" and `outputs` of any number of tokens, 0 included: 2TVH operations."""
 
@@ -101,21 +125,21 @@ class Tiles(ABC):
     def probabilities(self, hidden: Tensor, targets: Tensor, stats: Stats) -> tuple[Tensor, Tensor]:
         """A tile and its `row_scale` once more, from the statistics that `score` gave."""
 
-    def dpo_step(
+    def loss_and_coefficients(
         self,
         problem: Problem,
         tokens: slice,
         token_logps: Tensor,
         logps: Tensor,
-        chosen: Chosen,
+        selected: Selection,
         differentiate: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """From log-probabilities of tokens to the loss and the coefficient of every token.
 
         Adds `token_logps` (t,) of the range `tokens` to the responses' `logps` (R,) fp64 in place;
-        returns the loss () fp64 of the comparisons `chosen`, all of whose tokens have been added
+        returns the loss () fp64 of the comparisons `selected`, all of whose tokens have been added
         now, and with `differentiate` ∂loss/∂logp_t (t,) in the dtype of `token_logps`. The index
         tensors of `problem` are on the tiles' device. An engine may do it in one kernel where
         `problem.loss.name` is a loss that it knows.
         """
-        return problem.step(tokens, token_logps, logps, chosen, differentiate)
+        return problem.loss_and_coefficients(tokens, token_logps, logps, selected, differentiate)

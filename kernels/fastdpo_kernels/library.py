@@ -15,10 +15,10 @@ from torch.library import custom_op
 
 from . import regimes
 from .arguments import check_problem
-from .call import begin, inside_operator, names, once, wide
+from .call import begin, empty, inside_operator, names, once, wide
 from .head import OUTPUTS, transposed
-from .losses import Comparisons
-from .problem import Loss, Problem
+from .losses import Comparisons, Loss
+from .problem import Problem
 from .regimes import Dtypes, Needs
 
 _HEAD = (
@@ -33,11 +33,10 @@ _functions: dict[str, Callable[[Comparisons], Tensor]] = {}
 
 
 @contextmanager
-def named_loss(loss: str | Callable[[Comparisons], Tensor]) -> Iterator[str]:
-    """A name that the operators understand: the loss's own, or one that lasts as long as this."""
-    if isinstance(loss, str):
-        yield loss
-        return
+def named(loss: Callable[[Comparisons], Tensor]) -> Iterator[str]:
+    """A name that stands for a function as the `loss_type` of the operator, for as long as this
+    lasts.
+    """
     name = f"<function {id(loss)}, {len(_functions)}>"
     _functions[name] = loss
     try:
@@ -46,9 +45,13 @@ def named_loss(loss: str | Callable[[Comparisons], Tensor]) -> Iterator[str]:
         del _functions[name]
 
 
+def _dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Dtypes:
+    return Dtypes(hidden.dtype, weight.dtype, (weight if bias is None else bias).dtype)
+
+
 def _kept_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Dtypes:
-    tensors = (hidden, weight, weight if bias is None else bias)
-    return Dtypes(*(torch.float32 if t.dtype == torch.float16 else t.dtype for t in tensors))
+    kept = (torch.float32 if d == torch.float16 else d for d in _dtypes(hidden, weight, bias))
+    return Dtypes(*kept)
 
 
 def _or_empty(
@@ -60,32 +63,23 @@ def _or_empty(
 
 
 def _fake_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool], dtypes: Dtypes
 ) -> tuple[Tensor, ...]:
+    """What `Gradients` returns, in shape and layout; empty where it is not needed."""
     tensors = (hidden, weight, weight if bias is None else bias)
-    return _empty_gradients(tensors, _kept_dtypes(*tensors), needs)
-
-
-def _empty_gradients(
-    tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], needs: Sequence[bool]
-) -> tuple[Tensor, ...]:
-    """What `Gradients` returns, in shape and layout."""
-    empty = []
-    for t, dtype, need in zip(tensors, dtypes, needs, strict=True):
-        if need and t is tensors[1] and transposed(t):
-            empty.append(t.new_empty(t.shape[::-1], dtype=dtype).T)
-        else:
-            empty.append(t.new_empty(t.shape if need else 0, dtype=dtype))
-    return tuple(empty)
+    fakes = [
+        t.new_empty(t.shape if need else 0, dtype=dtype)
+        for t, need, dtype in zip(tensors, needs, dtypes, strict=True)
+    ]
+    if needs[1] and transposed(weight):
+        fakes[1] = weight.new_empty(weight.shape[::-1], dtype=dtypes.weight).T
+    return tuple(fakes)
 
 
 def _fake_outputs(hidden: Tensor, dtype: torch.dtype, outputs: str) -> tuple[Tensor, ...]:
-    like = hidden.new_empty(hidden.shape[0], dtype=wide(dtype))
-    dtypes = [torch.bool if name == "is_top1" else like.dtype for name in OUTPUTS]
-    wanted = names(outputs)
+    wanted, count = names(outputs), hidden.shape[0]
     return tuple(
-        like.new_empty(like.shape if name in wanted else 0, dtype=dtype)
-        for name, dtype in zip(OUTPUTS, dtypes, strict=True)
+        empty(hidden, name, wide(dtype), count if name in wanted else 0) for name in OUTPUTS
     )
 
 
@@ -126,7 +120,8 @@ def linear_logprob(
 @linear_logprob.register_fake
 def _(hidden, weight, bias, targets, *, dtype, outputs, keep_gradient, **_):
     logprob = hidden.new_empty(hidden.shape[0], dtype=wide(dtype))
-    gradient = _fake_gradients(hidden, weight, bias, (keep_gradient, False, False))[0]
+    needs, dtypes = (keep_gradient, False, False), _kept_dtypes(hidden, weight, bias)
+    gradient = _fake_gradients(hidden, weight, bias, needs, dtypes)[0]
     return logprob, *_fake_outputs(hidden, dtype, outputs + ",lse"), gradient
 
 
@@ -151,7 +146,7 @@ def linear_logprob_backward(
     """Gradients of Σ grad_logprob_t·logp_t."""
     with inside_operator(hidden):
         call = begin(hidden, weight, bias, targets, **head)
-        dtypes = Dtypes(hidden.dtype, weight.dtype, (weight if bias is None else bias).dtype)
+        dtypes = _dtypes(hidden, weight, bias)
         stats = {"logprob": call.take(logprob), "lse": call.take(lse)}
         coefficients = call.take(grad_logprob).to(logprob.dtype)
         grad_hidden, *others = regimes.logprob_gradients(
@@ -164,8 +159,7 @@ def linear_logprob_backward(
 
 @linear_logprob_backward.register_fake
 def _(grad_logprob, hidden, weight, bias, targets, logprob, lse, *, needs, **_):
-    tensors = (hidden, weight, weight if bias is None else bias)
-    return _empty_gradients(tensors, [t.dtype for t in tensors], needs)
+    return _fake_gradients(hidden, weight, bias, needs, _dtypes(hidden, weight, bias))
 
 
 def _logprob_context(ctx, inputs, keyword_only_inputs, output):
@@ -231,7 +225,10 @@ def linear_dpo_loss(
     """Loss (), log-probabilities of responses (R,), `outputs` (T,) and the gradients of the loss
     that are needed.
     """
-    loss = Loss.find(_functions.get(loss_type, loss_type), beta, label_smoothing)
+    if loss_type in _functions:
+        loss = Loss(_functions[loss_type])
+    else:
+        loss = Loss.named(loss_type, beta=beta, label_smoothing=label_smoothing)
     with inside_operator(hidden):
         call = begin(hidden, weight, bias, targets, **head)
         rest = (comparisons, ref_logps, comparison_weights, response_lengths)
@@ -257,7 +254,7 @@ def linear_dpo_loss(
 def _(hidden, weight, bias, targets, ids, pairs, ref, *_, dtype, outputs, needs, **__):
     loss = hidden.new_empty((), dtype=wide(dtype))
     logps = hidden.new_empty(ref.shape[0], dtype=wide(dtype))
-    gradients = _fake_gradients(hidden, weight, bias, needs)
+    gradients = _fake_gradients(hidden, weight, bias, needs, _kept_dtypes(hidden, weight, bias))
     return loss, logps, *_fake_outputs(hidden, dtype, outputs), *gradients
 
 

@@ -17,6 +17,7 @@ It is then a valid `loss_type` of the trainer and of `linear_dpo_loss`.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -78,6 +79,36 @@ def get_loss(name: str) -> LossFunction:
     if name not in LOSSES:
         raise ValueError(f"unknown loss_type {name!r}; known: {', '.join(sorted(LOSSES))}")
     return LOSSES[name]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of a comparison, a function from `Comparisons` to (C,).
+
+    `name` is None for one that is not registered; a kernel that knows the name may compute it from
+    `beta` and `label_smoothing`.
+    """
+
+    function: Callable[[Comparisons], Tensor]
+    name: str | None = None
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+
+    def __call__(self, pairs: Comparisons) -> Tensor:
+        loss, expected = self.function(pairs), pairs.chosen_logps.shape
+        if loss.shape != expected:  # which weights would be broadcast to
+            subject = "loss_function" if self.name is None else f"loss {self.name!r}"
+            raise ValueError(
+                f"{subject}: expected a function that returns {tuple(expected)}, one loss a "
+                f"comparison, got {tuple(loss.shape)}"
+            )
+        return loss
+
+    @staticmethod
+    def named(name: str, *, beta: float, label_smoothing: float) -> "Loss":
+        """A registered loss; `ValueError` as `get_loss`."""
+        function = partial(get_loss(name), beta=beta, label_smoothing=label_smoothing)
+        return Loss(function, name, beta, label_smoothing)
 
 
 @register_loss("sigmoid")

@@ -1,4 +1,4 @@
-"""The public functions: checks, defaults and shapes; the work is in `library` and `reference`."""
+"""The public functions: checks, defaults and shapes; the work is in `library` and `naive`."""
 
 from collections import namedtuple
 from collections.abc import Callable
@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import library, reference
+from . import library, naive
 from .arguments import check_head, check_problem, scored_targets
-from .backends import BACKENDS
+from .backends import backend_name
 from .call import no_autocast, wide
 from .head import OUTPUTS, WORKSPACE_MIB
-from .losses import Comparisons
-from .problem import Loss, Problem
+from .losses import Comparisons, Loss
+from .problem import Problem
 
 
 def linear_logprob(
@@ -52,7 +52,7 @@ def linear_logprob(
             differentiable.
         backend: "triton" (fused kernels: CUDA, or any device under `TRITON_INTERPRET=1`), "torch"
             (the same in plain PyTorch, any device), "auto" (the first where it can, else the
-            second) or "reference" (full logits, for tests).
+            second) or "naive" (full logits, for tests).
         workspace_mib: MiB that a tile of logits may take.
 
     Returns:
@@ -63,11 +63,12 @@ def linear_logprob(
         ValueError: shapes, dtypes or devices that do not fit, an unknown output or backend, a
             target outside the vocabulary.
     """
-    _check_options(outputs, backend)
+    backend = backend_name(backend)
+    _check_outputs(outputs)
     check_head(hidden, weight, bias, targets, softcap, temperature)
     options = _head_options(hidden, weight, bias, softcap, logit_scale, temperature, ignore_index)
-    if backend == "reference":
-        stats = _reference_stats(hidden, weight, bias, targets, **options)
+    if backend == "naive":
+        stats = _naive_stats(hidden, weight, bias, targets, **options)
         values = [stats[name] for name in ("logprob", *outputs)]
     else:
         needs = _needs(hidden, weight, bias)
@@ -97,13 +98,14 @@ def linear_dpo_loss(
     bias: Tensor | None = None,
     *,
     beta: float = 0.1,
-    loss_type: str | Callable[[Comparisons], Tensor] = "sigmoid",
+    loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
     comparison_weights: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     backend: str = "auto",
+    loss_function: Callable[[Comparisons], Tensor] | None = None,
     response_lengths: Tensor | None = None,
     outputs: tuple[str, ...] = (),
     workspace_mib: int = WORKSPACE_MIB,
@@ -123,53 +125,55 @@ def linear_dpo_loss(
             NaN, or fails there as PyTorch's own indexing does.
         ref_logps: (R,) the reference's log-probability of each response, nats; fp64 is kept as
             such.
-        beta, label_smoothing: handed to the loss.
-        loss_type: a name of `fastdpo_kernels.losses.LOSSES`, or a function of `Comparisons` that
-            returns (C,).
+        loss_type: a name of `fastdpo_kernels.LOSSES`.
+        beta, label_smoothing: handed to that loss.
+        loss_function: in place of those three, a function of `Comparisons` that returns (C,).
         comparison_weights: (C,), default 1/C each, which makes the loss a mean.
         response_lengths: (R,) tokens of each response, default: counted from `targets`.
         softcap, logit_scale, ignore_index, backend, workspace_mib, outputs: as in `linear_logprob`.
 
     Returns:
         `(loss, response_logps)`: a scalar differentiable in hidden, weight and bias, and (R,) fp32
-        without gradient;
-        with `outputs`, a third element: a named tuple of (T,) tensors, 0 where ignored.
+        without gradient; with `outputs`, a third element: a named tuple of (T,) tensors, 0 where
+        ignored.
 
     Raises:
-        ValueError: as `linear_logprob`, and for an unknown loss.
+        ValueError: as `linear_logprob`, and for an unknown loss or one of another shape.
     """
-    _check_options(outputs, backend)
+    backend = backend_name(backend)
+    _check_outputs(outputs)
+    _check_loss(loss_type)
     check_head(hidden, weight, bias, targets, softcap, 1.0)
     rest = (response_ids, comparisons, ref_logps, comparison_weights, response_lengths)
     check_problem(hidden, *rest)
-    if isinstance(loss_type, Loss) and loss_type.name is not None:
-        beta, label_smoothing = loss_type.beta, loss_type.label_smoothing
-        loss_type = loss_type.name
+    if isinstance(loss_function, Loss) and loss_function.name is not None:
+        loss_type, beta = loss_function.name, loss_function.beta
+        label_smoothing, loss_function = loss_function.label_smoothing, None
     options = _head_options(hidden, weight, bias, softcap, logit_scale, 1.0, ignore_index)
     scalars = {"beta": beta, "label_smoothing": label_smoothing}
-    if backend == "reference":
-        loss, logps, stats = _reference_loss(
-            hidden, weight, bias, targets, *rest, Loss.find(loss_type, **scalars), options
-        )
+    if backend == "naive":
+        objective = Loss(loss_function) if loss_function else Loss.named(loss_type, **scalars)
+        loss, logps, stats = _naive_loss(hidden, weight, bias, targets, rest, objective, options)
     else:
         options |= {"backend": backend, "workspace_mib": workspace_mib}
         options |= {"outputs": ",".join(outputs), "needs": _needs(hidden, weight, bias)}
-        constants = [None if t is None else t.detach() for t in (targets, *rest)]
-        call = library.linear_dpo_loss
-        if not isinstance(loss_type, str):  # a decorator would import the compiler with the package
+        constants = (None if t is None else t.detach() for t in (targets, *rest))
+        tensors = (hidden, weight, bias, *constants)
+        if loss_function is None:
+            results = library.linear_dpo_loss(*tensors, loss_type=loss_type, **scalars, **options)
+        else:  # a decorator would import the compiler with the package
             call = torch.compiler.disable(_with_function)
-        loss, logps, *others = call(
-            hidden, weight, bias, *constants, loss_type=loss_type, **scalars, **options
-        )
+            results = call(*tensors, loss_function=loss_function, **scalars, **options)
+        loss, logps, *others = results
         stats = dict(zip(OUTPUTS, others[: len(OUTPUTS)], strict=True))
     if not outputs:
         return loss, logps
     return loss, logps, namedtuple("TokenStats", outputs)(*(stats[name] for name in outputs))
 
 
-def _with_function(*tensors: Tensor | None, loss_type: Callable, **options: Any):
+def _with_function(*tensors: Tensor | None, loss_function: Callable, **options: Any):
     """The operator for a loss that is not registered."""
-    with library.named_loss(loss_type) as name:
+    with library.named(loss_function) as name:
         return library.linear_dpo_loss(*tensors, loss_type=name, **options)
 
 
@@ -202,7 +206,7 @@ def _head_options(
     }
 
 
-def _reference_stats(
+def _naive_stats(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -221,50 +225,36 @@ def _reference_stats(
 
     b = None if bias is None else rounded(bias)
     with no_autocast(hidden):
-        logits = reference.logits_of(rounded(hidden), rounded(weight), b, **scalars)
-        return reference.token_stats(logits, targets, -1)
+        logits = naive.logits_of(rounded(hidden), rounded(weight), b, **scalars)
+        return naive.token_stats(logits, targets, -1)
 
 
-def _reference_loss(
+def _naive_loss(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    response_ids: Tensor,
-    comparisons: Tensor,
-    ref_logps: Tensor,
-    comparison_weights: Tensor | None,
-    response_lengths: Tensor | None,
+    rest: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
     loss: Loss,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     targets = scored_targets(targets, weight.shape[0], options["ignore_index"])
-    stats = _reference_stats(hidden, weight, bias, targets, **options | {"ignore_index": -1})
-    problem = Problem.build(
-        targets,
-        response_ids.to(targets.device),
-        comparisons.to(targets.device),
-        ref_logps,
-        comparison_weights,
-        response_lengths,
-        loss,
-    )
-    value, logps = reference.dpo_loss(
-        stats["logprob"],
-        problem.response_ids,
-        problem.comparisons,
-        problem.ref_logps,
-        loss,
-        problem.weights,
-        problem.response_lengths,
-    )
+    stats = _naive_stats(hidden, weight, bias, targets, **options | {"ignore_index": -1})
+    problem = Problem.build(targets, *rest, loss).to(targets.device)
+    value, logps = naive.dpo_loss(stats["logprob"], problem)
     dtype = wide(options["dtype"])
     return value.to(dtype), logps.detach().to(dtype), stats
 
 
-def _check_options(outputs: tuple[str, ...], backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
+def _check_loss(loss_type: object) -> None:
+    if not isinstance(loss_type, str):
+        raise ValueError(
+            f"loss_type: expected the name of a loss, got {loss_type!r}; a function is given as "
+            "loss_function"
+        )
+
+
+def _check_outputs(outputs: tuple[str, ...]) -> None:
     unknown = set(outputs) - set(OUTPUTS)
     if unknown:
         raise ValueError(f"unknown outputs {sorted(unknown)}; known: {', '.join(OUTPUTS)}")

@@ -6,54 +6,18 @@ response and the loss are fp64: a response of some thousand nats has no more tha
 the point in fp32, and the loss is made of differences of such sums.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from .arguments import indices
-from .losses import Comparisons, get_loss
+from .losses import Comparisons, Loss
 
-Chosen = slice | Tensor
-"""Which comparisons: a range, or indices (n,) int64."""
-
-
-@dataclass(frozen=True)
-class Loss:
-    """The loss of a comparison, a function from `Comparisons` to (C,).
-
-    `name` is None for one that is not registered; a kernel that knows the name may compute it from
-    `beta` and `label_smoothing`.
-    """
-
-    function: Callable[[Comparisons], Tensor]
-    name: str | None = None
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-
-    def __call__(self, pairs: Comparisons) -> Tensor:
-        loss, expected = self.function(pairs), pairs.chosen_logps.shape
-        if loss.shape != expected:  # which weights would be broadcast to
-            raise ValueError(
-                f"loss_type: expected a function that returns {tuple(expected)}, one loss a "
-                f"comparison, got {tuple(loss.shape)}"
-            )
-        return loss
-
-    @staticmethod
-    def find(
-        loss: str | Callable[[Comparisons], Tensor], beta: float, label_smoothing: float
-    ) -> "Loss":
-        """A registered loss by its name, or any function of `Comparisons`."""
-        if isinstance(loss, Loss):
-            return loss
-        if not isinstance(loss, str):
-            return Loss(loss)
-        function = partial(get_loss(loss), beta=beta, label_smoothing=label_smoothing)
-        return Loss(function, loss, beta, label_smoothing)
+Selection = slice | Tensor
+"""Some of the comparisons: a range, or indices (n,) int64."""
 
 
 @dataclass(frozen=True)
@@ -114,32 +78,32 @@ class Problem:
             comparisons=self.comparisons.to(device, non_blocking=True),
         )
 
-    def total(self, logps: Tensor, chosen: Chosen) -> Tensor:
-        """Σ weight·loss over the comparisons `chosen`, given the responses' logps (R,)."""
-        win, lose = self.comparisons[chosen].unbind(1)
+    def total(self, logps: Tensor, selected: Selection) -> Tensor:
+        """Σ weight·loss over the comparisons `selected`, given the responses' logps (R,)."""
+        win, lose = self.comparisons[selected].unbind(1)
         ref, length = self.ref_logps, self.response_lengths
         pairs = Comparisons(logps[win], logps[lose], ref[win], ref[lose], length[win], length[lose])
-        return (self.weights[chosen] * self.loss(pairs)).sum()
+        return (self.weights[selected] * self.loss(pairs)).sum()
 
-    def step(
+    def loss_and_coefficients(
         self,
         tokens: slice,
         token_logps: Tensor,
         logps: Tensor,
-        chosen: Chosen,
+        selected: Selection,
         differentiate: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """`Tiles.dpo_step` in plain PyTorch, on any device, deterministic."""
+        """`Tiles.loss_and_coefficients` in plain PyTorch, on any device, deterministic."""
         ids = self.response_ids[tokens]
         if logps.is_cuda:  # sorts, where index_add_ would use atomics
             logps.index_put_((ids,), token_logps.double(), accumulate=True)
         else:
             logps.index_add_(0, ids, token_logps.double())
         if not differentiate:
-            return self.total(logps, chosen), None
+            return self.total(logps, selected), None
         with _autograd_inside_an_op():
             leaf = logps.detach().requires_grad_()
-            loss = self.total(leaf, chosen)
+            loss = self.total(leaf, selected)
             (gradient,) = torch.autograd.grad(loss, leaf)
         return loss.detach(), gradient.to(token_logps.dtype)[ids]
 
@@ -159,7 +123,7 @@ def _autograd_inside_an_op() -> Iterator[None]:
         yield
 
 
-def whole_comparisons(problem: Problem, rows: int) -> Iterator[tuple[slice, Chosen]]:
+def whole_comparisons(problem: Problem, rows: int) -> Iterator[tuple[slice, Selection]]:
     """Cut the tokens where no response or comparison is cut, into pieces of at most `rows` tokens
     where possible.
 
@@ -190,7 +154,7 @@ def whole_comparisons(problem: Problem, rows: int) -> Iterator[tuple[slice, Chos
         yield slice(0, 0), slice(None)
 
 
-def _range_or_indices(inside: Tensor, device: torch.device) -> Chosen:
+def _range_or_indices(inside: Tensor, device: torch.device) -> Selection:
     indices = inside.nonzero().squeeze(1)
     count = indices.shape[0]
     if count == 0:

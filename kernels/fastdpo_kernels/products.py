@@ -55,7 +55,7 @@ def _factors(a: Tensor, b: Tensor, operands: torch.dtype) -> tuple[Tensor, Tenso
 @contextmanager
 def _host_precision(a: Tensor, operands: torch.dtype) -> Iterator[None]:
     """Let a host with bf16 matrix units use them on fp32 factors that hold bf16 values."""
-    if operands != torch.bfloat16 or a.device.type != "cpu" or not _bf16_is_faster():
+    if operands != torch.bfloat16 or a.device.type != "cpu" or not bf16_is_faster():
         yield
         return
     backend = _matmul_backend()
@@ -72,7 +72,7 @@ def _matmul_backend() -> Any:
 
 
 @cache
-def _bf16_is_faster() -> bool:
+def bf16_is_faster() -> bool:
     backend = _matmul_backend()
     before = backend.fp32_precision
     a, b = torch.ones(128, 1024), torch.ones(1024, 1024)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .head import Stats, Tiles, transposed
-from .problem import Chosen, Problem, whole_comparisons
+from .problem import Problem, Selection, whole_comparisons
 from .products import addmm_, mm
 
 
@@ -112,6 +112,7 @@ class Gradients:
         self._weight = mm(a, b, dtype, operands=operands)
 
     def _in_units(self, scale: Tensor) -> Tensor:
+        """Coefficients in units of the largest so far, which the sums are brought to as well."""
         smallest = torch.finfo(scale.dtype).tiny
         unit = scale.abs().amax().clamp(min=smallest)
         if self._unit is not None:
@@ -130,7 +131,8 @@ class Gradients:
         return total.to(dtype)
 
 
-def _chunks(start: int, stop: int, rows: int) -> Iterator[slice]:
+def _ranges(start: int, stop: int, rows: int) -> Iterator[slice]:
+    """The tokens of each tile in turn."""
     for first in range(start, stop, rows):
         yield slice(first, min(first + rows, stop))
 
@@ -152,7 +154,7 @@ def score_with_gradient(
     none = Dtypes(dtype, dtype, dtype)
     grads = Gradients(tiles, hidden, Needs(True, False, False), none)
     parts = []
-    for rows in _chunks(0, targets.shape[0], tiles.rows):
+    for rows in _ranges(0, targets.shape[0], tiles.rows):
         tile, row_scale, stats = tiles.exponentials(hidden[rows], targets[rows], outputs)
         grads.add(rows, tile, row_scale)
         parts.append(stats)
@@ -171,7 +173,7 @@ def logprob_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of Σ c_t·logp_t for any coefficients (T,), from the statistics of the forward."""
     grads = Gradients(tiles, hidden, needs, dtypes)
-    for rows in _chunks(0, targets.shape[0], tiles.rows):
+    for rows in _ranges(0, targets.shape[0], tiles.rows):
         tile, row_scale = tiles.probabilities(hidden[rows], targets[rows], _part(stats, rows))
         grads.add(rows, tile, row_scale * coefficients[rows])
     return grads.result()
@@ -202,13 +204,13 @@ def dpo_loss(
     one_tile = 0 < hidden.shape[0] <= tiles.rows
     if not any(needs) or not (one_tile or needs.head):
         return _dpo_frozen(tiles, hidden, problem, outputs, needs.hidden, dtypes.hidden, logps)
-    pieces: Iterable[tuple[slice, Chosen]] = [(everything, slice(None))]
+    pieces: Iterable[tuple[slice, Selection]] = [(everything, slice(None))]
     if not one_tile:
         pieces = whole_comparisons(host, tiles.rows)
     grads = Gradients(tiles, hidden, needs, dtypes)
     loss, parts = logps.new_zeros(()), []
-    for piece, chosen in pieces:
-        part, stats = _dpo_piece(tiles, hidden, problem, piece, chosen, outputs, logps, grads)
+    for piece, selected in pieces:
+        part, stats = _dpo_piece(tiles, hidden, problem, piece, selected, outputs, logps, grads)
         loss = loss + part
         parts.append(stats)
     return DPOResult(loss, logps, _join(parts), grads.result())
@@ -230,7 +232,7 @@ def _dpo_frozen(
     else:
         stats = tiles.score(hidden, problem.targets, outputs)
     everything = slice(0, hidden.shape[0])
-    loss, coefficients = tiles.dpo_step(
+    loss, coefficients = tiles.loss_and_coefficients(
         problem, everything, stats["logprob"], logps, slice(None), differentiate
     )
     if gradient is not None and coefficients is not None:
@@ -243,7 +245,7 @@ def _dpo_piece(
     hidden: Tensor,
     problem: Problem,
     piece: slice,
-    chosen: Chosen,
+    selected: Selection,
     outputs: tuple[str, ...],
     logps: Tensor,
     grads: Gradients,
@@ -252,15 +254,17 @@ def _dpo_piece(
     targets = problem.targets
     if piece.start == piece.stop:
         stats = tiles.score(hidden[piece], targets[piece], outputs)
-        loss, _ = tiles.dpo_step(problem, piece, stats["logprob"], logps, chosen, False)
+        loss, _ = tiles.loss_and_coefficients(
+            problem, piece, stats["logprob"], logps, selected, False
+        )
         return loss, stats
-    *earlier, last = _chunks(piece.start, piece.stop, tiles.rows)
+    *earlier, last = _ranges(piece.start, piece.stop, tiles.rows)
     before = slice(piece.start, last.start)
     parts = [tiles.score(hidden[before], targets[before], outputs)] if earlier else []
     tile, row_scale, stats = tiles.exponentials(hidden[last], targets[last], outputs)
     stats = _join([*parts, stats])
-    loss, coefficients = tiles.dpo_step(
-        problem, piece, stats["logprob"], logps, chosen, differentiate=True
+    loss, coefficients = tiles.loss_and_coefficients(
+        problem, piece, stats["logprob"], logps, selected, differentiate=True
     )
     assert coefficients is not None
     grads.add(last, tile, row_scale * coefficients[before.stop - before.start :])

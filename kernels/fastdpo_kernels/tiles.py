@@ -7,12 +7,11 @@ is worked on a few rows at a time, so that on a CPU all element-wise passes run 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .head import Head, Stats, Tiles, WorkspaceBytes
+from .head import Head, Layout, Stats, Tiles, WorkspaceBytes
 from .products import mm
 
 _MAX_TILE_ROWS = 2048
@@ -41,15 +40,8 @@ def _kept_workspace(size: int, dtype: torch.dtype) -> Tensor:
     return buffer[:size]
 
 
-@dataclass(frozen=True)
-class TorchLayout:
-    """How the tiles of a head (V, H) that computes in `dtype` are cut on a kind of device."""
-
-    vocab: int
-    width: int
-    dtype: torch.dtype
-    device: str
-    workspace_mib: int
+class TorchLayout(Layout):
+    """`Layout` in plain PyTorch."""
 
     @property
     def tile_dtype(self) -> torch.dtype:
@@ -65,9 +57,7 @@ class TorchLayout:
 
     @property
     def rows(self) -> int:
-        """How many tokens a tile holds so that on a CPU it and the blocks beside it stay within
-        `workspace_mib` MiB.
-        """
+        """On a CPU a tile and the blocks beside it stay within `workspace_mib` MiB."""
         budget = int((self.workspace_mib << 20) * _TILE_SHARE)
         return max(1, min(_MAX_TILE_ROWS, budget // self._row_bytes))
 
@@ -78,7 +68,6 @@ class TorchLayout:
         return max(1, limit // self._row_bytes)
 
     def bytes(self, tokens: int, outputs: tuple[str, ...], softcap: bool) -> WorkspaceBytes:
-        """What a call for so many scored tokens needs, the gradient of the head included."""
         rows = min(tokens, self.rows)
         states = rows * self.width * self.tile_dtype.itemsize
         # The slope of a soft cap; the exponentials and their products with something else.
@@ -104,11 +93,22 @@ class TorchTiles(Tiles):
     def __init__(self, head: Head, workspace_mib: int) -> None:
         weight = head.weight
         vocab, width = weight.shape
-        self._layout = TorchLayout(vocab, width, weight.dtype, weight.device.type, workspace_mib)
-        self._operands, self._dtype = weight.dtype, self._layout.tile_dtype
-        self.head = head.cast(weight.dtype if self._layout.native else self._dtype)
-        self.rows = self._layout.rows
+        layout = TorchLayout(vocab, width, weight.dtype, weight.device.type, workspace_mib)
+        self._operands, self._dtype = weight.dtype, layout.tile_dtype
+        self.head = head.cast(weight.dtype if layout.native else self._dtype)
+        self.rows, self.block_rows = layout.rows, layout.block_rows
         self._buffer: Tensor | None = None
+
+    def empty_tile(self, tokens: int) -> Tensor:
+        weight = self.head.weight
+        shape = tokens, weight.shape[0]
+        size = shape[0] * shape[1]
+        if weight.device.type == "cpu":
+            return _kept_workspace(size, self._dtype).view(shape)
+        if self._buffer is None or self._buffer.numel() < size:
+            self._buffer = None
+            self._buffer = weight.new_empty(size, dtype=self._dtype)
+        return self._buffer[:size].view(shape)
 
     def score(self, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> Stats:
         stats = self._empty_stats(targets, outputs)
@@ -147,29 +147,19 @@ class TorchTiles(Tiles):
         average out in the log-sum-exp, the target's goes into the log-probability as it is.
         """
         weight = self.head.weight
-        shape = hidden.shape[0], weight.shape[0]
-        tile = self._workspace(shape[0] * shape[1]).view(shape)
+        tile = self.empty_tile(hidden.shape[0])
         x = hidden.to(weight.dtype)
         mm(x, weight.T, self._dtype, operands=self._operands, out=tile)
-        for start in range(0, shape[0], _TARGET_ROWS):
+        for start in range(0, tile.shape[0], _TARGET_ROWS):
             some = slice(start, start + _TARGET_ROWS)
             rows = weight[index[some, 0]].double()
             exact = torch.linalg.vecdot(x[some].double(), rows).to(tile.dtype)
             tile[some].scatter_(1, index[some], exact.unsqueeze(1))
         return tile
 
-    def _workspace(self, size: int) -> Tensor:
-        if self.head.weight.device.type == "cpu":
-            return _kept_workspace(size, self._dtype)
-        if self._buffer is None or self._buffer.numel() < size:
-            self._buffer = None
-            self._buffer = self.head.weight.new_empty(size, dtype=self._dtype)
-        return self._buffer[:size]
-
     def _blocks(self, tile: Tensor) -> Iterator[slice]:
-        rows = self._layout.block_rows
-        for start in range(0, tile.shape[0], rows):
-            yield slice(start, start + rows)
+        for start in range(0, tile.shape[0], self.block_rows):
+            yield slice(start, start + self.block_rows)
 
     def _reduce(
         self, hidden: Tensor, targets: Tensor, stats: Stats, row_scale: Tensor | None

@@ -130,7 +130,8 @@ class LinearDPOLoss(torch.nn.Module):
             ref,
             bias,
             beta=self.beta,
-            loss_type=self._objective(half, int(counts[:half].sum())),
+            loss_type=self.loss_type,
+            loss_function=self._objective(half, int(counts[:half].sum())),
             label_smoothing=self.label_smoothing,
             response_lengths=lengths.to(ref.dtype),
             backend=self.backend,
@@ -168,13 +169,14 @@ class LinearDPOLoss(torch.nn.Module):
         logps = linear_logprob(_rows(hidden, index), weight, labels, bias, backend=self.backend)
         return ref.index_add_(0, index // target.shape[1], logps.double())
 
-    def _objective(self, pairs: int, chosen_tokens: int) -> str | Callable[[Comparisons], Tensor]:
-        """The loss of each comparison, such that their mean is Liger's loss of the batch; its name
-        where that says all, which spares `torch.compile` a graph break.
+    def _objective(self, pairs: int, chosen_tokens: int) -> Callable[[Comparisons], Tensor] | None:
+        """The loss of each comparison, such that their mean is Liger's loss of the batch.
+
+        None where `loss_type` says all, which spares `torch.compile` a graph break.
         """
         share = self.alpha * pairs / max(1, chosen_tokens) if self.compute_nll_loss else 0.0
         if not (share or self.average_log_prob or self._preference.keywords.keys() & {"tau"}):
-            return self.loss_type
+            return None
 
         def objective(values: Comparisons) -> Tensor:
             loss = self._preference(_per_token(values) if self.average_log_prob else values)

@@ -92,23 +92,23 @@ class LinearLogProb:
             outputs=tuple(_OUTPUTS[name] for name in wanted),
         )
         logprob, *stats = result if wanted else (result,)
-        found: dict[str, Tensor] = {
+        values: dict[str, Tensor] = {
             name: value.bool() if name == "is_top1" else value.float()
             for name, value in zip(wanted, stats, strict=True)
         }
-        if "entropy" in found:
+        if "entropy" in values:
 
             def entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
                 head = (hidden, weight, bias, targets.long())
                 return self.original.apply(*head, *options, ("entropy",))[1]
 
-            found["entropy"] = _Entropy.apply(hidden, weight, bias, found["entropy"], entropy)
+            values["entropy"] = _Entropy.apply(hidden, weight, bias, values["entropy"], entropy)
         return (
             logprob.float(),
-            found.get("entropy"),
-            found.get("log_sum_sq_probs"),
-            found.get("mean_logits"),
-            found.get("is_top1"),
+            values.get("entropy"),
+            values.get("log_sum_sq_probs"),
+            values.get("mean_logits"),
+            values.get("is_top1"),
         )
 
 
@@ -144,8 +144,8 @@ class _Entropy(torch.autograd.Function):
         ]
         with torch.enable_grad(), ctx.autocast():
             value = ctx.entropy(*leaves)
-        found = iter(torch.autograd.grad(value, wanted, gradient))
-        return (*(next(found) if need else None for need in needs), None, None)
+        gradients = iter(torch.autograd.grad(value, wanted, gradient))
+        return (*(next(gradients) if need else None for need in needs), None, None)
 
 
 def _autocast(device: str) -> Callable[[], AbstractContextManager[Any]]:

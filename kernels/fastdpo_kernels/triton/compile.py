@@ -32,9 +32,8 @@ TENSOR_CORE = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
 older one."""
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_POINTERS = {"targets": "i64", "tile": None, "partial": "fp32", "anchor": "fp32", "logprob": "fp32"}
-_POINTERS |= {"logit": "fp32", "results": "fp32", "row_scale": "fp32", "flags": "i32"}
-_FLOATS = ("scale", "softcap", "inv_temperature", "temperature", "clamp")
+_POINTERS = {"targets": "i64", "partial": "fp32", "anchor": "fp32", "logprob": "fp32"}
+_FLOATS = ("scale", "softcap", "inv_temperature", "clamp")
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,10 @@ def cases(arch: int) -> Iterator[Case]:
             possible = _POSSIBLE[kind]
             if kernel is score.score_kernel and possible is _PLAIN:
                 possible = frozenset()
-            for chosen in dict.fromkeys((possible & {"TRANSPOSED"}, possible)):
-                options = tuple(_options(kernel, config, dtype, chosen))
+            for flags in dict.fromkeys((possible & {"TRANSPOSED"}, possible)):
+                options = tuple(_options(kernel, config, dtype, flags))
                 case = Case(kernel, arch, dtype, config, options)
-                if case.name not in seen and (chosen == possible or dtype != torch.float16):
+                if case.name not in seen and (flags == possible or dtype != torch.float16):
                     seen.add(case.name)
                     yield case
 
@@ -96,14 +95,14 @@ _POSSIBLE["columns"] = _RICH | {"TRANSPOSED"}
 
 
 def _options(
-    kernel: Any, config: Config, dtype: torch.dtype, chosen: frozenset[str]
+    kernel: Any, config: Config, dtype: torch.dtype, flags: frozenset[str]
 ) -> Iterator[tuple[str, Any]]:
     """Values of a kernel's compile-time parameters."""
     fixed = {
         "BLOCK_T": config.block_t,
         "BLOCK_V": config.block_v,
         "BLOCK_H": config.block_h,
-        "WHOLE_H": config.descriptors or not chosen,
+        "WHOLE_H": config.descriptors or not flags,
         "DESCRIPTORS": config.descriptors,
         "PERSISTENT": config.persistent,
         "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee",
@@ -112,7 +111,7 @@ def _options(
     }
     for name in kernel.arg_names:
         if name.isupper():
-            yield name, fixed.get(name, name in chosen)
+            yield name, fixed.get(name, name in flags)
 
 
 def compile_case(case: Case) -> Resources:
@@ -135,12 +134,12 @@ def compile_case(case: Case) -> Resources:
         file.flush()
         usage = _cuobjdump("--dump-resource-usage", file.name)
     numbers = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", usage)}
-    found = re.findall(r"\b(mma\.sync|wgmma(?=\.mma)|tcgen05\.mma)\b", compiled.asm["ptx"])
+    products = re.findall(r"\b(mma\.sync|wgmma(?=\.mma)|tcgen05\.mma)\b", compiled.asm["ptx"])
     return Resources(
         registers=numbers["REG"],
         spilled=numbers["STACK"] + numbers["LOCAL"],
         shared=compiled.metadata.shared,
-        tensor_core=max(set(found), key=found.count, default=""),
+        tensor_core=max(set(products), key=products.count, default=""),
     )
 
 
@@ -153,10 +152,10 @@ def _type(name: str, case: Case, options: dict[str, Any]) -> str:
         return f"tensordesc<{operand}[{block},{config.block_h}]>"
     if name == "tile" and options["DESCRIPTORS"]:
         return f"tensordesc<{operand}[{config.block_t},{config.block_v}]>"
-    if name in ("x", "w", "bias"):
+    if name in ("x", "w", "bias", "tile"):
         return f"*{operand}"
     if name in _POINTERS:
-        return f"*{_POINTERS[name] or operand}"
+        return f"*{_POINTERS[name]}"
     return "fp32" if name in _FLOATS else "i32"
 
 
@@ -172,14 +171,14 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args()
     for case in itertools.chain.from_iterable(cases(arch) for arch in options.arch):
-        found = compile_case(case)
+        resources = compile_case(case)
         if options.json:
-            row = {"case": case.name, "arch": case.arch, **asdict(found)}
+            row = {"case": case.name, "arch": case.arch, **asdict(resources)}
             print(json.dumps({**row, "dtype": _TYPES[case.dtype]}), flush=True)
             continue
         print(
-            f"{found.registers:4d} registers {found.spilled:5d} spilled"
-            f" {found.shared / 1024:6.1f} KiB {found.tensor_core:11s} {case.name}",
+            f"{resources.registers:4d} registers {resources.spilled:5d} spilled"
+            f" {resources.shared / 1024:6.1f} KiB {resources.tensor_core:11s} {case.name}",
             flush=True,
         )
 

@@ -93,14 +93,22 @@ def architecture(device: torch.device) -> int:
 
 
 def family(
-    head: Head, hidden: Tensor, outputs: tuple[str, ...] = (), *, online: bool = False
+    head: Head,
+    hidden: Tensor,
+    outputs: tuple[str, ...] = (),
+    *,
+    online: bool = False,
+    descriptors: bool = True,
 ) -> str:
-    """Which kind of call this is, a key of `TABLE`'s entries; `online`: with running maxima."""
+    """Which kind of call this is, a key of `TABLE`'s entries.
+
+    `online`: with running maxima; `descriptors`: the kernel uses them where the alignment allows.
+    """
     if transposed(head.weight):
         return "columns"
     if hidden.dtype == torch.float32:
         return "float32"
-    if not (describable(hidden) and describable(head.weight)):
+    if not (descriptors and describable(hidden) and describable(head.weight)):
         return "pointers"
     sums = {"log_sum_sq_prob", "entropy", "mean_logit"} if online else {"log_sum_sq_prob"}
     if head.softcap is not None or head.bias is not None or sums & set(outputs):
@@ -109,17 +117,15 @@ def family(
 
 
 def choose(
-    head: Head, hidden: Tensor, outputs: tuple[str, ...] = (), *, online: bool = False
+    head: Head,
+    hidden: Tensor,
+    outputs: tuple[str, ...] = (),
+    *,
+    online: bool = False,
+    descriptors: bool = True,
 ) -> Config:
-    """The configuration of a call."""
-    kind = family(head, hidden, outputs, online=online)
-    return TABLE[architecture(hidden.device)][kind][0]
-
-
-def choose_pointers(head: Head, hidden: Tensor) -> Config:
-    """The configuration of a kernel that uses no descriptors, whatever the alignment."""
-    kind = "float32" if hidden.dtype == torch.float32 else "pointers"
-    kind = "columns" if transposed(head.weight) else kind
+    """The configuration of a call; arguments as in `family`."""
+    kind = family(head, hidden, outputs, online=online, descriptors=descriptors)
     return TABLE[architecture(hidden.device)][kind][0]
 
 

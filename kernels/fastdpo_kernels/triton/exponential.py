@@ -17,75 +17,24 @@ which makes it softmax − onehot. A second pass over the same tokens does so fo
 kernels look for flagged tokens on the device; where there are none they end at once.
 """
 
-import math
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..head import Head, Stats, transposed
-from .configs import Config, choose, choose_pointers, multiprocessors
-from .logits import (
-    block_position,
-    log1p,
-    logits_block,
-    pitch,
-    prepare,
-    softcap_slope,
-    transform,
-)
+from ..head import Head, Stats
+from .anchor import anchors
+from .configs import Config, choose, multiprocessors
+from .finish import finish
+from .logits import block_position, logits_block, prepare, softcap_slope
 from .score import extras, score_into, unpack
 
-_GROUP = 16
-_MERGED = 32
+GROUP = 16
 _CLAMP = 75.0
 _CLAMP_SQUARED = 40.0
 _NO_EXTRAS = {"HAS_ENTROPY": False, "HAS_SQUARES": False, "HAS_MEAN": False, "HAS_TOP1": False}
-
-
-@triton.jit
-def anchor_kernel(
-    x,
-    w,
-    bias,
-    targets,
-    anchor,
-    tokens,
-    vocab,
-    width,
-    stride_x,
-    stride_w,
-    scale,
-    softcap,
-    inv_temperature,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-):
-    """anchor (tokens,): the target's logit; 0 where ignored, NaN for a target outside."""
-    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    target = tl.load(targets + rows, mask=rows < tokens, other=-1)
-    known = (target >= 0) & (target < vocab)
-    x_row = x + rows.to(tl.int64)[:, None] * stride_x
-    w_row = w + tl.where(known, target, 0).to(tl.int64)[:, None] * (1 if TRANSPOSED else stride_w)
-    acc = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
-    for start in range(0, width, BLOCK_H):
-        h = start + tl.arange(0, BLOCK_H)
-        read = known[:, None] & (h < width)[None, :]
-        a = tl.load(x_row + h[None, :], mask=read, other=0.0).to(tl.float32)
-        at = w_row + (h.to(tl.int64)[None, :] * stride_w if TRANSPOSED else h[None, :])
-        acc += a * tl.load(at, mask=read, other=0.0).to(tl.float32)
-    raw = tl.sum(acc, 1)
-    if HAS_BIAS:
-        raw += tl.load(bias + target, mask=known, other=0.0).to(tl.float32)
-    z = transform(raw, scale, softcap, inv_temperature, HAS_SOFTCAP)
-    z = tl.where(known, z, tl.where(target < 0, 0.0, float("nan")))
-    tl.store(anchor + rows, z, mask=rows < tokens)
 
 
 @triton.jit
@@ -246,87 +195,6 @@ def again_kernel(
                 tl.store(at, e.to(tile.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def finish_kernel(
-    targets,
-    anchor,
-    flagged,
-    tile,
-    partial,
-    results,
-    row_scale,
-    tokens,
-    vocab,
-    blocks,
-    stride_tile,
-    softcap,
-    inv_temperature,
-    limit,
-    BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    HAS_SQUARES: tl.constexpr,
-    HAS_MEAN: tl.constexpr,
-    HAS_TOP1: tl.constexpr,
-):
-    """From partial sums to results (6, tokens) as in `score`, row_scale (tokens,) = 1/s, and the
-    targets' entries of the tile. `flagged` gets the targets of the tokens that are over the clamp,
-    −1 for the others; the row scale of those is 1.
-    """
-    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    kept = rows < tokens
-    target = tl.load(targets + rows, mask=kept, other=-1)
-    lanes = tl.arange(0, BLOCK_S)
-    step = tl.cast(blocks, tl.int64) * tokens
-    rest = tl.zeros((BLOCK_T,), tl.float32)
-    peak = tl.full((BLOCK_T,), -float("inf"), tl.float32)
-    weighted = tl.zeros((BLOCK_T,), tl.float32)
-    squares = tl.zeros((BLOCK_T,), tl.float32)
-    plain = tl.zeros((BLOCK_T,), tl.float32)
-    for first in range(0, blocks, BLOCK_S):
-        at = partial + (first + lanes).to(tl.int64)[:, None] * tokens + rows[None, :]
-        read = (first + lanes < blocks)[:, None] & kept[None, :]
-        rest += tl.sum(tl.load(at, mask=read, other=0.0), 0)
-        if HAS_MEAN:
-            at += step
-            plain += tl.sum(tl.load(at, mask=read, other=0.0), 0)
-        if HAS_TOP1:
-            at += step
-            peak = tl.maximum(peak, tl.max(tl.load(at, mask=read, other=-float("inf")), 0))
-        if HAS_ENTROPY:
-            at += step
-            weighted += tl.sum(tl.load(at, mask=read, other=0.0), 0)
-        if HAS_SQUARES:
-            at += step
-            squares += tl.sum(tl.load(at, mask=read, other=0.0), 0)
-    z = tl.load(anchor + rows, mask=kept, other=0.0)
-    valid = target >= 0
-    over = valid & (rest >= limit)
-    s = 1.0 + rest
-    log_s = log1p(rest)
-    tl.store(flagged + rows, tl.where(over, target, -1), mask=kept)
-    scale = tl.where(over, 1.0, 1.0 / s)
-    tl.store(row_scale + rows, tl.where(valid, scale, 0.0), mask=kept)
-    hit = -rest
-    if HAS_SOFTCAP:
-        hit = hit * softcap_slope(z, softcap, inv_temperature)
-    at = tile + rows.to(tl.int64) * stride_tile + target
-    tl.store(at, hit.to(tile.dtype.element_ty), mask=kept & valid & (target < vocab))
-    out = results + rows
-    tl.store(out, tl.where(valid, -log_s, 0.0), mask=kept)
-    tl.store(out + tokens, tl.where(valid, z + log_s, 0.0), mask=kept)
-    if HAS_TOP1:
-        tl.store(out + 2 * tokens, (valid & (peak <= 0.0)).to(tl.float32), mask=kept)
-    if HAS_ENTROPY:
-        tl.store(out + 3 * tokens, tl.where(valid, log_s - weighted / s, 0.0), mask=kept)
-    if HAS_SQUARES:
-        collision = tl.log(squares + 1.0) - 2.0 * log_s
-        tl.store(out + 4 * tokens, tl.where(valid, collision, 0.0), mask=kept)
-    if HAS_MEAN:
-        tl.store(out + 5 * tokens, tl.where(valid, plain / vocab, 0.0), mask=kept)
-
-
 def exponentials(
     head: Head,
     hidden: Tensor,
@@ -339,19 +207,13 @@ def exponentials(
     config = choose(head, hidden, outputs)
     flags = {**extras(outputs), "HAS_TOP1": "is_top1" in outputs}
     clamp = _CLAMP_SQUARED if flags["HAS_SQUARES"] else _CLAMP
-    blocks = triton.cdiv(vocab, config.block_v)
     anchor = anchors(head, hidden, targets)
-    flagged, row_scale = torch.empty_like(targets), torch.empty_like(anchor)
-    results = anchor.new_empty((6, tokens))
+    blocks = triton.cdiv(vocab, config.block_v)
     partial = anchor.new_empty((1 + sum(flags.values()), blocks, tokens))
     _launch(head, hidden, targets, tile, config, anchor, anchor, partial, clamp, flags)
-    finish_kernel[(triton.cdiv(tokens, _MERGED),)](
-        targets, anchor, flagged, tile, partial, results, row_scale,
-        tokens, vocab, blocks, tile.stride(0), float(head.softcap or 1.0), 1.0 / head.temperature,
-        math.exp(clamp), BLOCK_T=_MERGED, BLOCK_S=32, HAS_SOFTCAP=head.softcap is not None, **flags,
-    )  # fmt: skip
+    results, row_scale, flagged = finish(head, targets, anchor, tile, partial, clamp, flags)
     score_into(results, head, hidden, flagged, outputs)
-    launch = prepare(head, hidden, choose_pointers(head, hidden))
+    launch = prepare(head, hidden, choose(head, hidden, descriptors=False))
     again_kernel[(multiprocessors(hidden.device),)](
         **launch,
         targets=flagged,
@@ -403,33 +265,6 @@ def _launch(
         stride_tile=tile.stride(0),
         clamp=clamp,
         SUMS=flags is not None,
-        GROUP=_GROUP,
+        GROUP=GROUP,
         PERSISTENT=config.persistent,
     )
-
-
-def anchors(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
-    """The logit (t,) of each target, fp32; 0 where ignored, NaN for a target outside."""
-    tokens, width = hidden.shape
-    result = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
-    anchor_kernel[(triton.cdiv(tokens, 8),)](
-        hidden,
-        head.weight,
-        head.weight if head.bias is None else head.bias,
-        targets,
-        result,
-        tokens,
-        head.weight.shape[0],
-        width,
-        hidden.stride(0),
-        pitch(head.weight),
-        float(head.logit_scale),
-        float(head.softcap or 1.0),
-        1.0 / head.temperature,
-        BLOCK_T=8,
-        BLOCK_H=256,
-        HAS_BIAS=head.bias is not None,
-        HAS_SOFTCAP=head.softcap is not None,
-        TRANSPOSED=transposed(head.weight),
-    )
-    return result

@@ -1,10 +1,6 @@
 """How tiles are laid out for the fused kernels; like `configs`, it can do without Triton."""
 
-from dataclasses import dataclass
-
-import torch
-
-from ..head import OUTPUTS, WorkspaceBytes
+from ..head import OUTPUTS, Layout, WorkspaceBytes
 from .configs import TABLE
 
 _PITCH = 64
@@ -12,15 +8,11 @@ _PITCH = 64
 _ROWS = 128
 
 
-@dataclass(frozen=True)
-class TritonLayout:
-    """How the tiles of a head (V, H) that computes in `dtype` are cut on a kind of device."""
+class TritonLayout(Layout):
+    """`Layout` for the fused kernels, in whole blocks of tokens where there are several.
 
-    vocab: int
-    width: int
-    dtype: torch.dtype
-    device: str
-    workspace_mib: int
+    The interpreter's own copies are not counted.
+    """
 
     @property
     def pitch(self) -> int:
@@ -29,15 +21,12 @@ class TritonLayout:
 
     @property
     def rows(self) -> int:
-        """How many tokens a tile holds so that it and everything beside it stay within
-        `workspace_mib` MiB, whole blocks of them where there are several.
-        """
+        """A tile and everything beside it stay within `workspace_mib` MiB."""
         row_bytes = self.pitch * self.dtype.itemsize + self._beside(OUTPUTS)
         rows = (self.workspace_mib << 20) // row_bytes
         return max(1, rows if rows < 2 * _ROWS else rows // _ROWS * _ROWS)
 
     def bytes(self, tokens: int, outputs: tuple[str, ...], softcap: bool) -> WorkspaceBytes:
-        """What a call for so many tokens needs, the gradient of the head included."""
         rows = min(tokens, self.rows)
         return WorkspaceBytes(rows * self.pitch * self.dtype.itemsize, rows * self._beside(outputs))
 

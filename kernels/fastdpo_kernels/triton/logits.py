@@ -127,50 +127,49 @@ def log1p(s):
     return tl.where(u == 1.0, s, tl.log(u) * (s / tl.where(u == 1.0, 1.0, u - 1.0)))
 
 
-def pitch(weight: Tensor) -> int:
-    """Elements from one row of the weight to the next, or from one column to the next if it is
-    transposed.
-    """
-    return weight.stride(1 if transposed(weight) else 0)
-
-
-def prepare(head: Head, hidden: Tensor, config: Config) -> dict[str, Any]:
-    """The arguments that every kernel which computes the logits of hidden (t, H) takes, by name.
+def operands(head: Head, hidden: Tensor) -> dict[str, Any]:
+    """The head and hidden (t, H) as arguments of a kernel that reads them through pointers.
 
     `hidden` and `head.weight` have one dtype (bf16, fp16 or fp32); rows of `hidden` are contiguous,
-    and either the rows or the columns of the weight.
+    and either the rows or the columns of the weight, whose pitch is `stride_w`.
     """
-    tokens, width = hidden.shape
-    weight, bias = head.weight, head.bias
-    x: Any = hidden
-    w: Any = weight
-    if config.descriptors:
-        x = TensorDescriptor.from_tensor(hidden, [config.block_t, config.block_h])
-        w = TensorDescriptor.from_tensor(weight, [config.block_v, config.block_h])
+    weight, bias, columns = head.weight, head.bias, transposed(head.weight)
     return {
-        "x": x,
-        "w": w,
+        "x": hidden,
+        "w": weight,
         "bias": weight if bias is None else bias,
-        "tokens": tokens,
+        "tokens": hidden.shape[0],
         "vocab": weight.shape[0],
-        "width": width,
+        "width": hidden.shape[1],
         "stride_x": hidden.stride(0),
-        "stride_w": pitch(weight),
+        "stride_w": weight.stride(1 if columns else 0),
         "scale": float(head.logit_scale),
         "softcap": float(head.softcap or 1.0),
         "inv_temperature": 1.0 / head.temperature,
+        "HAS_BIAS": bias is not None,
+        "HAS_SOFTCAP": head.softcap is not None,
+        "TRANSPOSED": columns,
+    }
+
+
+def prepare(head: Head, hidden: Tensor, config: Config) -> dict[str, Any]:
+    """The arguments of a kernel that computes the logits of hidden (t, H), `operands` included."""
+    arguments = operands(head, hidden) | {
         "BLOCK_T": config.block_t,
         "BLOCK_V": config.block_v,
         "BLOCK_H": config.block_h,
-        "WHOLE_H": width % config.block_h == 0,
-        "HAS_BIAS": bias is not None,
-        "HAS_SOFTCAP": head.softcap is not None,
+        "WHOLE_H": hidden.shape[1] % config.block_h == 0,
         "DESCRIPTORS": config.descriptors,
-        "TRANSPOSED": transposed(weight),
         "PRECISION": _precision(hidden),
         "num_warps": config.warps,
         "num_stages": config.stages,
     }
+    if config.descriptors:
+        blocks = {"x": config.block_t, "w": config.block_v}
+        for name, rows in blocks.items():
+            block = [rows, config.block_h]
+            arguments[name] = TensorDescriptor.from_tensor(arguments[name], block)
+    return arguments
 
 
 def _precision(hidden: Tensor) -> str:

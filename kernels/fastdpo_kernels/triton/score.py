@@ -19,10 +19,10 @@ from ..head import Head, Stats
 from .configs import choose, multiprocessors
 from .logits import block_position, logits_block, prepare
 
-_TOKENS_A_LAUNCH = 32768
-_PROGRAMS_A_CORE = 8
+TOKENS_A_LAUNCH = 32768
+PROGRAMS_A_CORE = 8
 _MAX_BLOCKS_A_SEGMENT = 16
-_GROUP = 16
+GROUP = 16
 _MERGED = 32
 
 
@@ -186,8 +186,8 @@ def score(head: Head, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...])
     """Statistics of `Tiles.score`; hidden (t, H) and the head's weight have one dtype."""
     tokens = hidden.shape[0]
     results = torch.zeros((6, tokens), dtype=torch.float32, device=hidden.device)
-    for start in range(0, tokens, _TOKENS_A_LAUNCH):
-        part = slice(start, min(start + _TOKENS_A_LAUNCH, tokens))
+    for start in range(0, tokens, TOKENS_A_LAUNCH):
+        part = slice(start, min(start + TOKENS_A_LAUNCH, tokens))
         score_into(results[:, part], head, hidden[part], targets[part], outputs)
     return unpack(results, outputs)
 
@@ -225,7 +225,7 @@ def score_into(
     config = choose(head, hidden, outputs, online=True)
     launch, flags = prepare(head, hidden, config), extras(outputs)
     row_blocks, col_blocks = triton.cdiv(tokens, config.block_t), triton.cdiv(vocab, config.block_v)
-    wanted = _PROGRAMS_A_CORE * multiprocessors(hidden.device)
+    wanted = PROGRAMS_A_CORE * multiprocessors(hidden.device)
     blocks_a_segment = max(1, row_blocks * col_blocks // wanted)
     segments = triton.cdiv(col_blocks, min(blocks_a_segment, col_blocks, _MAX_BLOCKS_A_SEGMENT))
     blocks_a_segment = triton.cdiv(col_blocks, segments)
@@ -237,7 +237,7 @@ def score_into(
         row_blocks=row_blocks,
         segments=segments,
         blocks_a_segment=blocks_a_segment,
-        GROUP=_GROUP,
+        GROUP=GROUP,
         **flags,
     )
     merge_kernel[(triton.cdiv(tokens, _MERGED),)](

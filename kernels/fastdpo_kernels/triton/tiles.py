@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from ..head import Head, Stats, Tiles
-from ..problem import Chosen, Problem
+from ..problem import Problem, Selection
 from . import exponential
-from .dpo_step import DERIVATIVES, add_response_sums, coefficients
+from .coefficients import DERIVATIVES, add_response_sums, loss_and_coefficients
 from .layout import TritonLayout
 from .score import score
 
@@ -17,12 +17,18 @@ class TritonTiles(Tiles):
     def __init__(self, head: Head, workspace_mib: int) -> None:
         weight = head.weight
         if weight.dtype == torch.float64:
-            raise ValueError('backend "triton" has no fp64; use "torch" or "reference"')
+            raise ValueError('backend "triton" has no fp64; use "torch" or "naive"')
         self.head = head.cast(weight.dtype)
         vocab, width = weight.shape
-        self._layout = TritonLayout(vocab, width, weight.dtype, weight.device.type, workspace_mib)
-        self.rows = self._layout.rows
+        layout = TritonLayout(vocab, width, weight.dtype, weight.device.type, workspace_mib)
+        self.rows, self._pitch = layout.rows, layout.pitch
         self._buffer: Tensor | None = None
+
+    def empty_tile(self, tokens: int) -> Tensor:
+        if self._buffer is None or self._buffer.shape[0] < tokens:
+            self._buffer = None
+            self._buffer = self.head.weight.new_empty((tokens, self._pitch))
+        return self._buffer[:tokens, : self.head.weight.shape[0]]
 
     def score(self, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> Stats:
         return score(self.head, hidden, targets, outputs)
@@ -34,43 +40,38 @@ class TritonTiles(Tiles):
             # fp16 ends at exp(11); a softmax it can hold.
             stats = self.score(hidden, targets, outputs)
             return *self.probabilities(hidden, targets, stats), stats
-        tile = self._tile(hidden.shape[0])
+        tile = self.empty_tile(hidden.shape[0])
         row_scale, stats = exponential.exponentials(self.head, hidden, targets, tile, outputs)
         return tile, row_scale, stats
 
     def probabilities(self, hidden: Tensor, targets: Tensor, stats: Stats) -> tuple[Tensor, Tensor]:
-        tile = self._tile(hidden.shape[0])
+        tile = self.empty_tile(hidden.shape[0])
         return tile, exponential.probabilities(self.head, hidden, targets, tile, stats)
 
-    def dpo_step(
+    def loss_and_coefficients(
         self,
         problem: Problem,
         tokens: slice,
         token_logps: Tensor,
         logps: Tensor,
-        chosen: Chosen,
+        selected: Selection,
         differentiate: bool,
     ) -> tuple[Tensor, Tensor | None]:
         loss = problem.loss
         if loss.name not in DERIVATIVES:
-            return super().dpo_step(problem, tokens, token_logps, logps, chosen, differentiate)
+            return super().loss_and_coefficients(
+                problem, tokens, token_logps, logps, selected, differentiate
+            )
         ids = problem.response_ids[tokens]
         add_response_sums(logps, token_logps, ids)
-        value, gradient = coefficients(
+        value, gradient = loss_and_coefficients(
             logps,
             problem.ref_logps,
             problem.response_lengths,
-            problem.comparisons[chosen],
-            problem.weights[chosen],
+            problem.comparisons[selected],
+            problem.weights[selected],
             loss_type=loss.name,
             beta=loss.beta,
             label_smoothing=loss.label_smoothing,
         )
         return value, gradient.to(token_logps.dtype)[ids] if differentiate else None
-
-    def _tile(self, tokens: int) -> Tensor:
-        """(tokens, V) of the workspace, uninitialised."""
-        if self._buffer is None or self._buffer.shape[0] < tokens:
-            self._buffer = None
-            self._buffer = self.head.weight.new_empty((tokens, self._layout.pitch))
-        return self._buffer[:tokens, : self.head.weight.shape[0]]

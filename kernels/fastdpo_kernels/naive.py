@@ -1,15 +1,15 @@
-"""The specification: every operation of the package in plain PyTorch, in any dtype up to fp64.
+"""The naive way, which is the specification: every operation in plain PyTorch, in any dtype up to
+fp64.
 
 Nothing here is chunked or fused, so the whole (T, V) logits exist. Tests compare every other path
 with this one.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from .losses import Comparisons
+from .problem import Problem
 
 
 def logits_of(
@@ -53,25 +53,11 @@ def token_stats(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> di
     return {name: value.masked_fill(~valid, 0) for name, value in stats.items()}
 
 
-def dpo_loss(
-    token_logps: Tensor,
-    response_ids: Tensor,
-    comparisons: Tensor,
-    ref_logps: Tensor,
-    loss_function: Callable[[Comparisons], Tensor],
-    comparison_weights: Tensor,
-    response_lengths: Tensor,
-) -> tuple[Tensor, Tensor]:
+def dpo_loss(token_logps: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """Σ weight·loss over comparisons, and the log-probability of each response, (R,); fp64 sums."""
-    zeros = token_logps.new_zeros(ref_logps.shape[0], dtype=torch.float64)
-    logps = zeros.index_add(0, response_ids, token_logps.double())
-    chosen, rejected = comparisons.unbind(1)
-    pairs = Comparisons(
-        logps[chosen],
-        logps[rejected],
-        ref_logps[chosen],
-        ref_logps[rejected],
-        response_lengths[chosen],
-        response_lengths[rejected],
-    )
-    return (comparison_weights * loss_function(pairs)).sum(), logps
+    ref, lengths = problem.ref_logps, problem.response_lengths
+    zeros = token_logps.new_zeros(ref.shape[0], dtype=torch.float64)
+    logps = zeros.index_add(0, problem.response_ids, token_logps.double())
+    win, lose = problem.comparisons.unbind(1)
+    pairs = Comparisons(logps[win], logps[lose], ref[win], ref[lose], lengths[win], lengths[lose])
+    return (problem.weights * problem.loss(pairs)).sum(), logps

@@ -16,7 +16,7 @@ from torch import Tensor
 _BLOCK = 256
 
 DERIVATIVES = {"sigmoid": 0, "ipo": 1, "hinge": 2, "robust": 3}
-"""The registered losses that `coefficients` knows, by their number in the kernel."""
+"""The registered losses that `loss_and_coefficients` knows, by their number in the kernel."""
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def add_response_sums(logps: Tensor, logprob: Tensor, response_ids: Tensor) -> N
     response_sums_kernel[grid](logprob, ids, logps, logprob.shape[0], BLOCK=_BLOCK)
 
 
-def coefficients(
+def loss_and_coefficients(
     logps: Tensor,
     ref_logps: Tensor,
     lengths: Tensor,
