@@ -8,9 +8,8 @@ from typing import Any
 
 import datasets
 import pytest
-import torch
 from peft import LoraConfig, get_peft_model
-from training import heard, metrics, settings, weights
+from training import assert_same_weights, heard, metrics, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdpo import TrainConfig, train
@@ -42,12 +41,6 @@ def load(path: Path) -> dict[str, Any]:
     }
 
 
-def same(one: Path, other: Path, file: str = "model.safetensors") -> None:
-    expected = weights(other, file)
-    for name, weight in weights(one, file).items():
-        torch.testing.assert_close(weight, expected[name], rtol=0, atol=0)
-
-
 def test_importing_it_is_light() -> None:
     code = (
         "import sys, fastdpo; print(fastdpo.__version__, dir(fastdpo)); "
@@ -68,7 +61,7 @@ def test_rows_in_memory_train_as_their_file_does(config, rows, make, tmp_path):
     assert (given.step, given.output_dir) == (4, tmp_path / "rows")
     assert given.metrics["loss"] == whole.metrics["loss"]
     assert given.metrics["eval_loss"] == whole.metrics["eval_loss"]
-    same(tmp_path / "rows", tmp_path / "file")
+    assert_same_weights(tmp_path / "rows", tmp_path / "file")
 
 
 @pytest.mark.parametrize(
@@ -86,8 +79,7 @@ def test_a_model_in_memory_trains_as_its_directory_does(config, tiny_model, tmp_
     train(config("disk", **keys))
     loaded = load(tiny_model)
     result = train(config("memory", model_name_or_path=None, **keys), **loaded)
-    file = "adapter_model.safetensors" if "use_peft" in keys else "model.safetensors"
-    same(tmp_path / "memory", tmp_path / "disk", file)
+    assert_same_weights(tmp_path / "memory", tmp_path / "disk")
     if "use_peft" in keys:
         assert type(result.model).__name__ == "PeftModelForCausalLM"
         return
@@ -96,6 +88,27 @@ def test_a_model_in_memory_trains_as_its_directory_does(config, tiny_model, tmp_
     assert saved["attention_dropout"] == 0.1
     card = (tmp_path / "memory" / "README.md").read_text(encoding="utf-8")
     assert f"# {tiny_model.name}, tuned with DPO" in card
+
+
+@pytest.mark.parametrize("keys", [{}, {"use_peft": True, "lora_dropout": 0.0}])
+def test_the_model_can_be_used_afterwards(config, tiny_model, keys):
+    loaded = load(tiny_model)
+    loaded["model"].set_attn_implementation("eager")
+    prompt = loaded["tokenizer"]("the cat", return_tensors="pt")
+    results = train(config("a", **keys), **loaded), train(config("b", **keys))
+    texts = [result.model.generate(**prompt, max_new_tokens=4).tolist() for result in results]
+    assert texts[0] == texts[1] and len(texts[0][0]) > prompt["input_ids"].shape[1]
+    assert loaded["model"].config._attn_implementation == "eager"
+
+
+def test_a_model_can_be_used_after_a_run_that_failed(config, tiny_model, tokenizer):
+    def stop(step: int, found: dict[str, float]) -> None:
+        raise KeyboardInterrupt
+
+    loaded = load(tiny_model)
+    with pytest.raises(KeyboardInterrupt):
+        train(config("out"), **loaded, on_step=stop)
+    loaded["model"](**tokenizer("the cat", return_tensors="pt"))
 
 
 def test_a_run_in_memory_is_resumed(config, tiny_model, rows, tmp_path):
@@ -110,7 +123,7 @@ def test_a_run_in_memory_is_resumed(config, tiny_model, rows, tmp_path):
     (tmp_path / "parts" / "checkpoint-4").rmdir()
     result = go("parts", resume_from_checkpoint=True)
     assert result.step == 4
-    same(tmp_path / "parts", tmp_path / "whole")
+    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_other_rows_are_not_taken_for_the_finished_run(config, rows, tmp_path):
@@ -180,7 +193,7 @@ def test_messages_and_types_that_differ_are_read_as_in_a_file(config, tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     train(config("file", dataset_name=str(file)))
     train(config("rows", dataset_name=None), rows)
-    same(tmp_path / "rows", tmp_path / "file")
+    assert_same_weights(tmp_path / "rows", tmp_path / "file")
 
 
 def test_what_is_missing_is_named(config, rows, tiny_model):

@@ -110,6 +110,12 @@ def _candidates(config: Any, share_prefix: bool, dropout: bool) -> Iterator[tupl
     yield "padded", None
 
 
+def restore_attention(model: nn.Module) -> None:
+    """Let a model, which may be a PeftModel, take ordinary batches again."""
+    base = base_causal_lm(model)
+    base.set_attn_implementation(_stock_attention(base))
+
+
 def _stock_attention(base: Any) -> str:
     """The model's own attention, to compare with and to fall back to."""
     current = base.config._attn_implementation

@@ -129,10 +129,7 @@ def load_model(
             return model
         logger.info(f"adapter: {place.adapter}, merged into {place.name}")
         return merge_adapter(model, place)
-    if not config.use_peft:
-        raise ModelError(
-            f"{place.name}: its weights are quantised: set use_peft to train adapters on it"
-        )
+    _require_adapter(config, place.name)
     compute_in(model, autocast)
     if config.load_in_4bit:
         check_packed(model)
@@ -147,11 +144,20 @@ def check_given(model: Any, config: TrainConfig) -> None:
         kind = type(model).__name__
         hint = "; pass its base and set use_peft" if hasattr(model, "peft_config") else ""
         raise ModelError(f"model: expected a transformers PreTrainedModel, got {kind}{hint}")
-    if is_quantised(model) and not config.use_peft:
-        raise ModelError("model: its weights are quantised: set use_peft to train adapters on it")
+    if is_quantised(model):
+        _require_adapter(config, "model")
 
 
-def adopt_model(model: Any, config: TrainConfig, device: torch.device) -> PreTrainedModel:
+def _require_adapter(config: TrainConfig, where: str) -> None:
+    if not config.use_peft:
+        raise ModelError(
+            f"{where}: its weights are quantised: set use_peft to train adapters on it"
+        )
+
+
+def adopt_model(
+    model: Any, config: TrainConfig, device: torch.device, autocast: torch.dtype | None
+) -> PreTrainedModel:
     """A model that the caller has in memory, as `load_model` would have returned it: on the device
     and without dropout. It is changed in place.
     """
@@ -159,7 +165,10 @@ def adopt_model(model: Any, config: TrainConfig, device: torch.device) -> PreTra
     silence(model)
     if config.use_liger_kernel:
         _use_liger_layers(model, device)
-    return model if is_quantised(model) else model.to(device)
+    if not is_quantised(model):
+        return model.to(device)
+    compute_in(model, autocast)
+    return model
 
 
 def load_weights(model: Any, config: TrainConfig, path: Path) -> None:

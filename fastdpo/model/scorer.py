@@ -134,7 +134,7 @@ def load_scorer(
     """
     place = None if model is not None else find_model(config, path)
     if model is not None:
-        model = adopt_model(model, config, device)
+        model = adopt_model(model, config, device, autocast)
     else:
         model = load_model(config, device, path, autocast)
     head = find_head(model)

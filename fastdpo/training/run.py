@@ -13,8 +13,10 @@ from ..config import TrainConfig
 from ..data.dataset import Rows
 from ..hub import reached
 from ..model.adapter import adopt_adapter
+from ..model.layout import restore_attention
 from ..terminal import progress_bars, withheld
 from .card import model_card
+from .loop import Trainer
 from .output import Output, claim
 from .references import precompute_reference
 from .retry import enough_memory, retried
@@ -78,8 +80,14 @@ def train(
 def _train(
     config: TrainConfig, given: Given, output: Output, on_step: Callable[..., None] | None
 ) -> TrainResult:
-    with withheld():
-        trainer = set_up(config, given, output, on_step)
+    with _lent(given.model):
+        with withheld():
+            trainer = set_up(config, given, output, on_step)
+        return _finish(config, given, output, trainer)
+
+
+def _finish(config: TrainConfig, given: Given, output: Output, trainer: Trainer) -> TrainResult:
+    """Take the steps that are left and save the model."""
     if output.finished and trainer.step == trainer.total_steps:
         logger.info(
             f"{output.path}: this run is finished (step {trainer.step}), nothing is left to do"
@@ -88,7 +96,19 @@ def _train(
     metrics = trainer.train(retried(trainer))
     card = model_card(trainer.config, _base(config, given), metrics)
     output.finish(trainer.config, trainer.step, trainer.model, trainer.tokenizer, card)
+    restore_attention(trainer.model)
     return TrainResult(trainer.step, metrics, output.path, trainer.model)
+
+
+@contextmanager
+def _lent(model: Any) -> Iterator[None]:
+    """A model of the caller's has its own attention afterwards, whatever happened."""
+    before = None if model is None else getattr(model.config, "_attn_implementation", None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            model.set_attn_implementation(before)
 
 
 def _base(config: TrainConfig, given: Given) -> str:

@@ -56,11 +56,15 @@ class Given:
     tokenizer: Any = None
 
     def require(self, config: TrainConfig) -> None:
-        """Raise ConfigError unless the configuration names what is not given."""
+        """Raise ConfigError unless the configuration names what is not given, and ModelError for a
+        model that cannot be trained.
+        """
         if self.model is None or self.tokenizer is None:
             config.require("model_name_or_path")
         if self.rows is None:
             config.require("dataset_name")
+        if self.model is not None:
+            check_given(self.model, config)
 
     @property
     def is_empty(self) -> bool:
@@ -87,7 +91,6 @@ def load(config: TrainConfig, given: Given, bf16: bool | None, *, trains: bool =
         check_model_files(config)
         model_config = load_model_config(config)
     else:
-        check_given(given.model, config)
         model_config, dtype = given.model.config, str(given.model.dtype).removeprefix("torch.")
         config = config.choose("model", dtype=dtype) if dtype in _DTYPES else config
     device = _device(config)
