@@ -146,6 +146,7 @@ KINDS = [
     file("rows.jsonl", GOOD + b"{'prompt': 'x'}\n", ", line 3: invalid JSON at column", "quotes"),
     file("rows.jsonl", GOOD + b"[1]\n", ", line 3: expected a JSON object, found a list", "list"),
     file("rows.jsonl", GOOD + b"null\n", ", line 3: ", "null"),
+    file("rows.jsonl", b" null\n" + GOOD, ", line 1: expected a JSON object, found null", "null"),
     file("rows.jsonl", GOOD + b"\x00\x00\n", ", line 3: invalid JSON at column 1", "NUL"),
     file(
         "rows.jsonl",
@@ -190,6 +191,18 @@ KINDS = [
         "semicolons",
     ),
     file("rows.csv", b"a,b,c\n", ": has no rows", "no header"),
+    file(
+        "rows.csv",
+        b'prompt,responses,scores\np,"[""a"", ""\\ud800""]","[1, 2]"\n',
+        ", line 2: responses: a text with half a surrogate pair",
+        "surrogate",
+    ),
+    row(
+        "half a surrogate pair in written messages",
+        "prompt: a text with half a surrogate pair",
+        prompt='[{"role": "user", "content": "\\ud800"}]',
+    ),
+    row("half a surrogate pair in tools", "tools: a text with half a", CHAT, tools='["\\ud800"]'),
     file(
         "rows.csv",
         b"prompt,chosen,chosen,rejected\na,b,b,c\n",

@@ -162,6 +162,7 @@ def test_a_library_logs_and_does_not_print(config, capsys):
     ("given", "message"),
     [
         ({"rows": [PAIR, "text"]}, "rows, row 2: expected a dict, got str"),
+        ({"rows": [PAIR, PAIR | {"chosen": "\ud800"}]}, "rows, row 2: chosen: a text with half a"),
         ({"rows": []}, "rows: has no rows"),
         ({"rows": PAIR}, "rows: expected a list of dicts or a datasets.Dataset, got dict"),
         (

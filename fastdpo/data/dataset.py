@@ -12,6 +12,7 @@ from ..errors import DataError
 from .columns import row_kind
 from .groups import Group, check_agreement, count_comparisons, make_groups
 from .load import load_rows
+from .messages import unreadable
 from .readers import stored, stored_types
 from .tokenize import tokenize_dataset
 
@@ -117,6 +118,9 @@ def _in_memory(rows: Rows, name: str) -> datasets.Dataset:
 
 def _stored(value: Any, is_text: bool, where: str) -> Any:
     try:
-        return stored(value, is_text)
+        problem, kept = unreadable(value), stored(value, is_text)
     except (TypeError, ValueError, RecursionError) as error:
         raise DataError(f"{where}: expected plain values ({error})") from None
+    if problem:
+        raise DataError(f"{where}: {problem}")
+    return kept

@@ -75,6 +75,17 @@ def describe(value: Any) -> str:
     return type(value).__name__
 
 
+def unreadable(value: Any) -> str | None:
+    """Why a value that JSON may hold cannot be trained on; None where it can."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        return "lists or objects within each other too deep to be read"
+    except UnicodeEncodeError:
+        return "a text with half a surrogate pair (\\ud800 to \\udfff); expected valid Unicode"
+    return None
+
+
 def template_roles(template: str | Mapping[str, str] | None) -> frozenset[str]:
     """The roles that a message may have: the usual ones and each word that the template quotes."""
     if not template:
@@ -111,7 +122,7 @@ def written_messages(text: str) -> list[Any] | str | None:
     if not items or not all(isinstance(item, Mapping) for item in items):
         return None
     if all("role" in item for item in items) and isinstance(value, list):
-        return value
+        return unreadable(value) or value
     if all({"role", "content"} <= set(item) or {"from", "value"} <= set(item) for item in items):
         return f"is {describe(value)}, as JSON; {_AS_JSON}"
     return None
@@ -270,6 +281,9 @@ def _from_json(value: Any, field: str) -> Any:
     if not value.strip():  # what a table of text holds where there is nothing
         return None
     try:
-        return json.loads(value)
+        read = json.loads(value)
     except (ValueError, RecursionError) as error:
         raise BadRow(f"{field}: expected JSON, found text that is none: {error}") from None
+    if problem := unreadable(read):
+        raise BadRow(f"{field}: {problem}")
+    return read

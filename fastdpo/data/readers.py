@@ -15,6 +15,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ from .columns import (
     may_hold_prompt,
     row_kind,
 )
-from .messages import describe
+from .messages import describe, unreadable
 
 # A line's number (0: the file has no lines to speak of) and its row, or why it could not be read.
 Numbered: TypeAlias = tuple[int, dict[str, Any] | str]
@@ -41,6 +42,7 @@ _CHUNK = 1 << 24
 _UTF_16 = "the text is UTF-16; expected UTF-8"
 # How nesting ends; in a text, it only means that the slow reader reads the file.
 _DEEP = (b"]" * 64, b"}" * 64, b"]}" * 32, b"[" * 64)
+_NULL_ROW = re.compile(rb"(?:\A|\n)[ \t\r]*null")
 
 
 def open_binary(path: Path) -> BinaryIO:
@@ -51,7 +53,8 @@ def open_binary(path: Path) -> BinaryIO:
 
 def may_fail_fast(path: Path) -> bool:
     """Whether the library's reader must not see a JSON file: text that is no UTF-8, which it
-    mangles, or lists in so many lists that it overruns its stack. A pass at a gigabyte a second.
+    mangles, lists in so many lists that it overruns its stack, or null for a row, which crashes it.
+    A pass at a gigabyte a second.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     with open_binary(path) as file:
@@ -61,7 +64,7 @@ def may_fail_fast(path: Path) -> bool:
                 decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError:
                 return True
-            if any(run in chunk for run in _DEEP):
+            if any(run in chunk for run in _DEEP) or _NULL_ROW.search(chunk):
                 return True
             if not chunk:
                 return False
@@ -210,13 +213,7 @@ def _decode_json(raw: bytes) -> Any:
 def _check_object(value: Any) -> dict[str, Any] | str:
     if not isinstance(value, dict):
         return f"expected a JSON object, found {describe(value)}"
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except RecursionError:
-        return "lists or objects within each other too deep to be read"
-    except UnicodeEncodeError:
-        return "a text with half a surrogate pair (\\ud800 to \\udfff); expected valid Unicode"
-    return value
+    return unreadable(value) or value
 
 
 def _iterate_csv(path: Path) -> Iterator[Numbered]:
@@ -263,4 +260,6 @@ def _decode_cells(header: Sequence[str], cells: Sequence[str]) -> dict[str, Any]
                 row[name] = json.loads(cell.lower() if name == "label" else cell) if cell else None
             except (ValueError, RecursionError) as error:
                 return f"{name}: expected JSON, found text that is none: {error}"
+            if problem := unreadable(row[name]):
+                return f"{name}: {problem}"
     return row
