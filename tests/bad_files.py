@@ -146,7 +146,7 @@ KINDS = [
     file("rows.jsonl", GOOD + b"{'prompt': 'x'}\n", ", line 3: invalid JSON at column", "quotes"),
     file("rows.jsonl", GOOD + b"[1]\n", ", line 3: expected a JSON object, found a list", "list"),
     file("rows.jsonl", GOOD + b"null\n", ", line 3: ", "null"),
-    file("rows.jsonl", b" null\n" + GOOD, ", line 1: expected a JSON object, found null", "null"),
+    file("rows.jsonl", b" null\n" + GOOD, ", line 1: expected a JSON object, found null", "null 1"),
     file("rows.jsonl", GOOD + b"\x00\x00\n", ", line 3: invalid JSON at column 1", "NUL"),
     file(
         "rows.jsonl",
