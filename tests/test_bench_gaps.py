@@ -3,8 +3,10 @@
 from typing import Any
 
 import pytest
+from bench_rows import row
 
-from bench.gaps import gaps, summary
+from bench.report.trainers import gap_table
+from bench.trainers.gaps import gaps
 
 
 def step(number: int, start: float, length: float) -> dict[str, Any]:
@@ -37,9 +39,7 @@ def test_a_kernel_belongs_to_the_step_that_launched_it() -> None:
     first, second = gaps(events)
     assert first == pytest.approx({"step_s": 250e-6, "gap_s": 30e-6, "idle_s": 50e-6})
     assert second == pytest.approx({"step_s": 150e-6, "gap_s": 0.0, "idle_s": 0.0})
-    assert summary([first]) == (
-        "between steps 12.00% of the step time, without a kernel 20.00%; medians of 1 steps"
-    )
+    assert "| a GPU | 1 | 12.00% | 20.00% |" in gap_table([row("fastdpo", device="a GPU") | first])
 
 
 def test_no_kernels_no_gaps() -> None:
