@@ -17,7 +17,6 @@ import os
 import random
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,8 +25,7 @@ import numpy as np
 import torch
 
 from fastdpo import train
-from fastdpo.model import activations
-from fastdpo.model.offload import Offloader
+from fastdpo.model import offload
 
 from .report import record
 from .trainers.providers import fastdpo_config
@@ -132,7 +130,7 @@ def soak(folder: Path, steps: int, every: int, keys: dict[str, Any]) -> Samples:
     )
     samples = Samples(steps, every)
     # The inputs of so small a model would stay where they are.
-    with patch.object(activations, "Offloader", partial(Offloader, min_bytes=0)):
+    with patch.object(offload, "MIN_BYTES", 0):
         train(config, rows[:40], rows[40:], on_step=samples.look)
     return samples
 

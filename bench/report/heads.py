@@ -99,9 +99,10 @@ def head_summary(rows: Iterable[Row]) -> str:
     for run in measured:
         totals = total_times(run)
         ours, floor = totals.get("fastdpo"), totals.get("products")
-        case, facts = first(run)["case"], run.get("fastdpo", [{}])[-1]
+        case, mine = first(run)["case"], run.get("fastdpo", [])
+        facts = mine[-1] if mine else {}
         cells = [case["regime"], case["head"], str(case["tokens"]), case["dtype"]]
-        cells.append(number(1e3 * ours, 4) if ours else failure(facts and [facts]) or "")
+        cells.append(number(1e3 * ours, 4) if ours else failure(mine[-1:]) or "")
         cells.append(ratio(ours, floor))
         for name in peers:
             cells.append(ratio(totals.get(name), ours) or failure(run.get(name, [])) or "")
