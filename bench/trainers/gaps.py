@@ -95,3 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
                 key = {"kind": "gap", "case": workload.case, "provider": "fastdpo"}
                 rows.append(results.add(**key, **step))
     print(gap_table(rows) if rows else "no kernels in the trace: is there a GPU?")
+
+
+if __name__ == "__main__":
+    main()

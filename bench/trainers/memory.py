@@ -76,3 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
         case = rows[max(tokens, own.shortest)]["case"]
         results.add(kind="longest", case=case, provider=provider, tokens=tokens)
         print(f"{provider}: {tokens} tokens")
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,12 @@ from .with_trl import Rows, make_trainer
 
 Provider = Callable[..., Clock]
 PROVIDERS: dict[str, Provider] = {}
-_DEFAULTS = {"gradient_checkpointing": False, "learning_rate": 1e-5, "bf16": False}
+_DEFAULTS = {
+    "gradient_checkpointing": False,
+    "learning_rate": 1e-5,
+    "bf16": False,
+    "logging_steps": 1,
+}
 
 
 def provider(name: str) -> Callable[[Provider], Provider]:
@@ -65,7 +70,6 @@ def run_fastdpo(
             max_steps=steps,
             per_device_train_batch_size=per_step,
             max_tokens_per_batch=batch or None,
-            logging_steps=1,
             **_DEFAULTS | keys,
         )
         train(config, rows=rows, on_step=lambda step, metrics: clock.stop(metrics))
@@ -101,7 +105,6 @@ def run_trl(rows: Rows, model: Any, steps: int, per_step: int, batch: int, **key
         per_device_train_batch_size=batch,
         per_device_eval_batch_size=batch,
         gradient_accumulation_steps=per_step // batch,
-        logging_steps=1,
         model_init_kwargs=load or None,
         **_DEFAULTS | {"precompute_ref_log_probs": True} | keys,
     )
