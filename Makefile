@@ -39,7 +39,7 @@ constraints: | $(BIN)/python
 		--output-file constraints.txt $(ARGS)
 
 readme: $(VENV)/.installed-dev
-	$(BIN)/python -m bench.readme $(ARGS)
+	$(BIN)/python -m bench.report $(ARGS)
 	$(BIN)/python docs/generate.py $(ARGS)
 
 # No virtual environment: a GPU machine has its own torch and triton, and perhaps no network.

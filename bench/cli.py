@@ -22,19 +22,25 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NoReturn
 
 COMMANDS = {
-    "heads": "bench.heads",
-    "trainers": "bench.trainers",
-    "convergence": "bench.convergence",
-    "memory": "bench.memory",
-    "gaps": "bench.gaps",
-    "compare": "bench.compare",
-    "readme": "bench.readme",
+    "heads": ".heads.run",
+    "trainers": ".trainers.run",
+    "convergence": ".convergence.run",
+    "memory": ".trainers.memory",
+    "gaps": ".trainers.gaps",
+    "compare": ".report.compare",
+    "readme": ".report.pages",
 }
 _QUICK = ("heads", "trainers", "convergence")
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as every other command does."""
+    """Shows its module's docstring as the help, and says what is wrong in one line, as every other
+    command does.
+    """
+
+    def __init__(self, prog: str, description: str | None) -> None:
+        super().__init__(prog, None, description)
+        self.formatter_class = argparse.RawDescriptionHelpFormatter
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {self.prog}: {message} ({self.prog} --help)\n")
@@ -71,12 +77,12 @@ def split_lists(
 ) -> None:
     """Make lists of the options that are written A,B; end with an error where one is not known."""
     for name, names in known.items():
-        chosen = getattr(options, name).split(",")
-        setattr(options, name, chosen)
-        if set(chosen) - set(names):
-            parser.error(f"--{name}: unknown {', '.join(sorted(set(chosen) - set(names)))}")
+        selected = getattr(options, name).split(",")
+        setattr(options, name, selected)
+        if unknown := sorted(set(selected) - set(names)):
+            parser.error(f"--{name}: unknown {', '.join(unknown)}")
 
 
 def _run(name: str, arguments: list[str]) -> int:
-    status = importlib.import_module(COMMANDS[name]).main(arguments)
+    status = importlib.import_module(COMMANDS[name], __package__).main(arguments)
     return status if isinstance(status, int) else 0

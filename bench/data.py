@@ -16,6 +16,8 @@ from typing import Any
 
 from fastdpo.files import atomic_file, cache_root
 
+from .jsonl import read_rows
+
 ARCHIVE = "llamafactory==0.9.5"
 _MEMBER = "llamafactory-0.9.5/data/dpo_en_demo.json"
 _SHA256 = "b949be2421cfa62744afcf1b479f95b299d643d1a4c1c97d1341b314a1aa5cb3"
@@ -61,10 +63,7 @@ def shared_file(name: str) -> Path | None:
 
 def _read_shared(name: str) -> list[dict[str, Any]] | None:
     path = shared_file(name)
-    if path is None:
-        return None
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return read_rows(path) if path else None
 
 
 def _message(turn: dict[str, str]) -> dict[str, str]:

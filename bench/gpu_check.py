@@ -22,16 +22,17 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from . import record, tables
-from .rows import Row, is_ours, read
+from .report import record
+from .report.heads import head_summary, head_tables
+from .report.memory import memory_table
+from .report.rows import Row, is_ours, read
+from .report.trainers import trainer_tables
 
 ROOT = Path(__file__).parent.parent
-PEERS = "fastdpo,products,trl,liger-flce,torch-lce,cce,naive,naive-compiled,liger,liger-8"
-TRAINERS = (
-    "--model_config qwen2.5-0.5b --providers fastdpo,trl,trl-patched --pairs_per_step 32 --steps 7"
-    " --warm_up 3 --repetitions 2 --batches 8,16"
-)
 HEADS = "qwen2.5-0.5b,gemma-3-1b,llama-3.1-8b"
+OURS = "fastdpo,products"
+TRL = f"{OURS},trl"
+PEERS = f"{TRL},liger-flce,torch-lce,cce,naive"
 KERNEL_TESTS = [
     f"test_{subject}*.py" for subject in ("kernel", "triton", "library", "tiles", "integration")
 ]
@@ -46,130 +47,108 @@ class Stage(NamedTuple):
     seconds: int
 
 
+def _heads(
+    name: str,
+    seconds: int,
+    regimes: str,
+    providers: str,
+    repeats: int,
+    heads: str = HEADS,
+    tokens: str = "16384",
+    more: str = "",
+) -> Stage:
+    words = f"--heads {heads} --tokens {tokens} --regimes {regimes} --providers {providers}"
+    return Stage(name, f"bench.heads {words} --repeats {repeats} {more}".strip(), seconds)
+
+
+def _trainers(name: str, seconds: int, more: str, module: str = "bench.trainers") -> Stage:
+    words = "--model_config qwen2.5-0.5b --providers fastdpo,trl,trl-patched --pairs_per_step 32"
+    words += " --steps 7 --warm_up 3 --repetitions 2 --batches 8,16"
+    return Stage(name, f"{module} {words} {more}", seconds)
+
+
+def _pair(name: str, seconds: int, more: str, module: str = "bench.trainers") -> Stage:
+    words = "--gradient_checkpointing on --pairs_per_step 1 --batches 1 --steps 3 --warm_up 1"
+    return Stage(name, f"{module} {words} --repetitions 1 {more}", seconds)
+
+
+def _longest(name: str, more: str) -> Stage:
+    words = "--limit_gib 80 --shortest 32768 --longest 524288 --providers fastdpo,trl"
+    return _pair(f"longest pair, {name}", 500, f"{words} {more}", "bench.trainers.memory")
+
+
+LLAMA_LORA = "--model_config llama-3.1-8b --lora"
+LEAN = (
+    "--keys fastdpo.activation_offloading=true fastdpo.layer_tile_tokens=4096"
+    " trl.activation_offloading=true"
+)
+OFFLOAD = "--providers fastdpo --keys fastdpo.activation_offloading"
+FOUR_BITS = "fastdpo.load_in_4bit=true trl.load_in_4bit=true"
 TESTS = (
     Stage("tests", "pytest -q -p no:cacheprovider -m gpu", 150),
     Stage("kernel tests", "pytest -q -p no:cacheprovider -m 'not gpu and not slow' KERNELS", 100),
 )
-ONE_PAIR = (
-    "--gradient_checkpointing on --pairs_per_step 1 --batches 1 --steps 3 --warm_up 1"
-    " --repetitions 1"
-)
-LEAN = (
-    "fastdpo.activation_offloading=true fastdpo.layer_tile_tokens=4096"
-    " trl.activation_offloading=true"
-)
-FOUR_BITS = "fastdpo.load_in_4bit=true trl.load_in_4bit=true"
 FIGURES = (
-    Stage(
-        "dpo",
-        f"bench.heads --heads {HEADS} --tokens 16384 --regimes dpo"
-        " --providers fastdpo,products,trl --repeats 10",
-        100,
-    ),
-    Stage(
-        "regimes",
-        f"bench.heads --heads {HEADS} --tokens 16384 --regimes frozen,no_grad,trainable,dpo_frozen"
-        " --providers fastdpo,products,trl --repeats 7",
-        120,
-    ),
-    Stage(
-        "peers",
-        f"bench.heads --heads {HEADS} --tokens 16384 --regimes dpo --providers {PEERS} --repeats 5",
-        170,
+    _heads("dpo", 100, "dpo", TRL, 10),
+    _heads("regimes", 120, "frozen,no_grad,trainable,dpo_frozen", TRL, 7),
+    _heads("peers", 170, "dpo", f"{PEERS},naive-compiled,liger,liger-8", 5),
+    _trainers("trainers, hh-rlhf", 100, "--data hh-rlhf"),
+    _trainers("trainers, ultrafeedback", 100, "--data ultrafeedback"),
+    _heads("long", 40, "dpo_long", TRL, 5, "qwen2.5-0.5b"),
+    _heads(
+        "small workspace", 40, "dpo,trainable", OURS, 3, "gemma-3-1b", more="--workspace-mib 32"
     ),
     *(
-        Stage(f"trainers, {data}", f"bench.trainers {TRAINERS} --data {data}", 100)
-        for data in ("hh-rlhf", "ultrafeedback")
-    ),
-    Stage(
-        "long",
-        "bench.heads --heads qwen2.5-0.5b --tokens 16384 --regimes dpo_long"
-        " --providers fastdpo,products,trl --repeats 5",
-        40,
-    ),
-    Stage(
-        "small workspace",
-        "bench.heads --heads gemma-3-1b --tokens 16384 --regimes dpo,trainable"
-        " --providers fastdpo,products --repeats 3 --workspace-mib 32",
-        40,
-    ),
-    *(
-        Stage(
-            f"from few tokens to many, {head}",
-            f"bench.heads --heads {head} --tokens 512,4096,65536 --regimes dpo"
-            " --providers fastdpo,products,trl,liger-flce,torch-lce,cce,naive --repeats 5",
-            100,
-        )
+        _heads(f"from few tokens to many, {head}", 100, "dpo", PEERS, 5, head, "512,4096,65536")
         for head in HEADS.split(",")
     ),
-    Stage(
+    _heads(
         "more than 2**31 logits in a tile",
-        "bench.heads --heads qwen2.5-0.5b --tokens 16384 --regimes dpo,trainable,frozen"
-        " --providers fastdpo --repeats 1 --workspace-mib 8192",
         40,
+        "dpo,trainable,frozen",
+        "fastdpo",
+        1,
+        "qwen2.5-0.5b",
+        more="--workspace-mib 8192",
     ),
-    Stage(
+    _heads(
         "more than 2**31 weights",
-        "bench.heads --heads large --tokens 2048 --regimes dpo,trainable,no_grad"
-        " --providers fastdpo,trl --repeats 1",
         60,
+        "dpo,trainable,no_grad",
+        "fastdpo,trl",
+        1,
+        heads="large",
+        tokens="2048",
     ),
-    Stage(
+    _trainers(
         "trainers, 8b",
-        "bench.trainers --model_config llama-3.1-8b --lora --data ultrafeedback --pairs_per_step 16"
-        " --steps 6 --repetitions 1 --batches 4 --providers fastdpo,trl",
         200,
+        f"{LLAMA_LORA} --data ultrafeedback --pairs_per_step 16 --steps 6 --repetitions 1"
+        " --batches 4 --providers fastdpo,trl",
     ),
-    Stage(
-        "trainers, 1.5b",
-        f"bench.trainers {TRAINERS} --model_config qwen2.5-1.5b --data ultrafeedback",
-        150,
+    _trainers("trainers, 1.5b", 150, "--model_config qwen2.5-1.5b --data ultrafeedback"),
+    _trainers(
+        "gaps", 60, "--model_config qwen2.5-1.5b --data ultrafeedback", "bench.trainers.gaps"
     ),
-    Stage(
-        "gaps",
-        f"bench.gaps {TRAINERS} --model_config qwen2.5-1.5b --data ultrafeedback",
-        60,
-    ),
-    Stage("trainers, n-best", f"bench.trainers {TRAINERS} --data n-best", 100),
-    Stage(
-        "trainers, long-prompt",
-        f"bench.trainers {TRAINERS} --data long-prompt --pairs_per_step 4 --batches 1,2",
-        120,
-    ),
-    Stage(
-        "configurations",
-        f"bench.heads --heads {HEADS} --tokens 16384 --regimes dpo,no_grad"
-        " --providers fastdpo,products --configs --repeats 5",
-        100,
-    ),
-    Stage(
+    _trainers("trainers, n-best", 100, "--data n-best"),
+    _trainers("trainers, long-prompt", 120, "--data long-prompt --pairs_per_step 4 --batches 1,2"),
+    _heads("configurations", 100, "dpo,no_grad", OURS, 5, more="--configs"),
+    _pair(
         "memory at 16k",
-        f"bench.trainers --model_config qwen2.5-1.5b --data pair-16384 {ONE_PAIR}"
-        f" --providers fastdpo,trl --keys {LEAN}",
         120,
+        f"--model_config qwen2.5-1.5b --data pair-16384 --providers fastdpo,trl {LEAN}",
     ),
     *(
-        Stage(
+        _pair(
             f"32k tokens, offloading {switch}",
-            f"bench.trainers --model_config llama-3.1-8b --lora --data pair-32768 {ONE_PAIR}"
-            f" --providers fastdpo --keys fastdpo.activation_offloading={switch}",
             120,
+            f"{LLAMA_LORA} --data pair-32768 {OFFLOAD}={switch}",
         )
         for switch in ("true", "false")
     ),
-    *(
-        Stage(
-            f"longest pair, {name}",
-            f"bench.memory {model} {ONE_PAIR} --limit_gib 80 --shortest 32768 --longest 524288"
-            f" --providers fastdpo,trl --keys {LEAN} {keys}",
-            500,
-        )
-        for name, model, keys in (
-            ("8b lora", "--model_config llama-3.1-8b --lora", ""),
-            ("8b qlora", "--model_config llama-3.1-8b --lora", FOUR_BITS),
-            ("1.5b", "--model_config qwen2.5-1.5b", ""),
-        )
-    ),
+    _longest("8b lora", f"{LLAMA_LORA} {LEAN}"),
+    _longest("8b qlora", f"{LLAMA_LORA} {LEAN} {FOUR_BITS}"),
+    _longest("1.5b", f"--model_config qwen2.5-1.5b {LEAN}"),
 )
 TINY_TRAINER = (
     "--model_config nano --data n-best --pairs_per_step 2 --steps 3 --warm_up 1 --batches 1"
@@ -181,11 +160,11 @@ TINY = "--device cpu --dtype fp32 --heads tiny --repeats 1"
 def dry(stage: Stage) -> Stage:
     """The same stage on a CPU in seconds, the fused kernels through Triton's interpreter."""
     arguments = stage.arguments.replace("KERNELS", "--collect-only KERNELS")
-    if any(name in arguments for name in ("bench.trainers", "bench.gaps", "bench.memory")):
+    if "bench.trainers" in arguments:
         arguments = f"{arguments} {TINY_TRAINER}"
         if "--keys" in arguments:  # offloading and 4 bits need a GPU
             arguments = f"{arguments} --keys fastdpo.layer_tile_tokens=64"
-        if "bench.memory" in arguments:
+        if "bench.trainers.memory" in arguments:
             arguments = f"{arguments} --shortest 64 --longest 64"
     elif stage in FIGURES:
         tokens = 2048 if "dpo_long" in stage.arguments else 16
@@ -198,11 +177,11 @@ def dry(stage: Stage) -> Stage:
 
 def install(wheels: Path, site: Path) -> None:
     """Unpack every wheel of a folder into `site`, without a network."""
-    found = sorted(str(wheel) for wheel in wheels.glob("*.whl"))
-    if found:
+    files = sorted(str(wheel) for wheel in wheels.glob("*.whl"))
+    if files:
         options = "--quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade --target"
         pip = [sys.executable, "-m", "pip", "install", *options.split(), str(site)]
-        if subprocess.run([*pip, *found], check=False).returncode:
+        if subprocess.run([*pip, *files], check=False).returncode:
             print(f"{wheels}: not installed, so peers may be missing", flush=True)
 
 
@@ -236,8 +215,8 @@ def run(stage: Stage, arguments: list[str], seconds: float, log: Path, env: dict
 def stages(dry_run: bool, only: list[str] | None) -> list[Stage]:
     """What to run, in order: the GPU's tests, the figures, the tests that any device could run."""
     order = [TESTS[0], *FIGURES[:3], TESTS[1], *FIGURES[3:]]
-    chosen = [stage for stage in order if only is None or stage.name in only]
-    return [dry(stage) for stage in chosen if stage != TESTS[0]] if dry_run else chosen
+    selected = [stage for stage in order if only is None or stage.name in only]
+    return [dry(stage) for stage in selected if stage != TESTS[0]] if dry_run else selected
 
 
 def command(stage: Stage) -> list[str]:
@@ -251,16 +230,16 @@ def command(stage: Stage) -> list[str]:
 
 def failures(rows: list[Row]) -> list[str]:
     """What our own providers did wrong."""
-    found = []
+    wrong = []
     for row in rows:
         where = f"{row['provider']}, {row['case']['regime']}, {row['case']['head']}"
         if not is_ours(row["provider"]):
             continue
         if "error" in row:
-            found.append(f"{where}: {row['error']}")
+            wrong.append(f"{where}: {row['error']}")
         elif not row["deterministic"]:
-            found.append(f"{where}: two calls differ")
-    return sorted(set(found))
+            wrong.append(f"{where}: two calls differ")
+    return sorted(set(wrong))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -312,12 +291,16 @@ def _run_all(options: argparse.Namespace, scratch: Path, end: float) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(log, folder)
     rows = read(rows_folder)
-    trained = tables.trainer_tables(read(rows_folder, "trainers-*.jsonl"))
+    pages = {
+        "heads.md": head_tables(rows),
+        "trainers.md": trainer_tables(read(rows_folder, "trainers-*.jsonl")),
+        "memory.md": memory_table(read(rows_folder, "memory-*.jsonl")),
+    }
     for folder in options.results:
-        (folder / "heads.md").write_text(tables.head_tables(rows) + "\n", encoding="utf-8")
-        (folder / "trainers.md").write_text(trained + "\n", encoding="utf-8")
+        for name, text in pages.items():
+            (folder / name).write_text(text + "\n", encoding="utf-8")
     bad += failures(rows)
-    print(f"\n{tables.head_summary(rows)}\n\n{trained}")
+    print("", head_summary(rows), pages["trainers.md"], pages["memory.md"], sep="\n\n")
     print("\n".join(["", *bad]) if bad else "\nall of our own passed")
     return int(bool(bad))
 

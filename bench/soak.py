@@ -17,7 +17,6 @@ import os
 import random
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,11 +25,10 @@ import numpy as np
 import torch
 
 from fastdpo import train
-from fastdpo.config import TrainConfig
-from fastdpo.model import activations
-from fastdpo.model.offload import Offloader
+from fastdpo.model import offload
 
-from . import record
+from .report import record
+from .trainers.providers import fastdpo_config
 from .workloads import model_path
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -108,41 +106,32 @@ class Samples:
 
 def soak(folder: Path, steps: int, every: int, keys: dict[str, Any]) -> Samples:
     """Train in `folder` and look on."""
-    folder.mkdir()
     rng = random.Random(0)
-    for name, count in (("train", 40), ("test", 4)):
-        rows = [
-            {"prompt": _words(rng), "chosen": f" {_words(rng)}", "rejected": f" {_words(rng)}"}
-            for _ in range(count)
-        ]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    values = {
-        "model_name_or_path": str(
-            model_path("nano", "hh-rlhf", torch.float32, torch.device("cpu"))
-        ),
-        "dataset_name": str(folder / "train.jsonl"),
-        "eval_dataset_name": str(folder / "test.jsonl"),
-        "output_dir": str(folder / "out"),
-        "reference_cache_dir": str(folder / "reference"),
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "max_steps": steps,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-4,
-        "logging_steps": every,
-        "eval_strategy": "steps",
-        "eval_steps": 2 * every,
-        "save_steps": 2 * every,
-        "save_total_limit": 2,
-        "disable_tqdm": True,
-        **keys,
-    }
+    rows = [
+        {"prompt": _words(rng), "chosen": f" {_words(rng)}", "rejected": f" {_words(rng)}"}
+        for _ in range(44)
+    ]
+    config = fastdpo_config(
+        model_path("nano", "hh-rlhf", torch.float32, torch.device("cpu")),
+        folder,
+        use_cpu=True,
+        bf16=False,
+        shuffle=True,
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        learning_rate=1e-4,
+        logging_steps=every,
+        eval_strategy="steps",
+        eval_steps=2 * every,
+        save_strategy="steps",
+        save_steps=2 * every,
+        save_total_limit=2,
+        **{"gradient_checkpointing": False, **keys},
+    )
     samples = Samples(steps, every)
     # The inputs of so small a model would stay where they are.
-    with patch.object(activations, "Offloader", partial(Offloader, min_bytes=0)):
-        train(TrainConfig.from_dict(values), on_step=samples.look)
+    with patch.object(offload, "MIN_BYTES", 0):
+        train(config, rows[:40], rows[40:], on_step=samples.look)
     return samples
 
 

@@ -17,8 +17,10 @@ from fastdpo.data.groups import count_comparisons, make_groups
 from fastdpo.data.packing import part_tokens
 from fastdpo.data.plan import make_plan
 from fastdpo.data.tokenize import tokenize_dataset
+from fastdpo.demo.model import demo_model_path
 
-from . import data, models, record
+from . import data
+from .report import record
 
 BATCH = 8
 
@@ -26,7 +28,7 @@ BATCH = 8
 def main() -> None:
     """Count, write one row a data set, print it."""
     results = record.Results("tokens", argparse.Namespace(batch=BATCH, max_length=1024))
-    tokenizer = AutoTokenizer.from_pretrained(models.model_path("smollm2-135m"))
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
     for name, rows in (("dpo_en_demo", data.dpo_en_demo()), ("gsm8k", data.gsm8k_pairs())):
         if rows is None:
             continue

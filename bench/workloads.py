@@ -36,8 +36,10 @@ from fastdpo.demo.model import demo_model_path
 from fastdpo.files import atomic_directory, cache_root
 
 from . import data
+from .jsonl import read_rows
 
-Row = dict[str, Any]
+Pair = dict[str, Any]
+"""A row of data: prompt, chosen and rejected."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def lengths_named(name: str) -> Lengths | None:
     return LENGTHS.get(name)
 
 
-TEXTS: dict[str, Callable[[], list[Row] | None]] = {
+TEXTS: dict[str, Callable[[], list[Pair] | None]] = {
     "dpo_en_demo": data.dpo_en_demo,
     "gsm8k": data.gsm8k_pairs,
 }
@@ -115,28 +117,26 @@ MODEL_CONFIGS = {
 }
 
 
-def rows_of(name: str, count: int, skip: int = 0) -> list[Row]:
+def pairs_of(name: str, count: int) -> list[Pair]:
     """`count` preference pairs of a named data set or a JSONL file, in its own order.
 
     Of texts, prompts of 3000 characters or more are left out, since trainers drop those that fill
     `max_length`.
     """
     if lengths := lengths_named(name):
-        return list(itertools.islice(_synthetic(lengths), skip, skip + count))
+        return list(itertools.islice(_synthetic(lengths), count))
     if name in TEXTS:
         rows = TEXTS[name]()
         if rows is None:
             raise SystemExit(f"{name}: the data is not here")
     else:
-        lines = Path(name).read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
+        rows = read_rows(Path(name))
     short = (row for row in rows if len(json.dumps(row["prompt"])) < 3000)
     names = ("prompt", "chosen", "rejected")
-    chosen = list(itertools.islice(short, skip, skip + count))
-    return [{name: row[name] for name in names} for row in chosen]
+    return [{name: row[name] for name in names} for row in itertools.islice(short, count)]
 
 
-def _synthetic(lengths: Lengths) -> Iterator[Row]:
+def _synthetic(lengths: Lengths) -> Iterator[Pair]:
     """Pairs without end, those of one prompt one after the other: every better response before
     every worse one.
     """

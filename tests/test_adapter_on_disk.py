@@ -13,7 +13,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from training import assert_close_metrics, assert_resumes, fill, metrics, run, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bench.trainer_providers import run_trl
+from bench.trainers.providers import run_trl
 from fastdpo import doctor
 from fastdpo.config import TrainConfig
 from fastdpo.errors import ConfigError, ModelError

@@ -1,20 +1,20 @@
 """Whole runs of both trainers end at the same held-out figures, and the bench notices if not."""
 
 import argparse
-import copy
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from bench import convergence, held_out
-from bench.first_model import FirstModel
+from bench.convergence import held_out
+from bench.convergence import run as convergence
+from bench.convergence.first_model import FirstModel
+from bench.jsonl import read_rows, write_rows
+from bench.report import record
 from fastdpo.data.groups import make_groups
 from fastdpo.data.tokenize import tokenize_dataset
 
@@ -63,14 +63,27 @@ def run(
     folder, said = tmp_path_factory.mktemp("run"), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTDPO_RESULTS", str(folder))
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         patch.setattr(convergence, "parse", lambda arguments: options)
         patch.setattr("builtins.print", lambda *words, **kw: said.append(" ".join(map(str, words))))
-        assert convergence.main([]) == 0
-    lines = (folder / "convergence-cpu.jsonl").read_text(encoding="utf-8").splitlines()
+        convergence.main([])
+    rows = read_rows(folder / "convergence-cpu.jsonl")
     split = held_out.split_pairs(held_out.read_pairs(options.data), tokenizer, options)
-    (model,) = (folder / "cache" / "fastdpo" / "models").iterdir()
-    return Run([json.loads(line) for line in lines], "\n".join(said), split, model)
+    first = FirstModel(options.layers, options.width, options.first_steps)
+    first.save(folder / "model", split.texts, tokenizer, CPU)
+    return Run(rows, "\n".join(said), split, folder / "model")
+
+
+def differences(ours: convergence.Curve, theirs: convergence.Curve) -> dict[str, float]:
+    """The largest of every figure over all steps; of the accuracy, without step 0."""
+    assert ours.keys() == theirs.keys()
+    return {
+        name: max(
+            abs(ours[step][name] - theirs[step][name])
+            for step in ours
+            if step or name != "accuracy"
+        )
+        for name in convergence.FIGURES
+    }
 
 
 def test_rows_are_as_the_schema_says(run: Run, options: argparse.Namespace) -> None:
@@ -96,14 +109,14 @@ def test_both_trainers_end_at_the_same_figures(run: Run, options: argparse.Names
     """As near as TRL is to itself when it batches otherwise, where only rounding differs."""
     trl = run.curve("trl")
     batched = argparse.Namespace(**{**vars(options), "trl_batch": 3})
-    rounding = convergence.differences(convergence.run_trl(run.split, run.model, batched), trl)
-    apart = convergence.differences(run.curve("fastdpo"), trl)
+    rounding = differences(convergence.run_trl(run.split, run.model, batched), trl)
+    apart = differences(run.curve("fastdpo"), trl)
     # A reward is beta times a sum over some ten tokens of some five nats.
     floor = 0.1 * 50 * 8 * torch.finfo(torch.float32).eps
     for name in convergence.FIGURES:
         assert apart[name] <= 8 * rounding[name] + floor
     other = argparse.Namespace(**{**vars(options), "learning_rate": 1.01e-3})
-    moved = convergence.differences(convergence.run_fastdpo(run.split, run.model, other), trl)
+    moved = differences(convergence.run_fastdpo(run.split, run.model, other), trl)
     assert moved["margin"] > 8 * rounding["margin"] + floor
 
 
@@ -152,7 +165,7 @@ def test_pairs_that_would_say_nothing_are_left_out(
         *({"prompt": word, "chosen": "yes", "rejected": "no"} for word in "cdef"),
     ]
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_rows(file, rows)
     split = held_out.split_pairs(held_out.read_pairs(str(file)), tokenizer, few)
     assert {pair["prompt"] for pair in [*split.train, *split.held_out]} == set("cdef")
     assert len(split.train) == 3
@@ -161,41 +174,17 @@ def test_pairs_that_would_say_nothing_are_left_out(
         held_out.split_pairs(held_out.read_pairs(str(file)), tokenizer, many)
 
 
-def test_the_key_covers_what_the_first_model_depends_on(
-    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+def test_the_first_model_learns_its_texts(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    key = TINY.key(TEXTS, tokenizer, CPU)
-    assert key == TINY.key([list(text) for text in TEXTS], copy.deepcopy(tokenizer), CPU)
-    changes = {field.name: getattr(TINY, field.name) * 2 or 1 for field in dataclasses.fields(TINY)}
-    keys = [
-        dataclasses.replace(TINY, **{k: v}).key(TEXTS, tokenizer, CPU) for k, v in changes.items()
-    ]
-    keys += [TINY.key(texts, tokenizer, CPU) for texts in (TEXTS[:2], TEXTS[::-1])]
-    keys.append(TINY.key(TEXTS, tokenizer, torch.device("cuda")))
-    other = copy.deepcopy(tokenizer)
-    other.chat_template += " "
-    keys.append(TINY.key(TEXTS, other, CPU))
-    for library in (torch, transformers):
-        with monkeypatch.context() as patch:
-            patch.setattr(library, "__version__", "0")
-            keys.append(TINY.key(TEXTS, tokenizer, CPU))
-    assert len({key, *keys}) == 1 + len(keys)
-
-
-def test_the_first_model_is_taught_once(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     taught, losses = TINY.teach(TEXTS, tokenizer, CPU)
     assert losses[-1] < losses[0] - 1
-    path = TINY.path(TEXTS, tokenizer, CPU)
-    saved = transformers.LlamaForCausalLM.from_pretrained(path)
+    TINY.save(tmp_path, TEXTS, tokenizer, CPU)
+    saved = LlamaForCausalLM.from_pretrained(tmp_path)
     for name, weight in taught.state_dict().items():
         assert torch.equal(weight, saved.state_dict()[name])
-    monkeypatch.setattr(FirstModel, "teach", lambda *arguments: pytest.fail("taught again"))
-    assert TINY.path(TEXTS, tokenizer, CPU) == path
-    with pytest.raises(pytest.fail.Exception, match="taught again"):
-        dataclasses.replace(TINY, seed=1).path(TEXTS, tokenizer, CPU)
+    other, _ = dataclasses.replace(TINY, seed=1).teach(TEXTS, tokenizer, CPU)
+    assert not torch.equal(other.lm_head.weight, taught.lm_head.weight)
 
 
 def test_padding_teaches_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -218,21 +207,13 @@ def example_curve(accuracy: float, margin: float) -> convergence.Curve:
     return {0: figures(0.25, 0.0), 10: figures(accuracy, margin)}
 
 
-def test_report() -> None:
-    ours, theirs = example_curve(0.75, 0.5), example_curve(0.625, 0.25)
-    ours[0]["accuracy"] = 0.5
-    assert convergence.differences(ours, theirs)["accuracy"] == 0.125
-    text = convergence.report({"trl": theirs, "fastdpo": ours}, 16)
-    assert "| 10 | 0.6250 | 0.7500 | 0.2500 | 0.5000 |" in text
-    assert "margin 0.25, loss 0" in text
-    assert "fastdpo: accuracy 0.750 of 16 held-out pairs" in text
-    ends = {line.split(":")[0]: line for line in text.splitlines()[-2:]}
-    assert ends["fastdpo"].endswith(": learnt")
-    assert "NOT clearly learnt (an accuracy of 0.750 would be)" in ends["trl"]
-    shrunk = convergence.report({"trl": theirs, "fastdpo": example_curve(0.75, -0.1)}, 16)
-    assert shrunk.count("NOT clearly learnt") == 2
-    with pytest.raises(ValueError, match="other steps"):
-        convergence.differences({0: ours[0]}, theirs)
+def test_verdicts() -> None:
+    learnt = convergence.verdict("fastdpo", example_curve(0.75, 0.5), 16)
+    assert learnt.startswith("fastdpo: accuracy 0.750 of 16 held-out pairs")
+    assert learnt.endswith(": learnt")
+    text = convergence.verdict("trl", example_curve(0.625, 0.25), 16)
+    assert "NOT clearly learnt (an accuracy of 0.750 would be)" in text
+    assert "NOT clearly" in convergence.verdict("fastdpo", example_curve(0.75, -0.1), 16)
 
 
 def test_quick_rows_are_kept_only_on_demand(
@@ -241,16 +222,15 @@ def test_quick_rows_are_kept_only_on_demand(
     curve = example_curve(0.5, 0.1)
     providers = dict.fromkeys(convergence.PROVIDERS, lambda *arguments: curve)
     monkeypatch.setattr(convergence, "PROVIDERS", providers)
-    monkeypatch.setattr(convergence.record, "RESULTS", tmp_path / "kept")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "kept")
     flags = ["--data", options.data, "--tokenizer", options.tokenizer]
     monkeypatch.delenv("FASTDPO_RESULTS", raising=False)
-    assert convergence.main([*flags, "--quick"]) == 0
+    convergence.main([*flags, "--quick"])
     assert not (tmp_path / "kept").exists()
     monkeypatch.setenv("FASTDPO_RESULTS", str(tmp_path / "named"))
-    assert convergence.main([*flags, "--quick"]) == 0
-    rows = (tmp_path / "named" / "convergence-cpu.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(row)["step"] for row in rows] == [0, 10, 0, 10]
+    convergence.main([*flags, "--quick"])
+    rows = read_rows(tmp_path / "named" / "convergence-cpu.jsonl")
+    assert [row["step"] for row in rows] == [0, 10, 0, 10]
 
 
 @pytest.mark.parametrize(

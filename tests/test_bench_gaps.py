@@ -1,10 +1,13 @@
 """The time between two steps, from a trace whose answer is known."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_rows import row
 
-from bench.gaps import gaps, summary
+from bench.report.trainers import gap_table
+from bench.trainers.gaps import gaps, main
 
 
 def step(number: int, start: float, length: float) -> dict[str, Any]:
@@ -37,10 +40,18 @@ def test_a_kernel_belongs_to_the_step_that_launched_it() -> None:
     first, second = gaps(events)
     assert first == pytest.approx({"step_s": 250e-6, "gap_s": 30e-6, "idle_s": 50e-6})
     assert second == pytest.approx({"step_s": 150e-6, "gap_s": 0.0, "idle_s": 0.0})
-    assert summary([first]) == (
-        "between steps 12.00% of the step time, without a kernel 20.00%; medians of 1 steps"
-    )
+    assert "| a GPU | 1 | 12.00% | 20.00% |" in gap_table([row("fastdpo", device="a GPU") | first])
 
 
 def test_no_kernels_no_gaps() -> None:
     assert gaps([step(0, 0, 100), step(1, 100, 100)]) == []
+
+
+def test_without_a_gpu_there_is_no_kernel_to_wait_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FASTDPO_RESULTS", str(tmp_path))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    main(["--model_config", "nano", "--pairs_per_step", "2", "--batches", "1", "--dtype", "fp32"])
+    assert "no kernels in the trace" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())

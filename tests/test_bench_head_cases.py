@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import head_cases, head_measure, head_providers, heads
-from bench.head_cases import REGIMES, Inputs, Problem, response_tokens
-from bench.head_peers import PROVIDERS, naive
+from bench.heads import providers
+from bench.heads.cases import REGIMES, Inputs, Problem, response_tokens
+from bench.heads.measure import call, examine, own_graphs
+from bench.heads.peers import PROVIDERS, naive
+from bench.heads.providers import Output, Passes, Provider
+from bench.heads.run import run_case
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -41,7 +44,7 @@ def test_exact_gradients_are_autograds(inputs: Inputs, regime: str) -> None:
 @pytest.mark.parametrize("regime", [name for name in REGIMES if name != "dpo_long"])
 def test_providers_compute_the_same(inputs: Inputs, name: str, regime: str) -> None:
     problem = Problem.make(inputs, REGIMES[regime], 512)
-    found = head_measure.examine(problem, PROVIDERS[name])
+    found = examine(problem, PROVIDERS[name])
     assert found["deterministic"] and "refused" not in found
     # A response is 8 tokens of some 3 nats, each the difference of logits of some 12.
     assert found["logp_error"] < 8 * 12 * 4 * EPS
@@ -61,7 +64,7 @@ def test_liger_computes_the_same(
     monkeypatch.setattr(torch, "compile", lambda function: function)
     problem = Problem.make(inputs, REGIMES[regime], 512)
     for name in ("liger", "liger-8"):
-        found = head_measure.examine(problem, PROVIDERS[name])
+        found = examine(problem, PROVIDERS[name])
         assert found["logp_error"] < 8 * 12 * 4 * EPS
         assert found["dx_error"] < 32 * EPS and found.get("dw_error", 0.0) < 32 * EPS
 
@@ -71,7 +74,7 @@ def test_a_comparison_longer_than_the_workspace() -> None:
     problem = Problem.make(inputs, REGIMES["dpo_long"], 512)
     assert problem.responses == 2
     assert problem.workspace_mib << 20 < 331 * 2048 * 4 // 2
-    found = head_measure.examine(problem, PROVIDERS["fastdpo"])
+    found = examine(problem, PROVIDERS["fastdpo"])
     assert found["dx_error"] < 64 * EPS and found["dw_error"] < 64 * EPS
 
 
@@ -85,14 +88,14 @@ def test_responses_fill_the_tokens_and_share_a_tile() -> None:
 
 def test_compiled_is_naive_and_says_where_there_is_no_compiler(inputs: Inputs) -> None:
     problem = Problem.make(inputs, REGIMES["dpo"], 512)
-    providers, rows = {"naive-compiled": PROVIDERS["naive-compiled"]}, []
-    with head_measure.own_graphs():
-        heads.run_case(problem, providers, 1, lambda **row: rows.append(row))
+    only, rows = {"naive-compiled": PROVIDERS["naive-compiled"]}, []
+    with own_graphs():
+        run_case(problem, only, 1, lambda **row: rows.append(row))
     assert rows[0]["logp_error"] < 8 * 12 * 4 * EPS
     assert rows[0]["dx_error"] < 32 * EPS and rows[0]["dw_error"] < 32 * EPS
     none = {"cpp.cxx": (None, "/nonexistent/c++"), "force_disable_caches": True}
-    with torch._inductor.config.patch(none), head_measure.own_graphs():
-        heads.run_case(problem, providers, 1, lambda **row: rows.append(row))
+    with torch._inductor.config.patch(none), own_graphs():
+        run_case(problem, only, 1, lambda **row: rows.append(row))
     assert len(rows) == 2 and "No working C++ compiler found" in rows[1]["error"]
 
 
@@ -100,31 +103,31 @@ def test_wrong_numbers_are_refused(inputs: Inputs) -> None:
     """Each by itself: a log-probability of one token, the loss, either gradient, NaN."""
     problem = Problem.make(inputs, REGIMES["dpo"], 512)
 
-    def spoilt(what: str) -> head_providers.Provider:
-        def build(problem: Problem) -> head_providers.Step:
-            step = naive(problem)
+    def spoilt(what: str) -> Provider:
+        def build(problem: Problem) -> Passes:
+            passes = naive(problem)
 
-            def forward() -> head_providers.Output:
-                value, logps = step.forward()
+            def forward() -> Output:
+                value, logps = passes.forward()
                 if what == "nan":
                     logps = logps * math.nan
                 change = torch.tensor([1e-2] + [0.0] * (logps.numel() - 1))
                 logps = logps + change if what == "logp" else logps
-                return head_providers.Output(value + 1e-2 * (what == "loss"), logps)
+                return Output(value + 1e-2 * (what == "loss"), logps)
 
-            def backward(output: head_providers.Output) -> tuple[torch.Tensor, ...]:
+            def backward(output: Output) -> tuple[torch.Tensor, ...]:
                 factors = (1.5 if what == name else 1.0 for name in ("dx", "dw"))
-                return tuple(g * f for g, f in zip(step.backward(output), factors, strict=True))
+                return tuple(g * f for g, f in zip(passes.backward(output), factors, strict=True))
 
-            return step._replace(forward=forward, backward=backward)
+            return passes._replace(forward=forward, backward=backward)
 
         return build
 
     for what in ("logp", "loss", "dx", "dw"):
-        found = head_measure.examine(problem, spoilt(what))
+        found = examine(problem, spoilt(what))
         assert found["refused"].startswith(f"its {what} is off by")
-    assert "nan" in head_measure.examine(problem, spoilt("nan"))["refused"]
-    assert "refused" not in head_measure.examine(problem, spoilt("nothing"))
+    assert "nan" in examine(problem, spoilt("nan"))["refused"]
+    assert "refused" not in examine(problem, spoilt("nothing"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -136,19 +139,19 @@ def test_rounding_is_not_refused(dtype: torch.dtype) -> None:
     for regime in ("dpo", "trainable"):
         problem = Problem.make(inputs, REGIMES[regime], 512)
         for name in ("naive", "trl", "torch-lce", "fastdpo"):
-            assert "refused" not in head_measure.examine(problem, PROVIDERS[name])
+            assert "refused" not in examine(problem, PROVIDERS[name])
     if dtype == torch.float32:
         coarse = replace(inputs, hidden=inputs.hidden.bfloat16(), weight=inputs.weight.bfloat16())
         logps = naive(Problem.make(coarse, REGIMES["no_grad"], 512)).forward().logps
         assert problem.refusal(problem.errors(logps, ())) is not None
 
 
-def test_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_tokens() -> None:
     """Of 65536 tokens, dX of the first 16384 is compared, everything else of all."""
     inputs = Inputs.make("tiny", 65536, torch.float32, torch.device("cpu"))
     problem = Problem.make(inputs, REGIMES["trainable"], 512)
     for name in ("fastdpo", "products", "torch-lce"):
-        found = head_measure.examine(problem, PROVIDERS[name])
+        found = examine(problem, PROVIDERS[name])
         assert found.get("dw_error", 0.0) < 64 * EPS and "refused" not in found
     assert inputs.exact.slope.shape == (16384, 48)
     logps, gradients = inputs.exact.logps, naive(problem)
@@ -166,8 +169,9 @@ def test_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     # The last token's share of dW.
     wrong = inputs.token_grads.clone()
     wrong[-1] = 0
-    monkeypatch.setattr(head_cases.Problem, "_coefficients", lambda self: wrong)
-    del problem.__dict__["exact_gradients"]
+    other = Problem.make(replace(inputs, token_grads=wrong), REGIMES["trainable"], 512)
+    passes = naive(other)
+    dx, dw = passes.backward(passes.forward())
     assert problem.errors(logps, (dx, dw))["dw_error"] > 100 * EPS
     assert response_tokens(REGIMES["trainable"], 65536) == 8192
 
@@ -177,9 +181,9 @@ def test_products_are_those_of_the_regime(
     inputs: Inputs, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No more and no less, in one tile of tokens and in several."""
-    monkeypatch.setattr(head_providers, "_PRODUCT_TOKENS", tile)
+    monkeypatch.setattr(providers, "PRODUCT_TOKENS", tile)
     for name in ("no_grad", "frozen", "dpo"):
         problem = Problem.make(inputs, REGIMES[name], 512)
         with FlopCounterMode(display=False) as counter:
-            head_measure.call(PROVIDERS["products"](problem))
+            call(PROVIDERS["products"](problem))
         assert counter.get_total_flops() == problem.regime.products * 2 * 64 * 331 * 48

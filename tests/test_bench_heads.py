@@ -11,20 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_rows import head_rows
 
-from bench import (
-    gpu_check,
-    head_measure,
-    head_providers,
-    heads,
-    memory,
-    record,
-    tables,
-    trainers,
-)
-from bench.head_cases import REGIMES, Inputs, Problem
-from bench.head_peers import PROVIDERS, naive
-from bench.rows import Row, read
+from bench import gpu_check
+from bench.heads import run as heads
+from bench.heads.cases import REGIMES, Inputs, Problem
+from bench.heads.measure import failure, memory_as_errors, peak_bytes
+from bench.heads.peers import PROVIDERS, naive
+from bench.heads.providers import Output, Passes, Provider
+from bench.report import record
+from bench.report.rows import read
+from bench.trainers import memory
+from bench.trainers import run as trainers
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +37,7 @@ def test_peak_counts_what_is_held_together() -> None:
         del first
         return second[: 1 << 19].clone()
 
-    peak, result = head_measure.peak_bytes(function, torch.device("cpu"))
+    peak, result = peak_bytes(function, torch.device("cpu"))
     assert result.numel() == 1 << 19
     assert peak == pytest.approx((4 + 8) << 20, rel=0.01)
 
@@ -47,17 +45,17 @@ def test_peak_counts_what_is_held_together() -> None:
 def test_failures_are_rows_and_providers_take_turns(inputs: Inputs) -> None:
     order, rows = [], []
 
-    def counted(name: str, fails_at: int | None = None) -> head_providers.Provider:
-        def build(problem: Problem) -> head_providers.Step:
-            step = naive(problem)
+    def counted(name: str, fails_at: int | None = None) -> Provider:
+        def build(problem: Problem) -> Passes:
+            passes = naive(problem)
 
-            def forward() -> head_providers.Output:
+            def forward() -> Output:
                 order.append(name)
                 if fails_at is not None and order.count(name) > fails_at:
                     raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
-                return step.forward()
+                return passes.forward()
 
-            return step._replace(forward=forward)
+            return passes._replace(forward=forward)
 
         return build
 
@@ -86,7 +84,7 @@ def test_kinds_of_failure(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> No
     def reason(function: Callable[[], object]) -> str:
         with pytest.raises(Exception) as caught:
             function()
-        return head_measure.failure(caught.value)
+        return failure(caught.value)
 
     def run(name: str) -> str:
         return reason(lambda: PROVIDERS[name](problem))
@@ -107,12 +105,12 @@ def test_kinds_of_failure(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> No
 def test_memory_that_is_not_free_is_an_error() -> None:
     size = int(1.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     limit = resource.getrlimit(resource.RLIMIT_DATA)
-    with head_measure.memory_as_errors(torch.device("cpu")):
+    with memory_as_errors(torch.device("cpu")):
         assert resource.getrlimit(resource.RLIMIT_DATA) != limit
         torch.zeros(1 << 20)
         with pytest.raises(RuntimeError) as caught:
             torch.empty(size, dtype=torch.uint8)
-    assert head_measure.failure(caught.value).startswith("OutOfMemory: ")
+    assert failure(caught.value).startswith("OutOfMemory: ")
     assert resource.getrlimit(resource.RLIMIT_DATA) == limit
 
 
@@ -143,7 +141,7 @@ def test_quick_runs_where_there_is_no_gpu(tmp_path: Path) -> None:
 
 def test_micro_benchmarks(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     """They time what they are asked for, and only when they are asked for."""
-    out, file = tmp_path / "benchmark.json", "bench/test_heads.py"
+    out, file = tmp_path / "benchmark.json", "bench/heads/test_micro.py"
     # pytest-benchmark does not time inside a worker of pytest-xdist, as which this one may run.
     env = {name: value for name, value in os.environ.items() if "XDIST" not in name}
     env |= {"FASTDPO_BENCH": MICRO, "TRITON_INTERPRET": "0"}
@@ -176,49 +174,8 @@ def run_python(arguments: list[str], env: dict[str, str]) -> str:
     return done.stdout
 
 
-def example_rows() -> list[Row]:
-    case = {"regime": "dpo", "head": "tiny", "vocab": 331, "hidden": 48, "tokens": 16}
-    case |= {"dtype": "fp32", "workspace_limit_mib": 512}
-    common = {"case": case, "device": "a CPU", "commit": "1", "command": "c"}
-    facts = {"workspace_mib": 400.0, "gradient_mib": 2.0, "deterministic": True}
-    times = {"fastdpo": (3.0, 2.0, 4.0), "products": (2.0, 2.0, 2.5), "trl": (6.0, 7.0, 5.0)}
-    rows = [
-        {"provider": name, "forward_s": 1.0, "total_s": total, **facts, **common}
-        for name, totals in times.items()
-        for total in totals
-    ]
-    return [*rows, {"provider": "cce", "error": "ImportError: no", **common}]
-
-
-def test_tables() -> None:
-    text = tables.head_tables(example_rows())
-    assert "| fastdpo | 1000 | 2000 | 3000 (2000–4000) | 1.50 | 1.00 | 400 |" in text
-    assert "| trl | 1000 | 5000 | 6000 (5000–7000) | 3.00 | 2.00 |" in text
-    assert "| cce | ImportError: no |" in text
-    line = tables.head_summary(example_rows()).splitlines()[2]
-    figures = "3000 | 1.50 | 2.00 | not installed | 400 of 512"
-    assert line == f"| dpo | tiny | 16 | fp32 | {figures} |  |  |"
-    # Another process is another table: its ratios are its own.
-    moved = [{**row, "command": "d"} for row in example_rows()]
-    assert len(tables.head_summary([*example_rows(), *moved]).splitlines()) == 4
-
-
-def test_times_of_a_wrong_result_are_not_shown() -> None:
-    rows = example_rows()
-    wrong = [
-        {**row, "provider": "torch-lce", "refused": "logps are off", "total_s": 0.1}
-        for row in rows
-        if row["provider"] == "trl"
-    ]
-    assert "| torch-lce | refused: logps are off |" in tables.head_tables([*rows, *wrong])
-    assert "| refused |" in tables.head_summary([*rows, *wrong])
-    assert tables.head_tables(rows).splitlines()[2:] == [
-        line for line in tables.head_tables([*rows, *wrong]).splitlines()[2:] if "lce" not in line
-    ]
-
-
 def test_our_own_failures_count() -> None:
-    rows = example_rows()
+    rows = head_rows()
     assert gpu_check.failures(rows) == []
     rows[0] = {**rows[0], "deterministic": False}
     rows.append({**rows[-1], "provider": "fastdpo-triton"})
@@ -243,7 +200,7 @@ def test_every_stage_of_the_gpu_check_can_be_parsed(stage: gpu_check.Stage) -> N
             heads.parse(words[1:])
         else:
             rest = memory.OWN.parse_known_args(words[1:])[1]
-            trainers.parse(rest if words[0] == "bench.memory" else words[1:])
+            trainers.parse(rest if words[0] == "bench.trainers.memory" else words[1:])
 
 
 def test_dry_run_of_the_gpu_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

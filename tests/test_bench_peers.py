@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from bench import peers
-from bench.peers import common
+from bench.jsonl import write_rows
+from bench.trainers import peers, process
+from bench.trainers.clock import Clock, Unsupported
+from bench.trainers.peers import common
+from bench.trainers.process import Failed, run_job
 
 JOB = {
+    "provider": "fake",
     "model": "m",
     "rows": "r.jsonl",
     "steps": 2,
-    "warm_up": 0,
     "pairs_per_step": 4,
     "batch": 2,
     "learning_rate": 1e-6,
@@ -30,7 +33,7 @@ def _fake(monkeypatch: pytest.MonkeyPatch, folder: Path, body: str) -> None:
     script = folder / "python"
     script.write_text(f"#!{sys.executable}\nimport json, os, signal, sys\n{body}", encoding="utf-8")
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    fake = peers.Peer("fake", "bench.peers.fake", "fake", {"no-such-thing": "1"}, "pip install x")
+    fake = peers.Peer("bench.trainers.peers.fake", {"no-such-thing": "1"}, "pip install x")
     monkeypatch.setitem(peers.PEERS, "fake", fake)
     monkeypatch.setenv(peers.variable("fake"), str(script))
 
@@ -38,10 +41,8 @@ def _fake(monkeypatch: pytest.MonkeyPatch, folder: Path, body: str) -> None:
 @pytest.mark.parametrize("name", sorted(peers.PEERS))
 def test_registry(name: str) -> None:
     peer = peers.PEERS[name]
-    assert peer.name == name
     assert Path(*peer.module.split(".")).with_suffix(".py").is_file()
-    assert peer.recipe.startswith(f"pip install {peer.package}==")
-    assert peer.package in peer.needs
+    assert peer.recipe.startswith(f"pip install {next(iter(peer.needs))}==")
     assert "/" not in peer.recipe
 
 
@@ -52,11 +53,10 @@ def test_variable_is_one_that_a_shell_takes() -> None:
 def test_interpreter_is_the_named_one_or_this_one_with_the_tried_version(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    here = peers.Peer("here", "bench.peers.here", "pytest", {"pytest": ""}, "pip install pytest")
-    old = peers.Peer("old", "bench.peers.old", "pytest", {"pytest": "0.0."}, "pip install pytest")
-    for peer in (here, old):
-        monkeypatch.setitem(peers.PEERS, peer.name, peer)
-        monkeypatch.delenv(peers.variable(peer.name), raising=False)
+    for name, version in (("here", ""), ("old", "0.0.")):
+        peer = peers.Peer(f"bench.{name}", {"pytest": version}, "pip install pytest")
+        monkeypatch.setitem(peers.PEERS, name, peer)
+        monkeypatch.delenv(peers.variable(name), raising=False)
     assert peers.interpreter("here") == sys.executable
     assert peers.interpreter("old") is None
     monkeypatch.setenv(peers.variable("old"), sys.executable)
@@ -69,8 +69,8 @@ def test_interpreter_is_the_named_one_or_this_one_with_the_tried_version(
 
 def test_not_installed_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(peers.variable("llamafactory"), "/no/such/python")
-    with pytest.raises(peers.NotInstalled, match=r"pip install llamafactory==.*_PYTHON"):
-        peers.run_job("llamafactory", JOB)
+    with pytest.raises(Failed, match=r"^NotInstalled: .*pip install llamafactory==.*_PYTHON"):
+        run_job({**JOB, "provider": "llamafactory"})
 
 
 def test_job_reaches_the_peer_and_its_report_comes_back(
@@ -85,11 +85,11 @@ def test_job_reaches_the_peer_and_its_report_comes_back(
         "print(json.dumps({'step_s': [1, 2], 'loss': [0.6, 0.5], 'tokens': [3, 4], 'job': job,"
         " 'call': sys.argv[1:3], 'cwd': os.getcwd(), 'path': os.environ.get('PYTHONPATH')}))\n",
     )
-    report = peers.run_job("fake", JOB)
+    report = run_job(JOB)
     assert report["loss"] == [0.6, 0.5]
     assert {key: report["job"][key] for key in JOB} == JOB
-    assert report["call"] == ["-m", "bench.peers.fake"]
-    assert os.path.samefile(report["cwd"], Path(peers.__file__).parents[2])
+    assert report["call"] == ["-m", "bench.trainers.peers.fake"]
+    assert os.path.samefile(report["cwd"], process.ROOT)
     assert report["path"] is None
     assert not Path(report["job"]["output"]).parent.exists()
 
@@ -99,13 +99,13 @@ def test_job_reaches_the_peer_and_its_report_comes_back(
     [
         (
             "sys.exit('Traceback\\nbench.Unsupported: it cannot\\n a hint')",
-            "^bench.Unsupported: it c",
+            "^Unsupported: it c",
         ),
         ("sys.exit('[rank0]: ValueError: of one process\\n[W] the end')", "^ValueError: of one"),
         ("sys.exit('UserWarning: old\\nlast words')", "^last words"),
-        ("sys.exit('torch.OutOfMemoryError: CUDA out of memory.')", "^OutOfMemory: torch"),
+        ("sys.exit('torch.OutOfMemoryError: CUDA out of memory.')", "^OutOfMemory: CUDA"),
         ("os.kill(os.getpid(), signal.SIGKILL)", "^OutOfMemory: killed"),
-        ("print('no report')", "no report as the last line"),
+        ("print('no report')", "^NoReport: the last line"),
         ("print(json.dumps({'step_s': [1], 'loss': [1], 'tokens': [1]}))", "2 were asked for"),
     ],
 )
@@ -113,8 +113,8 @@ def test_failures_are_errors_with_their_reason(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str, message: str
 ) -> None:
     _fake(monkeypatch, tmp_path, body)
-    with pytest.raises(RuntimeError, match=message):
-        peers.run_job("fake", JOB)
+    with pytest.raises(Failed, match=message):
+        run_job(JOB)
 
 
 class _Words:
@@ -138,8 +138,9 @@ class _Words:
 
 def _job(folder: Path, rows: list[dict[str, Any]], **more: Any) -> common.Job:
     path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return common.Job(**{**JOB, "rows": str(path), "output": str(folder), "batch": 1, **more})
+    write_rows(path, rows)
+    values = {**JOB, "rows": str(path), "output": str(folder), "batch": 1, **more}
+    return common.Job(**{name: value for name, value in values.items() if name != "provider"})
 
 
 def test_strings_end_once_are_cut_and_dropped_as_trl_does(tmp_path: Path) -> None:
@@ -181,7 +182,7 @@ def test_too_few_rows_and_uneven_batches_are_refused(tmp_path: Path) -> None:
         common.token_rows(_job(tmp_path, [row]), _Words())
     with pytest.raises(ValueError, match="no multiple"):
         _ = _job(tmp_path, [row], batch=3).accumulation
-    with pytest.raises(common.Unsupported, match="every step"):
+    with pytest.raises(Unsupported, match="every step"):
         _job(tmp_path, [row], reference="precomputed").only_online("It")
 
 
@@ -189,19 +190,23 @@ def test_job_is_read_without_what_it_does_not_know(tmp_path: Path) -> None:
     path = tmp_path / "job.json"
     job = {**JOB, "output": "o", "repetition": 3}
     path.write_text(json.dumps(job), encoding="utf-8")
-    assert common.read_job([str(path)]) == common.Job(**{**JOB, "output": "o"})
+    read = common.read_job([str(path)])
+    assert all(getattr(read, name) == JOB[name] for name in JOB if name != "provider")
     path.write_text(json.dumps({**job, "lora": True}), encoding="utf-8")
-    with pytest.raises(common.Unsupported, match="adapter"):
+    with pytest.raises(Unsupported, match="adapter"):
         common.read_job([str(path)])
 
 
 def test_clock_counts_tokens_that_are_trained() -> None:
-    clock, embedding = common.StepClock(), torch.nn.Embedding(10, 2)
-    clock.start(embedding)
+    clock, embedding, other = Clock(), torch.nn.Embedding(10, 2), torch.nn.Embedding(10, 2)
+    with torch.no_grad():
+        other(torch.zeros(9, 9, dtype=torch.long))
     embedding(torch.zeros(2, 3, dtype=torch.long))
     with torch.no_grad():
         embedding(torch.zeros(9, 9, dtype=torch.long))
     clock.stop()
-    clock.stop()
-    assert clock.tokens == [6, 0]
-    assert all(seconds > 0 for seconds in clock.step_s)
+    embedding(torch.zeros(1, 4, dtype=torch.long))
+    clock.stop({"loss": 0.5})
+    assert clock.tokens == [6, 4]
+    assert all(seconds > 0 for seconds in clock.seconds)
+    assert clock.report("fp32")["loss"] == [0.5]

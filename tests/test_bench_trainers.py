@@ -10,9 +10,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from bench import cli, record, trainer_cases, trainer_providers, trainers, workloads
-from bench.rows import agreed, read
-from bench.trainer_run import options as trainer_options
+from bench import cli, workloads
+from bench.jsonl import read_rows
+from bench.report import record
+from bench.report.rows import agreed, read
+from bench.trainers import cases
+from bench.trainers import run as trainers
+from bench.trainers.clock import NotInstalled
+from bench.trainers.job import keys_of
+from bench.trainers.process import reason
+from bench.trainers.providers import PROVIDERS
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +40,7 @@ def lengths(rows: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
     "name, together, ratio", [("hh-rlhf", 186, 2.15), ("ultrafeedback", 409, 0.42)]
 )
 def test_lengths_have_the_published_medians(name: str, together: float, ratio: float) -> None:
-    rows = workloads.rows_of(name, 4000)
+    rows = workloads.pairs_of(name, 4000)
     sums = [len((row["prompt"] + row["chosen"]).split()) for row in rows]
     ratios = [len(row["prompt"].split()) / len(row["chosen"].split()) for row in rows]
     assert statistics.median(sums) == pytest.approx(together, rel=0.05)
@@ -41,20 +48,19 @@ def test_lengths_have_the_published_medians(name: str, together: float, ratio: f
 
 
 def test_prompts_with_several_responses() -> None:
-    rows = workloads.rows_of("n-best", 500)
+    rows = workloads.pairs_of("n-best", 500)
     prompts, responses = lengths(rows)
     assert statistics.median(prompts) == pytest.approx(60, rel=0.1)
     assert statistics.median(responses) == pytest.approx(122, rel=0.1)
     assert len(responses) == pytest.approx(5 * len(prompts), abs=5)
     assert len(rows) / len(prompts) == pytest.approx(5, abs=0.1)
-    assert workloads.rows_of("n-best", 10, skip=490) == rows[490:]
-    assert lengths(workloads.rows_of("long-prompt", 2)) == ([8192, 8192], [512] * 4)
+    assert lengths(workloads.pairs_of("long-prompt", 2)) == ([8192, 8192], [512] * 4)
 
 
 def test_a_word_is_a_token(tmp_path: Path) -> None:
     path = workloads.model_path("nano", "hh-rlhf", torch.float32, torch.device("cpu"))
     tokenizer = AutoTokenizer.from_pretrained(path)
-    row = workloads.rows_of("hh-rlhf", 1)[0]
+    row = workloads.pairs_of("hh-rlhf", 1)[0]
     words = (row["prompt"] + row["chosen"]).split()
     ids = tokenizer(row["prompt"] + row["chosen"]).input_ids
     assert len(ids) == len(words) and tokenizer.unk_token_id not in ids
@@ -90,9 +96,9 @@ def test_what_a_case_counts(tmp_path: Path) -> None:
     options = trainers.parse(
         [*words.split(), "--reference", "precomputed,online", "--dtype", "fp32"]
     )
-    first, second = trainer_cases.workloads(options, tmp_path)
+    first, second = cases.workloads(options, tmp_path)
     assert (first.case["reference"], second.case["reference"]) == ("precomputed", "online")
-    rows = workloads.rows_of("hh-rlhf", 6)
+    rows = workloads.pairs_of("hh-rlhf", 6)
     sizes = [[len(row[key].split()) for key in ("prompt", "chosen", "rejected")] for row in rows]
     # Each response ends in an EOS.
     pairs = [2 * p + a + b + 2 for p, a, b in sizes]
@@ -120,17 +126,19 @@ def test_what_a_case_counts(tmp_path: Path) -> None:
             "Traceback\ntorch.OutOfMemoryError: CUDA out of memory. Tried",
             "OutOfMemory: CUDA out",
         ),
-        (1, "x\nbench.trainer_providers.NotInstalled: no | flash", "NotInstalled: no / flash"),
+        (1, "x\nbench.trainers.clock.NotInstalled: no | flash", "NotInstalled: no / flash"),
         (1, "ValueError: a\nException ignored in: <x>", "ValueError: a"),
         (-9, "", "OutOfMemory: killed"),
         (3, "something", "something: "),
     ],
 )
 def test_why_a_run_failed(status: int, text: str, expected: str) -> None:
-    assert trainers.reason(status, text).startswith(expected)
+    assert reason(status, text).startswith(expected)
 
 
-def test_the_batch_search_stops_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_batch_search_stops_where_memory_ends(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     speed = {1: 1.0, 2: 3.0, 4: 2.0}
 
     def run(workload: Any, name: str, batch: int, *rest: Any) -> dict[str, Any]:
@@ -139,15 +147,9 @@ def test_the_batch_search_stops_where_memory_ends(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(trainers, "run", run)
     options = trainers.parse(["--pairs_per_step", "16", "--batches", "1,2,4,8,16"])
-    kept: list[dict[str, Any]] = []
-
-    class Results(record.Results):
-        def add(self, **row: Any) -> dict[str, Any]:
-            kept.append(row)
-            return row
-
-    case = trainer_cases.Workload({}, Path(), Path(), [], [], 0, 0)
-    assert trainers.fastest_batch(case, options, Results("x", options)) == 2
+    case = cases.Workload({}, Path(), Path(), [], [], 0, 0)
+    assert trainers.fastest_batch(case, options, record.Results("x", options)) == 2
+    kept = read_rows(results / "x.jsonl")
     assert [row["kind"] for row in kept] == ["batch search"] * 4 and "error" in kept[-1]
 
 
@@ -163,7 +165,7 @@ def test_mistakes_on_the_command_line(words: str, capsys: pytest.CaptureFixture[
 def test_options_reach_both_trainers() -> None:
     options = trainers.parse(["--lora", "--dtype", "bf16", "--gradient_checkpointing", "on"])
     case = {**vars(options), "gradient_checkpointing": True, "reference": "online", "max_length": 9}
-    found = trainer_options(case)
+    found = keys_of(case)
     assert found["use_peft"] and found["bf16"] and found["dtype"] == "bfloat16"
     assert not found["precompute_ref_log_probs"] and found["gradient_checkpointing"]
     assert found["max_length"] == 9
@@ -171,8 +173,8 @@ def test_options_reach_both_trainers() -> None:
 
 def test_a_peer_that_cannot_run_here_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: False)
-    with pytest.raises(trainer_providers.NotInstalled, match="flash-attn"):
-        trainer_providers.PROVIDERS["trl-flash"]([], Path("m"), 1, 1, 1)
+    with pytest.raises(NotInstalled, match="flash-attn"):
+        PROVIDERS["trl-flash"]([], Path("m"), 1, 1, 1)
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ import pytest
 import torch
 from training import assert_same_weights, metrics, run
 
-from bench.kill import Trials
-from bench.killed import Kill
+from bench.kill.processes import Kill
+from bench.kill.trials import Trials
 from fastdpo import files
 from fastdpo.errors import CheckpointError, FastDPOError
 from fastdpo.training import checkpoint

@@ -6,7 +6,7 @@ from fastdpo_kernels import linear_logprob, workspace_bytes
 from fastdpo_kernels.head import OUTPUTS
 from fastdpo_kernels.tiles import release_workspace
 
-from bench.head_measure import peak_bytes
+from bench.heads.measure import peak_bytes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FP32, BF16 = torch.float32, torch.bfloat16

@@ -1,0 +1,1 @@
+"""The output head alone, ours and its peers': `python -m bench.heads`."""
