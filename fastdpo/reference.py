@@ -28,7 +28,7 @@ from safetensors.numpy import load_file, save_file
 from . import files
 from .data.batch import make_batch
 from .data.groups import Group
-from .data.packing import Row
+from .data.packing import PackedRow
 from .data.plan import reference_rows
 from .model.scorer import Scorer
 
@@ -192,7 +192,7 @@ def _distinct(digests: Sequence[Sequence[bytes]]) -> dict[bytes, tuple[int, int]
     return wanted
 
 
-def _compute(groups, digests, rows: list[Row], scorer: Scorer, store, progress) -> None:
+def _compute(groups, digests, rows: list[PackedRow], scorer: Scorer, store, progress) -> None:
     names: list[bytes] = []
     values: list[float] = []
     written = time.monotonic()

@@ -18,7 +18,7 @@ from .tokenize import tokenize_dataset
 
 logger = logging.getLogger(__name__)
 
-Rows: TypeAlias = datasets.Dataset | Sequence[Mapping[str, Any]]
+RowsInMemory: TypeAlias = datasets.Dataset | Sequence[Mapping[str, Any]]
 """Rows in memory, in one of the layouts of `fastdpo.data.rows`."""
 
 
@@ -38,8 +38,8 @@ def load_data(
     config: TrainConfig,
     tokenizer: Any,
     vocab_size: int | None,
-    rows: Rows | None = None,
-    eval_rows: Rows | None = None,
+    rows: RowsInMemory | None = None,
+    eval_rows: RowsInMemory | None = None,
 ) -> Data:
     """Both splits, from the rows that are given or else those that the configuration names;
     evaluation is empty where nothing is evaluated. One line about each is logged.
@@ -61,7 +61,10 @@ def load_data(
 
 
 def _groups(
-    config: TrainConfig, tokenizer: Any, vocab_size: int | None, source: tuple[str, str | Rows]
+    config: TrainConfig,
+    tokenizer: Any,
+    vocab_size: int | None,
+    source: tuple[str, str | RowsInMemory],
 ) -> list[Group]:
     """The groups of one split: a name and, of what lies outside, its split, or the rows."""
     name, where = source
@@ -94,7 +97,7 @@ def _groups(
     return groups
 
 
-def _in_memory(rows: Rows, name: str) -> datasets.Dataset:
+def _in_memory(rows: RowsInMemory, name: str) -> datasets.Dataset:
     """Rows as a data set with the union of their columns."""
     if isinstance(rows, datasets.Dataset):
         return rows

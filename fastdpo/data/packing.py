@@ -22,7 +22,8 @@ class Part:
     comparisons: tuple[int, ...] = ()
 
 
-Row = tuple[Part, ...]
+PackedRow = tuple[Part, ...]
+"""Parts that one forward pass computes together."""
 
 
 def compare(index: int, group: Group, comparisons: Sequence[int]) -> Part:
@@ -71,7 +72,7 @@ def split(
 
 def pack(
     groups: Sequence[Group], parts: list[Part], max_tokens: int, layout: str, multiple: int
-) -> list[Row]:
+) -> list[PackedRow]:
     """Rows of at most `max_tokens`, as few as best-fit-decreasing needs, then evened out; a
     multiple of `multiple`.
     """

@@ -14,7 +14,7 @@ import xxhash
 
 from ..config import TrainConfig
 from .groups import Group
-from .packing import Part, Row, pack, part_tokens, split
+from .packing import PackedRow, Part, pack, part_tokens, split
 
 TOKENS_PER_ROW = {"cuda": 16384, "cpu": 1024}
 """The budget of a row where `max_tokens_per_batch` is unset: on a CPU longer rows cost memory and
@@ -31,7 +31,7 @@ class Step:
     them together.
     """
 
-    ranks: tuple[tuple[Row, ...], ...]
+    ranks: tuple[tuple[PackedRow, ...], ...]
     comparisons: int
 
 
@@ -122,7 +122,7 @@ def reference_rows(
     layout: str = "shared",
     window: int = 2048,
     missing: Collection[tuple[int, int]] | None = None,
-) -> Iterator[list[Row]]:
+) -> Iterator[list[PackedRow]]:
     """Rows that compute each wanted (group, response) once; packed best-fit within windows of so
     many parts.
 

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..config import TrainConfig
 from ..data.groups import Group
-from ..data.packing import Row
+from ..data.packing import PackedRow
 from ..data.plan import Step
 from ..errors import ModelError, one_line
 from ..model.adapter import add_adapter
@@ -49,7 +49,7 @@ class RowShape:
     """Lines of the tensor of tokens: more than 1 in padded rows."""
 
 
-def row_shape(groups: Sequence[Group], row: Row, layout: str) -> RowShape:
+def row_shape(groups: Sequence[Group], row: PackedRow, layout: str) -> RowShape:
     """The sizes of a row of the plan in a layout ("shared", "packed" or "padded")."""
     tokens = keys = scored = segments = pairs = masked = rectangles = longest = lines = 0
     widest = max(

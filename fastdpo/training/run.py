@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import TrainConfig
-from ..data.dataset import Rows
+from ..data.dataset import RowsInMemory
 from ..hub import reached
 from ..model.adapter import adopt_adapter
 from ..model.layout import restore_attention
@@ -40,8 +40,8 @@ class TrainResult:
 
 def train(
     config: TrainConfig,
-    rows: Rows | None = None,
-    eval_rows: Rows | None = None,
+    rows: RowsInMemory | None = None,
+    eval_rows: RowsInMemory | None = None,
     model: Any = None,
     tokenizer: Any = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,

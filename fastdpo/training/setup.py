@@ -11,7 +11,7 @@ from fastdpo_kernels.losses import Comparisons
 from transformers import set_seed
 
 from ..config import TrainConfig
-from ..data.dataset import Data, Rows, load_data
+from ..data.dataset import Data, RowsInMemory, load_data
 from ..data.groups import count_comparisons
 from ..data.packing import longest_comparison
 from ..data.plan import row_budget
@@ -50,8 +50,8 @@ _DTYPES = ("float32", "bfloat16", "float16")
 class Given:
     """What the caller has in memory; the rest is where the configuration says."""
 
-    rows: Rows | None = None
-    eval_rows: Rows | None = None
+    rows: RowsInMemory | None = None
+    eval_rows: RowsInMemory | None = None
     model: Any = None
     tokenizer: Any = None
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..data.ahead import ahead
 from ..data.batch import Batch, make_batch
 from ..data.groups import Group, count_comparisons
-from ..data.packing import Row
+from ..data.packing import PackedRow
 from ..data.plan import Step, make_plan
 from ..model.scorer import TOKEN_STATS, Scorer
 from ..reference import OnlineReference
@@ -42,7 +42,7 @@ class Objective:
         """The rows of a step, for one process."""
         return StepBatches(step.comparisons, [self.batch(groups, row) for row in step.ranks[0]])
 
-    def batch(self, groups: Sequence[Group], row: Row) -> Batch:
+    def batch(self, groups: Sequence[Group], row: PackedRow) -> Batch:
         """A row on the host, ready to be copied to the device."""
         batch = make_batch(groups, row, self.policy.layout.name)
         return batch.pin_memory() if self.policy.device.type == "cuda" else batch
