@@ -42,7 +42,8 @@ def reached(config: TrainConfig) -> Iterator[None]:
 def _needed(config: TrainConfig) -> bool:
     """Whether a model, the base of an adapter, or a data set is not on this machine."""
     for name in (config.model_name_or_path, config.ref_model_name_or_path):
-        if name is not None and not Path(_base(config, name)).exists():
+        base = name and _base(config, name)
+        if base and not Path(base).exists() and not looks_local(base):
             return True
     names = (config.dataset_name, config.eval_source and config.eval_source[0])
     return any(name and not Path(name).exists() and not looks_local(name) for name in names)

@@ -177,6 +177,7 @@ def fill_reference(
             )
             rows = [row for window in windows for row in window]
             if rows:
+                logger.info(f"reference: computing {len(missing)} log-probabilities")
                 _compute(groups, digests, rows, scorer, store, progress)
     for group, keys in zip(groups, digests, strict=True):
         group.ref_logps = np.array([store.logps[d] for d in keys])

@@ -24,7 +24,7 @@ LAYERS = (
 """The files and folders of fastdpo, from the bottom up; those of one line do not need each other,
 unless they stand to the right of what they import.
 """
-FOREIGN = {"fastdpo": (), "fastdpo_kernels": ("fastdpo", "bench"), "bench": ()}
+FOREIGN = {"fastdpo": ("bench",), "fastdpo_kernels": ("fastdpo", "bench"), "bench": ()}
 
 
 def modules(package: str) -> dict[str, Path]:

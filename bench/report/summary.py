@@ -57,14 +57,16 @@ def summary_block(folder: Path) -> str:
     best = {fastest_trl(run, agreed(flat([run]))) for run in runs}
     trl = sorted((each for each in every if each.peer in best), key=lambda each: -each.speed)
     lines = [each.line() for each in (*trl[:1], *trl[1:][-1:])]
-    lines += [*_long_pair(folder), *_head(folder)]
+    pairs, heads = _long_pair(folder), _head(folder)
+    lines += [line for line, _ in (*pairs, *heads)]
+    shown = [*map(first, runs), *(row for _, row in (*pairs, *heads))]
     if every:
         worst = min(every, key=lambda each: each.worst)
         lines.append(worst._replace(case=f"{worst.case}: where we do worst").line())
     if not lines:
         return NOTHING
     return "\n\n".join(
-        [markdown(_COLUMNS, lines, 2), "\n".join(origins(map(first, runs), False)) + ".", _LINKS]
+        [markdown(_COLUMNS, lines, 2), "\n".join(origins(shown, False)) + ".", _LINKS]
     )
 
 
@@ -86,7 +88,7 @@ def _comparisons(run: Run) -> Iterator[Comparison]:
             yield Comparison(trainer_label(first(run)["case"]), name, speed, memory)
 
 
-def _long_pair(folder: Path) -> Iterator[list[str]]:
+def _long_pair(folder: Path) -> list[tuple[list[str], Row]]:
     """The least memory beside TRL's; its speed was not measured in turns."""
     rows = [row for row in read(folder, "memory-*.jsonl") if row["kind"] != "longest"]
     shares: dict[float, Row] = {}
@@ -96,11 +98,13 @@ def _long_pair(folder: Path) -> Iterator[list[str]]:
             if right and row["provider"] == "fastdpo" and "error" not in row:
                 shares[row["peak_mib"] / right["peak_mib"]] = row
     if shares:
-        label = f"{trainer_label(shares[min(shares)]['case'])}, [frugal keys](docs/memory.md)"
-        yield [label, _NAMES["trl"], "", f"{min(shares):.2f}×"]
+        row = shares[min(shares)]
+        label = f"{trainer_label(row['case'])}, [frugal keys](docs/memory.md)"
+        return [([label, _NAMES["trl"], "", f"{min(shares):.2f}×"], row)]
+    return []
 
 
-def _head(folder: Path) -> Iterator[list[str]]:
+def _head(folder: Path) -> list[tuple[list[str], Row]]:
     """The case with the most tokens, and among those the one with the most peers."""
     runs = _of_best_device(most_tokens(folder))
     for run in sorted(runs, key=tokens_and_peers)[-1:]:
@@ -109,7 +113,9 @@ def _head(folder: Path) -> Iterator[list[str]]:
         if (ours := times["fastdpo"]) and peers:
             fastest = min(peers, key=lambda name: peers[name])
             label = f"the head alone, {case['head']}, {case['tokens']} tokens, {case['dtype']}"
-            yield [label, f"{fastest}, the fastest peer", f"{peers[fastest] / ours:.2f}×"]
+            line = [label, f"{fastest}, the fastest peer", f"{peers[fastest] / ours:.2f}×"]
+            return [(line, first(run))]
+    return []
 
 
 def tokens_block(folder: Path) -> str:

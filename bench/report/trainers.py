@@ -160,7 +160,7 @@ def _line(run: Run) -> list[str]:
             f"{ratio(median(run['fastdpo'], key), median(run[best], key))}×"
             for key in ("pairs_per_s", "peak_mib")
         )
-        cells += [f"**{faster}**", memory]
+        cells += [faster, memory]
     return cells
 
 

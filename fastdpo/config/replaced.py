@@ -13,7 +13,7 @@ _GPU_BF16 = "Use bf16."
 REPLACED_KEYS = MappingProxyType(
     {
         # TRL's DPOConfig, ModelConfig and ScriptArguments
-        "rpo_alpha": "TRL now writes loss_type: [sigmoid, sft] and loss_weights: [1.0, rpo_alpha].",
+        "rpo_alpha": "TRL now writes loss_type: [sigmoid, sft], and sft is not available here yet.",
         "reference_free": "The loss always has a reference: remove the key.",
         "generate_during_eval": "Evaluation does not generate: sample from the saved model.",
         "ref_model_init_kwargs": "The reference is loaded with the options of the model.",

@@ -10,7 +10,6 @@ from typing import Any, get_origin
 import yaml
 
 from ..version import __version__
-from .checks import idle_settings
 from .declare import GROUPS, default_of
 from .keys import Keys
 from .values import members_of, show
@@ -56,7 +55,7 @@ def _default(declared: "Field[Any]") -> str:
 
 
 def table(keys: Keys, defaults: bool) -> str:
-    """Keys, values and origins, the changed ones first; then the settings that have no effect."""
+    """Keys, values and origins, the changed ones first."""
     changed = keys.changed()
     rows = [
         (name, show(value), keys.origins.get(name, "given" if name in changed else "default"))
@@ -68,7 +67,7 @@ def table(keys: Keys, defaults: bool) -> str:
     lines = [f"{name:<{width}}  {value:<{wide}}  {place}" for name, value, place in first + rest]
     if first and rest:
         lines.insert(len(first), "")
-    return "\n".join([*lines, *(f"note: {line}" for line in idle_settings(keys))])
+    return "\n".join(lines)
 
 
 def as_yaml(keys: Keys) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .checks import check_together
+from .checks import check_together, idle_settings
 from .keys import Keys
 from .source import Given, check_foreign_key, read_flags, read_yaml
 from .text import as_yaml, table
@@ -20,6 +20,14 @@ class TrainConfig(Keys):
     Raises:
         ConfigError: a value of the wrong type, out of range, or at odds with another one.
     """
+
+    def __new__(cls, **values: Any) -> "TrainConfig":
+        """Refuse keys that are not ours as `parse` does; `dataclass` would raise a TypeError."""
+        own = cls.key_fields()
+        for name in values.keys() - {*own, "origins"}:
+            check_foreign_key(name, Given(values[name], cls.__name__), own)
+            raise ConfigError(f"{cls.__name__}: {name} does nothing here; leave it out")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name, declared in self.key_fields().items():
@@ -102,9 +110,11 @@ class TrainConfig(Keys):
     def describe(self, defaults: bool = True) -> str:
         """A table of keys, values and origins, those that are not the default first.
 
-        Settings that have no effect in this combination follow, one line each.
-
         Args:
             defaults: whether to list the keys that have their default too.
         """
         return table(self, defaults)
+
+    def idle_settings(self) -> list[str]:
+        """One line for each key that was set and has no effect in this combination."""
+        return idle_settings(self)

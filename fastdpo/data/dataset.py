@@ -9,7 +9,7 @@ import datasets
 
 from ..config import TrainConfig
 from ..errors import DataError
-from .columns import row_kind
+from .columns import FIELDS, LINE_COLUMN, PROBLEM_COLUMN, may_hold_prompt, row_kind
 from .groups import Group, check_agreement, count_comparisons, make_groups
 from .load import load_rows
 from .messages import unreadable
@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 RowsInMemory: TypeAlias = datasets.Dataset | Sequence[Mapping[str, Any]]
 """Rows in memory, in one of the layouts of `fastdpo.data.rows`."""
+
+
+_OURS = (LINE_COLUMN, PROBLEM_COLUMN)  # which our readers add, and nobody else
 
 
 @dataclass
@@ -47,39 +50,35 @@ def load_data(
     Raises:
         DataError: data that cannot be read or trained on.
     """
-    if rows is None:
-        assert config.dataset_name is not None
-        training = _groups(
-            config, tokenizer, vocab_size, (config.dataset_name, config.dataset_train_split)
-        )
-    else:
-        training = _groups(config, tokenizer, vocab_size, ("rows", rows))
-    held_out = ("eval_rows", eval_rows) if eval_rows is not None else config.eval_source
-    if not config.evaluates or held_out is None:
-        return Data(training, [])
-    return Data(training, _groups(config, tokenizer, vocab_size, held_out))
+
+    def groups(name: str, given: RowsInMemory | None, source: tuple[str, str]) -> list[Group]:
+        if given is not None:
+            return _groups(config, tokenizer, vocab_size, name, _in_memory(given, name))
+        return _groups(config, tokenizer, vocab_size, source[0], _load(config, *source))
+
+    trained = groups("rows", rows, (str(config.dataset_name), config.dataset_train_split))
+    if not config.evaluates:
+        return Data(trained, [])
+    assert eval_rows is not None or config.eval_source is not None
+    return Data(trained, groups("eval_rows", eval_rows, config.eval_source or ("", "")))
+
+
+def _load(config: TrainConfig, name: str, split: str) -> datasets.Dataset:
+    return load_rows(
+        name,
+        split,
+        config_name=config.dataset_config,
+        num_proc=config.dataset_num_proc,
+        skip_bad_rows=config.skip_bad_rows,
+    )
 
 
 def _groups(
-    config: TrainConfig,
-    tokenizer: Any,
-    vocab_size: int | None,
-    source: tuple[str, str | RowsInMemory],
+    config: TrainConfig, tokenizer: Any, vocab_size: int | None, name: str, rows: datasets.Dataset
 ) -> list[Group]:
-    """The groups of one split: a name and, of what lies outside, its split, or the rows."""
-    name, where = source
-    if isinstance(where, str):
-        raw = load_rows(
-            name,
-            where,
-            config_name=config.dataset_config,
-            num_proc=config.dataset_num_proc,
-            skip_bad_rows=config.skip_bad_rows,
-        )
-    else:
-        raw = _in_memory(where, name)
+    """The groups of one split, whose name is in messages."""
     tokens, report = tokenize_dataset(
-        raw,
+        rows,
         tokenizer,
         max_length=config.max_length,
         num_proc=config.dataset_num_proc,
@@ -100,23 +99,27 @@ def _groups(
 def _in_memory(rows: RowsInMemory, name: str) -> datasets.Dataset:
     """Rows as a data set with the union of their columns."""
     if isinstance(rows, datasets.Dataset):
-        return rows
+        return rows.remove_columns([c for c in rows.column_names if c in _OURS])
     if isinstance(rows, str | Mapping) or not isinstance(rows, Sequence):
         expected = "a list of dicts or a datasets.Dataset"
         raise DataError(f"{name}: expected {expected}, got {type(rows).__name__}")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
             raise DataError(f"{name}, row {number}: expected a dict, got {type(row).__name__}")
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+    columns = list(dict.fromkeys(str(c) for row in rows for c in row if c not in _OURS))
     if not columns:
         raise DataError(f"{name}: has no rows")
     row_kind(columns, name)
     is_text = {c: all(isinstance(row.get(c), str | None) for row in rows) for c in columns}
+    # What training does not read may hold anything.
+    columns = [c for c in columns if is_text[c] or c in FIELDS or may_hold_prompt(c)]
     encoded = [
         {c: _stored(row.get(c), is_text[c], f"{name}, row {number}: {c}") for c in columns}
         for number, row in enumerate(rows, 1)
     ]
-    return datasets.Dataset.from_list(encoded, features=datasets.Features(stored_types(is_text)))
+    return datasets.Dataset.from_list(
+        encoded, features=datasets.Features(stored_types({c: is_text[c] for c in columns}))
+    )
 
 
 def _stored(value: Any, is_text: bool, where: str) -> Any:

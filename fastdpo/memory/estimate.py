@@ -20,7 +20,7 @@ from fastdpo_kernels.head import WorkspaceBytes
 from ..config import TrainConfig
 from ..data.plan import reference_budget
 from ..model.scorer import TOKEN_STATS
-from .layer import Bytes, LayerBytes, Probe
+from .layer import Bytes, LayerBytes, LayerProbe
 from .shapes import ModelShape, RowShape, scaled
 
 COMPONENTS = {
@@ -61,7 +61,7 @@ class Run:
 
     config: TrainConfig
     model: ModelShape
-    probe: Probe
+    probe: LayerProbe
     steps: Sequence[Sequence[RowShape]]
     kind: str
     """"cuda" or "cpu"."""

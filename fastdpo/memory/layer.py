@@ -177,7 +177,7 @@ class _Join(torch.autograd.Function):
 
 
 @dataclass
-class Probe:
+class LayerProbe:
     """A model of one layer on fake tensors; `of_row` counts what a row needs in it."""
 
     model: Any

@@ -28,7 +28,7 @@ from ..model.layout import expected_layout
 from ..model.load import load_model_config, load_tokenizer
 from ..model.precision import choose_precision
 from .estimate import Estimate, Run, estimate
-from .layer import Probe
+from .layer import LayerProbe
 from .shapes import (
     ModelShape,
     RowShape,
@@ -65,7 +65,7 @@ class Planner:
     model_config: Any
     assumed: str | None = None
     """What was assumed in place of data, in words."""
-    _models: dict[Any, tuple[ModelShape, Probe]] = field(default_factory=dict)
+    _models: dict[Any, tuple[ModelShape, LayerProbe]] = field(default_factory=dict)
     _rows: dict[int, list[list[RowShape]]] = field(default_factory=dict)
 
     @property
@@ -90,7 +90,7 @@ class Planner:
         """Whether the peak is within the device's budget."""
         return prediction.estimate.peak <= self.device.budget
 
-    def _model(self, config: TrainConfig) -> tuple[ModelShape, Probe]:
+    def _model(self, config: TrainConfig) -> tuple[ModelShape, LayerProbe]:
         key = tuple(str(getattr(config, name)) for name in _SHAPING)
         if key not in self._models:
             model = meta_model(config, self.model_config)
@@ -107,14 +107,16 @@ class Planner:
         return self._rows[max_tokens]
 
 
-def probe_of(config: TrainConfig, model: Any, kind: str, autocast: torch.dtype | None) -> Probe:
+def probe_of(
+    config: TrainConfig, model: Any, kind: str, autocast: torch.dtype | None
+) -> LayerProbe:
     """A probe of a model on the meta device; 4-bit matrices are in the type they multiply in."""
     if config.load_in_4bit:
         _unpack(model, autocast)
     tokens = config.layer_tile_tokens
     prepare = None if tokens is None else partial(_tile, tokens=tokens)
     flash = kind == "cuda" and config.attention_backend != "sdpa"
-    return Probe(model, flash, autocast, prepare)
+    return LayerProbe(model, flash, autocast, prepare)
 
 
 def _unpack(model: Any, autocast: torch.dtype | None) -> None:

@@ -130,7 +130,7 @@ def _verdict(facts: dict[str, Any]) -> list[str]:
     if facts["least"] is None:
         return [*lines, "no switch known here makes it fit"]
     fitting = facts["least"]
-    flags = " ".join(f"--{name} {show(value)}" for name, value in fitting["changes"].items())
+    flags = _flags(fitting["changes"])
     needed = f"{_gib(fitting['total_bytes'])} GiB{_cost(fitting)}"
     return [*lines, f"least that fits ({needed}): {flags}"]
 
@@ -141,18 +141,22 @@ def _switches(facts: dict[str, Any]) -> list[str]:
         fits = "fits" if switch["fits"] else ""
         other = "" if switch["same_numbers"] else "other numbers"
         cost = _cost(switch).removeprefix(", ")
-        rows.append((switch["name"], _gib(switch["total_bytes"]), fits, cost, other))
+        rows.append((_flags(switch["changes"]), _gib(switch["total_bytes"]), fits, cost, other))
     if not rows:
         return []
     wide = max(len(row[0]) for row in rows)
     return [
         "",
-        "Each switch by itself:",
+        "Each switch by itself, as far as it goes:",
         *(
-            f"  {name:<{wide}} {peak:>6} GiB  {fits:<4} {cost:<12} {other}".rstrip()
-            for name, peak, fits, cost, other in rows
+            f"  {flags:<{wide}} {peak:>6} GiB  {fits:<4} {cost:<12} {other}".rstrip()
+            for flags, peak, fits, cost, other in rows
         ),
     ]
+
+
+def _flags(changed: dict[str, Any]) -> str:
+    return " ".join(f"--{name} {show(value)}" for name, value in changed.items())
 
 
 def _cost(described: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import TrainConfig
+from ..config.optimizer import OFFLOADED
 from ..errors import ConfigError
 from .planner import Planner, Prediction
 
@@ -50,7 +51,8 @@ class Switch:
 
 
 def _lower_budget(config: TrainConfig, demand: Demand) -> Values:
-    if demand.largest <= demand.longest:
+    # With optimizer_in_backward a step is one row.
+    if demand.largest <= demand.longest or config.optimizer_in_backward:
         return {}
     return {"max_tokens_per_batch": max(demand.longest, demand.largest // 2)}
 
@@ -82,10 +84,9 @@ def _eight_bits(config: TrainConfig, demand: Demand) -> Values:
 
 
 def _offload_optimizer(config: TrainConfig, demand: Demand) -> Values:
-    if config.use_peft or demand.device != "cuda":
+    if config.use_peft or demand.device != "cuda" or config.optim not in OFFLOADED:
         return {}
-    optim = "adamw_torch" if config.optim == "adamw_torch" else "adamw_torch_fused"
-    return {"optimizer_offload": True, "optim": optim}
+    return {"optimizer_offload": True}
 
 
 def _lora(config: TrainConfig, demand: Demand) -> Values:

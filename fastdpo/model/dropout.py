@@ -19,7 +19,7 @@ def switch_off(model_config: Any) -> Dropouts:
         for name, value in part.to_dict().items()
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float)
     }
-    _set(model_config, dict.fromkeys(dropouts, 0.0))
+    put_back(model_config, dict.fromkeys(dropouts, 0.0))
     return dropouts
 
 
@@ -33,22 +33,23 @@ def rates(module: nn.Module) -> list[str]:
     ]
 
 
-def silence(model: nn.Module) -> None:
-    """Set every dropout of a model that has been made to 0."""
-    for module in model.modules():
-        for name in rates(module):
-            setattr(module, name, 0.0)
+def silence(model: nn.Module) -> list[tuple[nn.Module, str, float]]:
+    """Set every dropout of a model that has been made to 0; where they were and what."""
+    found = [(m, name, getattr(m, name)) for m in model.modules() for name in rates(m)]
+    for module, name, _ in found:
+        setattr(module, name, 0.0)
+    return found
 
 
 @contextmanager
 def original_dropout(model: Any) -> Iterator[None]:
     """The configuration with the dropouts it was loaded with, while the model is being saved."""
     dropouts = getattr(model, "fastdpo_dropouts", {})
-    _set(model.config, dropouts)
+    put_back(model.config, dropouts)
     try:
         yield
     finally:
-        _set(model.config, dict.fromkeys(dropouts, 0.0))
+        put_back(model.config, dict.fromkeys(dropouts, 0.0))
 
 
 def _parts(model_config: Any) -> list[Any]:
@@ -56,7 +57,8 @@ def _parts(model_config: Any) -> list[Any]:
     return [model_config] if text is model_config else [model_config, text]
 
 
-def _set(model_config: Any, dropouts: Dropouts) -> None:
+def put_back(model_config: Any, dropouts: Dropouts) -> None:
+    """Set the dropouts of a configuration to these rates."""
     parts = _parts(model_config)
     for (number, name), value in dropouts.items():
         setattr(parts[number], name, value)

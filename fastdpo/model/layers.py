@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -40,7 +41,9 @@ def recompute_layers(model: nn.Module, *, every: int = 1, offload: Transfer | No
     if not layers and (every > 1 or offload):
         key = "gradient_checkpointing_every" if every > 1 else "activation_offloading"
         raise ConfigError(f"{key}: {name} recomputes its layers in a way of its own; leave it out")
-    base.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+    with warnings.catch_warnings():  # transformers 5.24 calls it otherwise, 5.17 does not know how
+        warnings.simplefilter("ignore", FutureWarning)
+        base.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
     if offload is not None:
         offloader = Offloader(offload)
         for layer in layers:

@@ -10,9 +10,11 @@ the model's stock attention. What fails falls back to a layout that gives the sa
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..config import TrainConfig
@@ -108,6 +110,25 @@ def _candidates(config: Any, share_prefix: bool, dropout: bool) -> Iterator[tupl
     yield "shared", mixing or sharing
     yield "packed", mixing
     yield "padded", None
+
+
+@contextmanager
+def ordinary(model: nn.Module) -> Iterator[None]:
+    """A model that takes ordinary batches, in the middle of training, which goes on as if nothing
+    had been computed: with its attention, its modes and the random states.
+    """
+    base = base_causal_lm(model)
+    attention = base.config._attn_implementation
+    modes = [(module, module.training) for module in model.modules()]
+    device = next(model.parameters()).device
+    restore_attention(model)
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        base.set_attn_implementation(attention)
+        for module, mode in modes:
+            module.training = mode
 
 
 def restore_attention(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from transformers.integrations.liger import apply_liger_kernel
 from ..config import TrainConfig
 from ..errors import CheckpointError, ConfigError, ModelError, one_line
 from .adapter import check_adapter_file, merge_adapter
-from .dropout import silence, switch_off
+from .dropout import switch_off
 from .place import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Place, find_model, tokenizer_place
 from .quantised import check_packed, compute_in, is_quantised, quantisation
 from .weights import (
@@ -138,12 +138,19 @@ def load_model(
 
 def check_given(model: Any, config: TrainConfig) -> None:
     """Raise ModelError for what cannot be trained in place of a model that is loaded: no model of
-    transformers, one with adapters, or a quantised one without adapters to train.
+    transformers, one with adapters or without a weight to train, or a quantised one without
+    adapters to train.
     """
+    if hasattr(model, "peft_config"):  # peft leaves it on the base too
+        raise ModelError(
+            "model: has adapters already; pass what peft_model.unload() or merge_and_unload() "
+            "returns, or name the adapter's directory in model_name_or_path"
+        )
     if not isinstance(model, PreTrainedModel):
         kind = type(model).__name__
-        hint = "; pass its base and set use_peft" if hasattr(model, "peft_config") else ""
-        raise ModelError(f"model: expected a transformers PreTrainedModel, got {kind}{hint}")
+        raise ModelError(f"model: expected a transformers PreTrainedModel, got {kind}")
+    if not config.use_peft and not any(p.requires_grad for p in model.parameters()):
+        raise ModelError("model: no weight of it requires a gradient; requires_grad_() makes all")
     if is_quantised(model):
         _require_adapter(config, "model")
 
@@ -158,11 +165,11 @@ def _require_adapter(config: TrainConfig, where: str) -> None:
 def adopt_model(
     model: Any, config: TrainConfig, device: torch.device, autocast: torch.dtype | None
 ) -> PreTrainedModel:
-    """A model that the caller has in memory, as `load_model` would have returned it: on the device
-    and without dropout. It is changed in place.
+    """A model that the caller has `lent`, as `load_model` would have returned it: on the device, in
+    place, with the attention that the configuration names.
     """
-    model.fastdpo_dropouts = switch_off(model.config)
-    silence(model)
+    if config.attn_implementation:
+        model.set_attn_implementation(config.attn_implementation)
     if config.use_liger_kernel:
         _use_liger_layers(model, device)
     if not is_quantised(model):
@@ -182,7 +189,8 @@ def load_weights(model: Any, config: TrainConfig, path: Path) -> None:
         return
     if not (path / "config.json").exists():
         raise CheckpointError(f"{path}: holds no full model, but use_peft is not set")
-    saved = load_model(config, torch.device("cpu"), str(path))
+    own = config.choose("checkpoint", dtype="auto")  # rounded to another type it would not be it
+    saved = load_model(own, torch.device("cpu"), str(path))
     try:
         model.load_state_dict(saved.state_dict())
     except RuntimeError as error:

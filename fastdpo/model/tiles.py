@@ -101,6 +101,13 @@ def run_in_tiles(module: Any, tokens: int) -> None:
     module._tile_tokens = tokens
 
 
+def run_whole(model: nn.Module) -> None:
+    """Undo `run_in_tiles` in every part of a model."""
+    for module in model.modules():
+        if "_whole_forward" in vars(module):
+            del module.forward, module._whole_forward
+
+
 def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     """A module's forward, in tiles where it was called with hidden states (B, S, …) alone."""
     hidden = args[0] if args else None

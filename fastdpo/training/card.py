@@ -36,7 +36,7 @@ def model_card(config: TrainConfig, base: str, metrics: Mapping[str, Any]) -> st
         "",
         f"Loss `{', '.join(config.loss_type)}`, beta {config.beta}, learning rate "
         f"{config.learning_rate}. The complete configuration is in "
-        "`training_config.yaml`, the metrics of every step in `metrics.jsonl`.",
+        "`training_config.yaml`, the metrics in `metrics.jsonl`.",
         "",
         "| metric | last value |",
         "|---|---|",

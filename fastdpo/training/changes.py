@@ -98,7 +98,7 @@ def check_identity(
     known = saved.get("identity", {})
     other = [name for name, value in identity.items() if known.get(name, value) != value]
     if other:
-        names = _changed(saved, config, COMPARED) or ["the keys are the same"]
+        names = _changed(saved, config, COMPARED) or ["although the keys are the same"]
         _refuse(path, [f"other {' and '.join(other)}: {', '.join(names)}"], config)
 
 

@@ -17,6 +17,7 @@ from ..data.plan import Step, epoch_plan, plan_digest
 from ..devices import peak_memory_mib
 from ..errors import ConfigError
 from ..losses import loss_at_reference
+from ..model.layout import ordinary
 from ..model.load import load_weights
 from . import checkpoint, metrics
 from .changes import check_identity, deciding, describe_changes
@@ -87,13 +88,14 @@ class Trainer:
             last |= self._evaluate()
         self.model.train()
         trace = profiler(config.profile_steps, folder / TRACE, self.device)
-        with closing(steps or self.take_steps()) as taken, trace as watch:
+        with closing(self.update), closing(steps or self.take_steps()) as taken, trace as watch:
             for _ in taken:
                 watch.step()
                 logged = self._after_step()
                 last |= logged
                 if self.on_step is not None:
-                    self.on_step(self.step, logged)
+                    with ordinary(self.model):
+                        self.on_step(self.step, logged)
         self.bar.close()
         self._begin()
         return last

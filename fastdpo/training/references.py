@@ -87,7 +87,7 @@ def precompute_reference(
 def _second_model(config: TrainConfig, policy: Scorer) -> OnlineReference:
     """The model that `ref_model_name_or_path` names, or the policy as it is at the start."""
     device, autocast, path = policy.device, policy.autocast, config.ref_model_name_or_path
-    if path is None and config.model_name_or_path is None:  # it was given in memory
+    if path is None and config.model_name_or_path is None:  # it came from memory
         scorer = Scorer(
             copy.deepcopy(policy.model), policy.head, policy.layout, autocast, policy.workspace_mib
         )

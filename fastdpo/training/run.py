@@ -2,25 +2,28 @@
 model or to reference log-probabilities.
 """
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config import TrainConfig
 from ..data.dataset import RowsInMemory
+from ..errors import ConfigError
 from ..hub import reached
 from ..model.adapter import adopt_adapter
 from ..model.layout import restore_attention
+from ..model.lent import lent
 from ..terminal import progress_bars, withheld
 from .card import model_card
 from .loop import Trainer
 from .output import Output, claim
 from .references import precompute_reference
 from .retry import enough_memory, retried
-from .setup import Given, load, set_up
+from .setup import InMemory, load, set_up
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +68,11 @@ def train(
         FastDPOError: anything wrong with configuration, data, model or checkpoint, before the first
             step; a loss or gradient that is not finite, later.
     """
-    given = Given(rows, eval_rows, model, tokenizer)
-    given.require(config)
+    given = InMemory(rows, eval_rows, model, tokenizer)
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(f"config: expected a TrainConfig, got {type(config).__name__}")
+    _check_callback(on_step)
+    given.check(config)
     with claim(config) as output, _surroundings(config):
         if given.is_empty and config.resume_from_checkpoint is True and output.holds_this_run():
             logger.info(
@@ -77,16 +83,26 @@ def train(
         return _train(config, given, output, on_step)
 
 
+def _check_callback(on_step: Any) -> None:
+    """Raise ConfigError for what cannot be called after a step, before any is taken."""
+    if on_step is None:
+        return
+    try:
+        inspect.signature(on_step).bind(1, {})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"on_step: expected a function of step and metrics ({error})") from None
+
+
 def _train(
-    config: TrainConfig, given: Given, output: Output, on_step: Callable[..., None] | None
+    config: TrainConfig, given: InMemory, output: Output, on_step: Callable[..., None] | None
 ) -> TrainResult:
-    with _lent(given.model):
+    with nullcontext() if given.model is None else lent(given.model):
         with withheld():
             trainer = set_up(config, given, output, on_step)
         return _finish(config, given, output, trainer)
 
 
-def _finish(config: TrainConfig, given: Given, output: Output, trainer: Trainer) -> TrainResult:
+def _finish(config: TrainConfig, given: InMemory, output: Output, trainer: Trainer) -> TrainResult:
     """Take the steps that are left and save the model."""
     if output.finished and trainer.step == trainer.total_steps:
         logger.info(
@@ -100,18 +116,7 @@ def _finish(config: TrainConfig, given: Given, output: Output, trainer: Trainer)
     return TrainResult(trainer.step, metrics, output.path, trainer.model)
 
 
-@contextmanager
-def _lent(model: Any) -> Iterator[None]:
-    """A model of the caller's has its own attention afterwards, whatever happened."""
-    before = None if model is None else getattr(model.config, "_attn_implementation", None)
-    try:
-        yield
-    finally:
-        if before is not None:
-            model.set_attn_implementation(before)
-
-
-def _base(config: TrainConfig, given: Given) -> str:
+def _base(config: TrainConfig, given: InMemory) -> str:
     """The name of the model that was trained."""
     if given.model is None:
         return str(config.model_name_or_path)
@@ -122,7 +127,7 @@ def precompute(config: TrainConfig) -> dict[str, Any]:
     """Run `fastdpo precompute`: fills the reference cache, returns what was found and computed."""
     config.require("model_name_or_path", "dataset_name")
     with _surroundings(config), withheld():
-        loaded = load(adopt_adapter(config), Given(), config.bf16, trains=False)
+        loaded = load(adopt_adapter(config), InMemory(), config.bf16, trains=False)
         report, _ = precompute_reference(
             loaded.config, loaded.policy, loaded.data, loaded.max_tokens
         )
@@ -132,5 +137,7 @@ def precompute(config: TrainConfig) -> dict[str, Any]:
 @contextmanager
 def _surroundings(config: TrainConfig) -> Iterator[None]:
     """Terminal, network and memory, each of which may be less than what libraries expect."""
+    for line in config.idle_settings():
+        logger.warning(f"note: {line}")
     with progress_bars(config.disable_tqdm), reached(config), enough_memory():
         yield

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 from fastdpo_kernels.losses import Comparisons
-from transformers import set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..config import TrainConfig
+from ..config.inputs import DTYPES
 from ..data.dataset import Data, RowsInMemory, load_data
 from ..data.groups import count_comparisons
 from ..data.packing import longest_comparison
 from ..data.plan import row_budget
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelError
 from ..losses import make_loss
 from ..memory.allocator import keep_freed_memory, return_freed_memory
 from ..memory.auto import fit
@@ -40,14 +41,13 @@ from .optimizer import optimizer_path
 from .output import Output
 from .references import make_reference
 from .step import Objective
+from .trackers import require_trackers
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = ("float32", "bfloat16", "float16")
-
 
 @dataclass(frozen=True)
-class Given:
+class InMemory:
     """What the caller has in memory; the rest is where the configuration says."""
 
     rows: RowsInMemory | None = None
@@ -55,16 +55,28 @@ class Given:
     model: Any = None
     tokenizer: Any = None
 
-    def require(self, config: TrainConfig) -> None:
-        """Raise ConfigError unless the configuration names what is not given, and ModelError for a
-        model that cannot be trained.
+    def check(self, config: TrainConfig) -> None:
+        """Hold it against the configuration, before anything is loaded.
+
+        Raises:
+            ConfigError: what is neither given nor named there, or given for nothing.
+            ModelError: a model or tokenizer that cannot be used.
         """
         if self.model is None or self.tokenizer is None:
             config.require("model_name_or_path")
         if self.rows is None:
             config.require("dataset_name")
+        if self.eval_rows is not None and not config.evaluates:
+            raise ConfigError(
+                "eval_rows: the run does not evaluate; set eval_strategy, do_eval or eval_on_start"
+            )
+        if config.evaluates and self.eval_rows is None and config.eval_source is None:
+            raise ConfigError("eval_rows: expected rows to evaluate on, or eval_dataset_name")
         if self.model is not None:
             check_given(self.model, config)
+        if not isinstance(self.tokenizer, PreTrainedTokenizerBase | None):
+            kind = type(self.tokenizer).__name__
+            raise ModelError(f"tokenizer: expected one of transformers, got {kind}")
 
     @property
     def is_empty(self) -> bool:
@@ -83,7 +95,7 @@ class Loaded:
     max_tokens: int
 
 
-def load(config: TrainConfig, given: Given, bf16: bool | None, *, trains: bool = True) -> Loaded:
+def load(config: TrainConfig, given: InMemory, bf16: bool | None, *, trains: bool = True) -> Loaded:
     """Tokenizer, data and policy, made to fit the device if it `trains` and `memory` is auto;
     `bf16` as the configuration or a checkpoint has it.
     """
@@ -91,10 +103,11 @@ def load(config: TrainConfig, given: Given, bf16: bool | None, *, trains: bool =
         check_model_files(config)
         model_config = load_model_config(config)
     else:
-        model_config, dtype = given.model.config, str(given.model.dtype).removeprefix("torch.")
-        config = config.choose("model", dtype=dtype) if dtype in _DTYPES else config
+        model_config = given.model.config
     device = _device(config)
     tokenizer = load_tokenizer(config) if given.tokenizer is None else given.tokenizer
+    if given.model is not None:  # the path was for the tokenizer
+        config = config.choose("model", model_name_or_path=None)
     vocab_size = getattr(model_config.get_text_config(), "vocab_size", None)
     data = load_data(config, with_pad_token(tokenizer), vocab_size, given.rows, given.eval_rows)
     _note_positions(config, model_config, data)
@@ -108,13 +121,16 @@ def load(config: TrainConfig, given: Given, bf16: bool | None, *, trains: bool =
 
 
 def set_up(
-    config: TrainConfig, given: Given, output: Output, on_step: Callable[..., None] | None
+    config: TrainConfig, given: InMemory, output: Output, on_step: Callable[..., None] | None
 ) -> Trainer:
     """A trainer that stands before the first step that is left."""
     loss = _loss(config)
     attention_path(config)  # a backend that cannot be had here is an error before anything else
     if given.model is None:
         config = adopt_adapter(config)
+    elif (dtype := str(given.model.dtype).removeprefix("torch.")) in DTYPES:
+        config = config.choose("model", dtype=dtype)
+    require_trackers(config)
     optimizer = optimizer_path(config, run_device(config))
     start, bf16 = output.checkpoint(), config.bf16
     if start is not None:

@@ -1,11 +1,13 @@
 """Where metrics go: `metrics.jsonl`, and the services that `report_to` names."""
 
+import importlib.util
 import json
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..config import TrainConfig
 from ..errors import ConfigError
 from ..files import explain, sync, write_text
 
@@ -42,6 +44,13 @@ class _Run:
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self.service.log(metrics, step=step)
+
+
+def require_trackers(config: TrainConfig) -> None:
+    """Raise ConfigError for a service of `report_to` that is not installed."""
+    for name in set(config.report_to) - {"none"}:
+        if importlib.util.find_spec(name) is None:
+            raise config.error("report_to", f"{name} is not installed")
 
 
 def make_trackers(

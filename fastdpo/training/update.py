@@ -31,7 +31,13 @@ class Update:
         self.max_norm = config.max_grad_norm or math.inf
         self.free = device.type == "cuda"
         self.optimizer = make_optimizer(model, config)
+        self.hooks: list[Any] = []
         self.pending = Pending(self.optimizer, device)
+
+    def close(self) -> None:
+        """Leave the weights' gradients alone from now on."""
+        for hook in self.hooks:
+            hook.remove()
 
     def backward(self, loss: Tensor, step: int) -> None:
         """Gradients of a row's loss, added to those of the step's other rows."""
@@ -59,8 +65,10 @@ class GradientNorms:
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.norms: dict[int, Tensor] = {}
-        for number, parameter in enumerate(parameters):
+        self.hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._take, number))
+            for number, parameter in enumerate(parameters)
+        ]
 
     def _take(self, number: int, parameter: Tensor) -> None:
         if number in self.norms:
@@ -89,8 +97,10 @@ class InBackward(Update):
             for number, group in enumerate(self.optimizer.param_groups)
             for parameter in group["params"]
         }
-        for number, parameter in enumerate(self.parameters):
+        self.hooks = self.norms.hooks + [
             parameter.register_post_accumulate_grad_hook(partial(self._step_one, number))
+            for number, parameter in enumerate(self.parameters)
+        ]
 
     def backward(self, loss: Tensor, step: int) -> None:
         """Gradients and new weights, unless the loss is not finite."""
@@ -128,6 +138,7 @@ class Offloaded(Update):
             self.norms = GradientNorms([p for p in model.parameters() if p.requires_grad])
         super().__init__(model, config, device)
         self.free = True  # the only way that torchao knows
+        self.hooks = self.norms.hooks if self.norms else []
 
     def norm(self) -> Tensor:
         """The norm of the step's gradient, (), which is scaled on the host."""

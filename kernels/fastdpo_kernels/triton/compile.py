@@ -67,7 +67,7 @@ class Resources:
 
 def cases(arch: int) -> Iterator[Case]:
     """Every kernel that computes logits in every configuration of an architecture, with none and
-    with all of the options that its family is chosen for.
+    with all of the options that its family is meant for.
     """
     kernels = (score.score_kernel, exponential.exponential_kernel, exponential.again_kernel)
     seen = set()
