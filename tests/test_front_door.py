@@ -1,6 +1,7 @@
 """`from fastdpo import TrainConfig, train`: what is in memory trains as what is on disk does."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from training import assert_same_weights, heard, metrics, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -207,9 +209,120 @@ def test_what_is_missing_is_named(config, rows, tiny_model):
         train(config("out", model_name_or_path=None), rows, model=model)
 
 
-def test_models_that_cannot_be_trained(config, rows, tiny_model):
+def test_models_that_cannot_be_trained(config, tiny_model):
     with pytest.raises(ModelError, match="model: expected a transformers PreTrainedModel, got str"):
         train(config("out"), model=str(tiny_model))
-    adapted = get_peft_model(load(tiny_model)["model"], LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ModelError, match=r"got PeftModel.*; pass its base and set use_peft"):
-        train(config("out", use_peft=True), model=adapted)
+    model = load(tiny_model)["model"]
+    with pytest.raises(ModelError, match="no weight of it requires a gradient"):
+        train(config("out"), model=model.requires_grad_(False))
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    for one in (adapted, model):
+        with pytest.raises(ModelError, match="model: has adapters already; pass what"):
+            train(config("out", use_peft=True), model=one)
+    with pytest.raises(ModelError, match="tokenizer: expected one of transformers, got str"):
+        train(config("out"), tokenizer=str(tiny_model))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"optimizer_in_backward": True, "max_grad_norm": 0.0, "max_tokens_per_batch": 4000},
+        {"layer_tile_tokens": 8, "gradient_checkpointing": True},
+        {"attn_implementation": "eager"},
+        {"save_strategy": "steps", "save_steps": 2},
+    ],
+)
+def test_a_lent_model_comes_back_as_it_was(config, tiny_model, tmp_path, keys):
+    """So the next run with it is that of the model from disk, whatever the one before was."""
+    loaded = load(tiny_model)
+    model, weights = loaded["model"], load(tiny_model)["model"].state_dict()
+    train(config("first", model_name_or_path=None, **keys), **loaded)
+    assert not model.training and not model.is_gradient_checkpointing
+    assert (
+        model.config.attention_dropout == 0.1 == model.model.layers[0].self_attn.attention_dropout
+    )
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model.load_state_dict(weights)
+    train(config("second", model_name_or_path=None), **loaded)
+    train(config("disk"))
+    assert_same_weights(tmp_path / "second", tmp_path / "disk")
+    saved = json.loads((tmp_path / "second" / "config.json").read_text(encoding="utf-8"))
+    assert saved["attention_dropout"] == 0.1
+
+
+@pytest.mark.parametrize("precompute", [True, False])
+def test_the_reference_is_the_model_in_memory(config, tiny_model, precompute, tmp_path):
+    """And not the one at `model_name_or_path`, which is there for the tokenizer."""
+    model = load(tiny_model)["model"]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.2)
+    train(config("out", precompute_ref_log_probs=precompute), model=model)
+    assert metrics(tmp_path / "out")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_of_any_dtype_is_resumed(config, tiny_model, tmp_path, dtype):
+    def go(name: str, **keys: Any) -> None:
+        loaded = load(tiny_model)
+        loaded["model"] = loaded["model"].to(dtype)
+        train(config(name, model_name_or_path=None, **keys), **loaded)
+
+    go("out", save_strategy="steps", save_steps=2)
+    go("rest", resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert_same_weights(tmp_path / "rest", tmp_path / "out")
+
+
+def test_the_model_can_be_used_in_on_step(config, tiny_model, tmp_path):
+    """What is computed there, in whatever mode, changes nothing."""
+    keys = {"use_peft": True, "lora_dropout": 0.3, "model_name_or_path": None}
+    loaded = load(tiny_model)
+    prompt = loaded["tokenizer"]("the cat", return_tensors="pt")
+
+    def sample(step: int, found: dict[str, float]) -> None:
+        loaded["model"].eval().generate(**prompt, max_new_tokens=2, do_sample=True)
+
+    train(config("sampled", **keys), **loaded, on_step=sample)
+    train(config("plain", **keys), **load(tiny_model))
+    assert_same_weights(tmp_path / "sampled", tmp_path / "plain")
+
+
+@pytest.mark.parametrize("wrong", ["print", lambda: None, lambda step: None])
+def test_a_callback_that_cannot_be_called_costs_nothing(config, tmp_path, wrong):
+    with pytest.raises(ConfigError, match="on_step: expected a function of step and metrics"):
+        train(config("out"), on_step=wrong)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_evaluation_is_asked_for_or_refused(config, rows):
+    with pytest.raises(ConfigError, match="eval_rows: the run does not evaluate; set"):
+        train(config("out"), rows, rows)
+    with pytest.raises(ConfigError, match="eval_rows: expected rows to evaluate on"):
+        train(config("out", dataset_name=None, do_eval=True), rows)
+
+
+def test_mistakes_of_a_script_are_one_line(tiny_model, rows, config):
+    with pytest.raises(ConfigError, match="TrainConfig: unknown key learning_rat; the nearest"):
+        TrainConfig(learning_rat=1)
+    with pytest.raises(ConfigError, match="TrainConfig: max_prompt_length "):
+        TrainConfig(max_prompt_length=512)
+    with pytest.raises(ConfigError, match="config: expected a TrainConfig, got dict"):
+        train({"beta": 0.1}, rows)
+    with pytest.raises(DataError, match="rows: expected a list of dicts"):
+        train(config("out"), "rows.jsonl")
+    with pytest.raises(ConfigError, match="report_to: wandb is not installed"):
+        train(config("out", report_to=["wandb"]), rows)
+
+
+def test_settings_without_effect_are_logged(config):
+    with heard() as said:
+        train(config("out", lora_r=8))
+    assert "note: lora_r has no effect: use_peft is false" in said
+
+
+def test_columns_that_are_not_read_may_hold_anything(config, rows, tmp_path):
+    train(config("plain"), rows)
+    noted = [{**row, "seen": {1, 2}, "fastdpo_line": "x", "fastdpo_problem": "y"} for row in rows]
+    train(config("noted"), noted)
+    assert_same_weights(tmp_path / "noted", tmp_path / "plain")

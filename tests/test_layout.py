@@ -90,7 +90,7 @@ def test_rows_equal_a_dense_mask_through_stock_attention(family: str) -> None:
     truth.check(model, row_logps(model, row, **inputs, attention_mask=dense_mask(row, family, 4)))
 
 
-def padded_logps(model: Any) -> Tensor:
+def padded_logps(model: Any, one_by_one: bool = False) -> Tensor:
     """Log-probabilities of one padded batch, the way a trainer computes them."""
     groups = [
         Group(np.array(prompt, np.int32), [np.array(r, np.int32) for r in responses])
@@ -98,7 +98,7 @@ def padded_logps(model: Any) -> Tensor:
     ]
     row = [Part(number, tuple(range(len(g.responses)))) for number, g in enumerate(groups)]
     batch = make_batch(groups, row, "padded")
-    states = batch_states(model, batch).flatten(0, 1)[batch.score_index]
+    states = batch_states(model, batch, one_by_one=one_by_one).flatten(0, 1)[batch.score_index]
     logps = find_head(model).logits(states).double().log_softmax(-1)
     return logps.gather(-1, batch.targets[:, None])[:, 0]
 
@@ -139,6 +139,8 @@ def test_architectures_that_need_one_sequence_a_forward(family: str) -> None:
     layout = choose_layout(model)
     assert (layout.name, layout.one_by_one) == ("padded", True)
     assert model.config._attn_implementation != NAME
+    truth = separate_logps(build(family), GROUPS)
+    torch.testing.assert_close(padded_logps(model, one_by_one=True), truth, rtol=0, atol=1e-5)
     # And it is needed: beside a longer sequence a short one changes.
     difference = (padded_logps(model) - separate_logps(build(family), GROUPS)).abs().max()
     assert difference > 1e-3
