@@ -29,9 +29,7 @@ class Batch:
     position_ids: Tensor | None  # (1, S) int64; padded: None
     attention_mask: Tensor | None  # padded: (B, L) int64
     segments: Segments | None
-    score_index: (
-        Tensor  # (T,) int64 into the flattened hidden states; the last prompt token repeats
-    )
+    score_index: Tensor  # (T,) int64 into the flattened states; the last prompt token repeats
     targets: Tensor  # (T,) int64
     response_ids: Tensor  # (T,) int64 in [0, R)
     comparisons: Tensor  # (C, 2) int64, (winner, loser)

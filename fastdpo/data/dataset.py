@@ -76,7 +76,7 @@ def _load(config: TrainConfig, name: str, split: str) -> datasets.Dataset:
 def _groups(
     config: TrainConfig, tokenizer: Any, vocab_size: int | None, name: str, rows: datasets.Dataset
 ) -> list[Group]:
-    """The groups of one split, whose name is in messages."""
+    """The groups of one split; `name` stands for it in messages."""
     tokens, report = tokenize_dataset(
         rows,
         tokenizer,

@@ -26,7 +26,7 @@ PackedRow = tuple[Part, ...]
 """Parts that one forward pass computes together."""
 
 
-def compare(index: int, group: Group, comparisons: Sequence[int]) -> Part:
+def part_of(index: int, group: Group, comparisons: Sequence[int]) -> Part:
     """The part of group number `index` that these comparisons need: the responses that they name,
     once each.
     """
@@ -48,7 +48,7 @@ def part_tokens(group: Group, responses: Sequence[int], layout: str) -> int:
 def longest_comparison(groups: Sequence[Group], layout: str) -> int:
     """Tokens of the longest comparison, which is never split."""
     return max(
-        part_tokens(group, compare(0, group, [number]).responses, layout)
+        part_tokens(group, part_of(0, group, [number]).responses, layout)
         for group in groups
         for number in range(len(group.comparisons))
     )
@@ -60,12 +60,12 @@ def split(
     """Split comparisons of one group so that no part exceeds the budget, as few parts as first-fit
     in order gives.
     """
-    held = compare(index, group, comparisons[:1])
+    held = part_of(index, group, comparisons[:1])
     for comparison in comparisons[1:]:
-        grown = compare(index, group, (*held.comparisons, comparison))
+        grown = part_of(index, group, (*held.comparisons, comparison))
         if part_tokens(group, grown.responses, layout) > max_tokens:
             yield held
-            grown = compare(index, group, (comparison,))
+            grown = part_of(index, group, (comparison,))
         held = grown
     yield held
 
@@ -73,8 +73,8 @@ def split(
 def pack(
     groups: Sequence[Group], parts: list[Part], max_tokens: int, layout: str, multiple: int
 ) -> list[PackedRow]:
-    """Rows of at most `max_tokens`, as few as best-fit-decreasing needs, then evened out; a
-    multiple of `multiple`.
+    """Rows of at most `max_tokens`, as few as best-fit-decreasing needs, then evened out; their
+    number is a multiple of `multiple`.
     """
     costs = [part_tokens(groups[p.group], p.responses, layout) for p in parts]
     if layout == "padded":

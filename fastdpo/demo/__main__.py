@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..config import TrainConfig
-from ..terminal import guarded, heard
+from ..terminal import guarded, heard, progress_bars
 from .model import demo_model_path
 
 PROMPT = "How can I make new friends in a new city?"
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
 
     def demo() -> int:
-        with heard():
+        with heard(), progress_bars(None):
             run(arguments)
         return 0
 

@@ -178,7 +178,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, model: Any, config: TrainConfig) -> ModelShape:
-        """Of a model on the meta device, or a real one that is not quantised yet."""
+        """The sizes of a model on the meta device, or of a real one that is not quantised yet."""
         text = base_causal_lm(model).config.get_text_config()
         layers, head = decoder_layers(model), find_head(model)
         embedding = base_causal_lm(model).get_input_embeddings().weight

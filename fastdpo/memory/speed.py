@@ -34,7 +34,7 @@ class Seconds:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Seconds of the whole step."""
         return sum(getattr(self, item.name) for item in fields(self))
 
 

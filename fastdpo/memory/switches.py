@@ -46,7 +46,7 @@ class Switch:
 
     @property
     def origin(self) -> str:
-        """Of the keys that it changed."""
+        """The origin of the keys that it changed."""
         return f"memory: {self.name}"
 
 

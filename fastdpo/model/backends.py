@@ -218,13 +218,13 @@ def varlen(call: Call) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     grouped = {}
-    if call.query.shape[1] != call.key.shape[1] and _wants_to_be_told(varlen_attn):
+    if call.query.shape[1] != call.key.shape[1] and _takes_enable_gqa(varlen_attn):
         grouped = {"enable_gqa": True}
     return _flash(call, varlen_attn, scale=call.scale, **grouped)
 
 
 @lru_cache(maxsize=2)
-def _wants_to_be_told(kernel: Callable[..., Any]) -> bool:
+def _takes_enable_gqa(kernel: Callable[..., Any]) -> bool:
     """torch 2.11 takes grouped heads as they are; later versions raise unless told so."""
     return "enable_gqa" in inspect.signature(kernel).parameters
 

@@ -125,7 +125,7 @@ class ScratchFile:
         return tensor, None
 
     def wait(self, copy: None) -> None:
-        """Nothing is ever under way."""
+        """Return at once: `fetch` has copied everything when it returns."""
 
     def _unload(self, host: Tensor) -> None:
         self.maps[host.data_ptr()].madvise(mmap.MADV_DONTNEED)

@@ -9,12 +9,12 @@ from ..data.plan import comparisons_per_step
 
 
 class Schedule:
-    """Of a configuration over its training data.
+    """The steps of a run, from its configuration and its training data.
 
     Attributes:
-        comparisons: how many a step holds, the last one of an epoch apart.
+        comparisons: how many a step holds; the last one of an epoch holds what is left.
         steps_per_epoch: optimizer steps of one pass over the data.
-        steps: of the whole run.
+        steps: optimizer steps of the whole run.
     """
 
     def __init__(self, config: TrainConfig, groups: Sequence[Group]) -> None:

@@ -124,7 +124,7 @@ class InBackward(Update):
         return self.norms.total()
 
     def step(self) -> None:
-        """Nothing is left to do."""
+        """Return at once: every weight was stepped in the backward."""
 
 
 class Offloaded(Update):
