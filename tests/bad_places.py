@@ -234,12 +234,12 @@ ENVIRONMENT = [
         "a b (no directory here, so a model of the hub): no model could be loaded",
         "--model_name_or_path=a b",
     ),
-    place("wandb is missing", absent("wandb"), "report_to: wandb …", "--report_to=wandb"),
-    place("trackio is missing", absent("trackio"), "report_to: trackio …", "--report_to=trackio"),
+    place("wandb is missing", absent("wandb"), "--report_to: wandb …", "--report_to=wandb"),
+    place("trackio is missing", absent("trackio"), "--report_to: trackio …", "--report_to=trackio"),
     place(
         "tensorboard is missing",
         absent("tensorboard", "torch.utils.tensorboard"),
-        "report_to: tensorboard …",
+        "--report_to: tensorboard …",
         "--report_to=tensorboard",
     ),
     place(

@@ -81,7 +81,7 @@ def as_text(planner: Planner, width: int | None = None) -> str:
         *_bars(facts, width),
         "",
         *_verdict(facts),
-        *_switches(facts),
+        *_switches(facts, width),
     ]
     return "\n".join(
         wrapped
@@ -135,7 +135,7 @@ def _verdict(facts: dict[str, Any]) -> list[str]:
     return [*lines, f"least that fits ({needed}): {flags}"]
 
 
-def _switches(facts: dict[str, Any]) -> list[str]:
+def _switches(facts: dict[str, Any], width: int) -> list[str]:
     rows = []
     for switch in facts["switches"]:
         fits = "fits" if switch["fits"] else ""
@@ -145,14 +145,16 @@ def _switches(facts: dict[str, Any]) -> list[str]:
     if not rows:
         return []
     wide = max(len(row[0]) for row in rows)
-    return [
-        "",
-        "Each switch by itself, as far as it goes:",
-        *(
-            f"  {flags:<{wide}} {peak:>6} GiB  {fits:<4} {cost:<12} {other}".rstrip()
-            for flags, peak, fits, cost, other in rows
-        ),
-    ]
+    lines = ["", "Each switch by itself, as far as it goes:"]
+    for flags, *figures in rows:
+        peak, fits, cost, other = figures
+        figure = f"{peak:>6} GiB  {fits:<4} {cost:<12} {other}".rstrip()
+        if wide + 45 <= width:
+            lines.append(f"  {flags:<{wide}} {figure}")
+        else:  # one below the other
+            lines += [f"  {line}" for line in textwrap.wrap(flags, width - 2)]
+            lines.append(f"    {figure}")
+    return lines
 
 
 def _flags(changed: dict[str, Any]) -> str:

@@ -189,8 +189,9 @@ def load_weights(model: Any, config: TrainConfig, path: Path) -> None:
         return
     if not (path / "config.json").exists():
         raise CheckpointError(f"{path}: holds no full model, but use_peft is not set")
-    own = config.choose("checkpoint", dtype="auto")  # rounded to another type it would not be it
-    saved = load_model(own, torch.device("cpu"), str(path))
+    if model.dtype == torch.float64:  # which no key asks for, but a model in memory may have
+        config = config.choose("checkpoint", dtype="auto")
+    saved = load_model(config, torch.device("cpu"), str(path))
     try:
         model.load_state_dict(saved.state_dict())
     except RuntimeError as error:
