@@ -42,10 +42,11 @@ class Rule:
     choices: tuple[str, ...] | None = None
 
 
-def one_of(*choices: str) -> Rule:
-    """The rule of a key that takes one of these texts."""
-    listed = ", ".join(choices)
-    return Rule(f"one of {listed}" if len(choices) > 1 else listed, choices.__contains__, choices)
+def one_of(*choices: str, unset: str | None = None) -> Rule:
+    """The rule of a key that takes one of these texts; `unset` says what it is left out for."""
+    expected = f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]
+    expected += f", or nothing {unset}" if unset else ""
+    return Rule(expected, choices.__contains__, choices)
 
 
 POSITIVE = Rule("a number greater than 0", lambda v: v > 0)

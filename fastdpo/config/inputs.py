@@ -40,7 +40,7 @@ class ModelKeys:
         None,
         "Unset: the fastest attention that is exact for this model. eager or sdpa force "
         "transformers' own, on padded rows.",
-        one_of("eager", "sdpa"),
+        one_of("eager", "sdpa", unset="for the fastest attention that is exact"),
     )
     use_liger_kernel: bool = key(
         False,
