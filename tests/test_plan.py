@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastdpo.config import TrainConfig
 from fastdpo.data.batch import make_batch
 from fastdpo.data.groups import Group, count_comparisons
 from fastdpo.data.packing import LAYOUTS, Part, balance, best_fit_decreasing, part_tokens
-from fastdpo.data.plan import make_plan, plan_digest, reference_rows
+from fastdpo.data.plan import epoch_plan, make_plan, plan_digest, reference_rows
 
 
 def random_groups(count: int, seed: int = 0, longest: int = 40) -> list[Group]:
@@ -189,3 +190,19 @@ def test_pair_tokens_count_two_sequences_per_comparison():
     assert batch.weights.tolist() == [1.0, 0.5, 1.0]
     assert batch.ref_logps is None
     assert count_comparisons([group]) == 3
+
+
+def test_a_runs_plan_follows_its_configuration():
+    groups = random_groups(40)
+
+    def plan(**keys):
+        config = TrainConfig(per_device_train_batch_size=3, gradient_accumulation_steps=2, **keys)
+        return epoch_plan(config, groups, layout="packed", max_tokens=90, epoch=1)
+
+    def expected(seed):
+        keys = {"comparisons_per_step": 6, "max_tokens": 90, "layout": "packed", "epoch": 1}
+        return make_plan(groups, seed=seed, **keys)
+
+    assert plan() == expected(42) != expected(7)
+    assert plan(seed=7) == plan(data_seed=7) == plan(seed=3, data_seed=7) == expected(7)
+    assert plan(shuffle=False) == plan(shuffle=False, data_seed=7) == expected(None)
