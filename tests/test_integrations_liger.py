@@ -237,7 +237,9 @@ def test_evaluation_needs_no_gradient():
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match=r"'kto'; known: .*apo_zero.*sigmoid"):
+    with pytest.raises(ValueError, match=r"'sigmoidal'; known: .*apo_zero.*sigmoid"):
+        LinearDPOLoss(loss_type="sigmoidal")
+    with pytest.raises(ValueError, match=r"expected a loss of comparisons, got 'kto', a loss of"):
         LinearDPOLoss(loss_type="kto")
     with pytest.raises(ValueError, match=r"exo_pair: expected 0 < label_smoothing"):
         LinearDPOLoss(loss_type="exo_pair")

@@ -17,7 +17,7 @@ from fastdpo_kernels import (
 from fastdpo_kernels.backends import backend_name, choose_backend
 from fastdpo_kernels.head import OUTPUTS
 from fastdpo_kernels.losses import Loss
-from fastdpo_kernels.problem import Problem, whole_comparisons
+from fastdpo_kernels.problem import Problem, whole_units
 from head_problems import (
     HEADS,
     NAIVE,
@@ -59,7 +59,10 @@ def test_logprob_matches_the_naive_one(engine, options, tokens, train):
     assert_same(evaluate_logprob(case, engine, train, **options), exact, engine.tolerance)
 
 
-@pytest.mark.parametrize("loss_type", sorted(LOSSES))
+OF_PAIRS = [n for n, loss in LOSSES.items() if loss.unit == "comparison" and not loss.prompt]
+
+
+@pytest.mark.parametrize("loss_type", sorted(OF_PAIRS))
 @pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
 def test_dpo_loss_and_gradients_match_the_naive_one(engine, loss_type, options):
     options = {k: v for k, v in options.items() if k != "temperature"}
@@ -120,11 +123,11 @@ def test_ignoring_a_token_is_leaving_it_out(engine, ignored, ignore_index):
     torch.testing.assert_close(full["gradient of weight"], w.grad.double().cpu(), **tolerance)
 
 
-def test_pieces_hold_whole_comparisons_and_cover_all_once():
+def test_pieces_hold_whole_units_and_cover_all_once():
     case = packed(25, 3)
     y, ids, pairs, ref = case[3:]
     problem = Problem(y, ids, pairs, ref, ref, ref, Loss(lambda pairs: pairs.margins))
-    pieces = list(whole_comparisons(problem, 20))
+    pieces = list(whole_units(problem, 20))
     assert len(pieces) > 3
     assert [p.start for p, _ in pieces[1:]] == [p.stop for p, _ in pieces[:-1]]
     assert (pieces[0][0].start, pieces[-1][0].stop) == (0, len(y))

@@ -125,7 +125,7 @@ def test_a_loss_that_fits_one_tile_is_projected_once_and_needs_no_plan(needs, mo
     def refuse(*_):
         raise AssertionError("a plan was made")
 
-    monkeypatch.setattr(regimes, "whole_comparisons", refuse)
+    monkeypatch.setattr(regimes, "whole_units", refuse)
     assert passes(10_000, Needs(*map(bool, needs))) == {
         "score": 0,
         "exponentials": 1,
@@ -133,7 +133,7 @@ def test_a_loss_that_fits_one_tile_is_projected_once_and_needs_no_plan(needs, mo
     }
 
 
-def test_whole_comparisons_are_projected_once():
+def test_whole_units_are_projected_once():
     assert passes(16, ALL._replace(bias=False))["exponentials"] == 1
 
 

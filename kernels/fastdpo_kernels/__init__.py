@@ -2,7 +2,8 @@
 logits.
 
 Needs torch alone. `linear_logprob` gives the log-probability of given tokens, `linear_dpo_loss` the
-loss of packed preference comparisons together with its gradient. `LinearDPOLoss` and `patch_trl`
+loss of packed preference comparisons together with its gradient, `linear_loss` any other loss of
+the family. `LinearDPOLoss` and `patch_trl`
 put them into trainers that are written for Liger and into TRL. `workspace_bytes` says beforehand
 what memory they take.
 """
@@ -11,16 +12,18 @@ from .backends import workspace_bytes
 from .head import WorkspaceBytes
 from .integrations.liger import LinearDPOLoss
 from .integrations.trl import patch_trl
-from .losses import LOSSES, Comparisons, register_loss
-from .ops import linear_dpo_loss, linear_logprob
+from .losses import LOSSES, Comparisons, Responses, register_loss
+from .ops import linear_dpo_loss, linear_logprob, linear_loss
 
 __all__ = [
     "LOSSES",
     "Comparisons",
     "LinearDPOLoss",
+    "Responses",
     "WorkspaceBytes",
     "linear_dpo_loss",
     "linear_logprob",
+    "linear_loss",
     "patch_trl",
     "register_loss",
     "workspace_bytes",

@@ -58,27 +58,44 @@ def check_packed(hidden: Tensor) -> None:
 def check_problem(
     hidden: Tensor,
     response_ids: Tensor,
-    comparisons: Tensor,
+    units: Tensor,
     ref_logps: Tensor,
-    comparison_weights: Tensor | None,
+    weights: Tensor | None,
     response_lengths: Tensor | None,
 ) -> None:
-    """`ValueError` unless these are hidden (T, H), response_ids (T,), comparisons (C, 2), ref_logps
-    (R,), comparison_weights (C,) and response_lengths (R,).
+    """`ValueError` unless these are hidden (T, H), response_ids (T,), units (U, k), ref_logps (R,),
+    weights (U,) and response_lengths (R,).
     """
     check_packed(hidden)
     _check_shape("response_ids", response_ids, (hidden.shape[0],))
-    if comparisons.ndim != 2 or comparisons.shape[1] != 2:
-        raise ValueError(f"comparisons: expected (C, 2), got {tuple(comparisons.shape)}")
     if ref_logps.ndim != 1:
         raise ValueError(f"ref_logps: expected (R,), got {tuple(ref_logps.shape)}")
     _check_integers("response_ids", response_ids)
-    _check_integers("comparisons", comparisons)
-    count, responses = comparisons.shape[0], ref_logps.shape[0]
-    if comparison_weights is not None:
-        _check_shape("comparison_weights", comparison_weights, (count,))
+    _check_integers("units", units)
+    count, responses = units.shape[0], ref_logps.shape[0]
+    if weights is not None:
+        _check_shape("comparison_weights", weights, (count,))
     if response_lengths is not None:
         _check_shape("response_lengths", response_lengths, (responses,))
+
+
+def check_comparisons(comparisons: Tensor) -> None:
+    """`ValueError` unless comparisons are (C, 2)."""
+    if comparisons.ndim != 2 or comparisons.shape[1] != 2:
+        raise ValueError(f"comparisons: expected (C, 2), got {tuple(comparisons.shape)}")
+    _check_integers("comparisons", comparisons)
+
+
+def check_units(hidden: Tensor, response_ids: Tensor, units: Tensor, kind: str) -> None:
+    """`ValueError` unless units are of the shape that a kind of loss has."""
+    check_packed(hidden)
+    _check_integers("units", units)
+    _check_shape("response_ids", response_ids, (hidden.shape[0],))
+    expected = {"response": "(U,)", "tokens": "(U,)", "group": "(U, G)"}.get(kind, "(U, 2)")
+    ndim = 1 if expected == "(U,)" else 2
+    width = units.shape[1] if units.ndim == 2 else 1
+    if units.ndim != ndim or (expected == "(U, 2)" and width not in (2, 3)):
+        raise ValueError(f"units: expected {expected}, got {tuple(units.shape)}")
 
 
 def scored_targets(targets: Tensor, vocab: int, ignore_index: int) -> Tensor:

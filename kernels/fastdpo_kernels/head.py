@@ -129,17 +129,17 @@ class Tiles(ABC):
         self,
         problem: Problem,
         tokens: slice,
-        token_logps: Tensor,
+        stats: Stats,
         logps: Tensor,
         selected: Selection,
         differentiate: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """From log-probabilities of tokens to the loss and the coefficient of every token.
+        """From statistics of tokens to the loss and the coefficient of every token.
 
-        Adds `token_logps` (t,) of the range `tokens` to the responses' `logps` (R,) fp64 in place;
-        returns the loss () fp64 of the comparisons `selected`, all of whose tokens have been added
-        now, and with `differentiate` ∂loss/∂logp_t (t,) in the dtype of `token_logps`. The index
-        tensors of `problem` are on the tiles' device. An engine may do it in one kernel where
-        `problem.loss.name` is a loss that it knows.
+        Adds "logprob" (t,) of the range `tokens` to the responses' `logps` (R,) fp64 in place;
+        returns the loss () fp64 of the units `selected`, all of whose tokens are in the range, and
+        with `differentiate` ∂loss/∂logp_t (t,) in the dtype of "logprob". The index tensors of
+        `problem` are on the tiles' device. An engine may do it in one kernel where it knows the
+        loss by its name.
         """
-        return problem.loss_and_coefficients(tokens, token_logps, logps, selected, differentiate)
+        return problem.loss_and_coefficients(tokens, stats, logps, selected, differentiate)

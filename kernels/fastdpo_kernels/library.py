@@ -5,9 +5,9 @@ asked for are empty. A gradient that the forward forms is kept in its tensor's o
 fp32 for fp16: the scale of the loss, which keeps fp16 from underflowing, arrives later.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from . import regimes
 from .arguments import check_problem
 from .call import begin, empty, inside_operator, names, once, wide
 from .head import OUTPUTS, transposed
-from .losses import Comparisons, Loss
+from .losses import Loss
 from .problem import Problem
 from .regimes import Dtypes, Needs
 
@@ -28,21 +28,30 @@ _HEAD = (
 _OUTPUTS = ", ".join(f"Tensor {name}" for name in OUTPUTS)
 _GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
-_functions: dict[str, Callable[[Comparisons], Tensor]] = {}
-"""Losses that are not registered, under a name of their own while an operator uses them."""
+
+class Given(NamedTuple):
+    """A loss, and what its units are given beyond the operator's own tensors."""
+
+    loss: Loss
+    ref_token_logps: Tensor | None = None
+    constants: Mapping[str, Tensor] | None = None
+
+
+_given: dict[str, Given] = {}
+"""Each under a name of its own while an operator uses it."""
 
 
 @contextmanager
-def named(loss: Callable[[Comparisons], Tensor]) -> Iterator[str]:
-    """A name that stands for a function as the `loss_type` of the operator, for as long as this
-    lasts.
+def named(given: Given) -> Iterator[str]:
+    """A name that stands for a loss that is not registered, or is given more, as the `loss_type` of
+    the operator, for as long as this lasts.
     """
-    name = f"<function {id(loss)}, {len(_functions)}>"
-    _functions[name] = loss
+    name = f"<loss {id(given)}, {len(_given)}>"
+    _given[name] = given
     try:
         yield name
     finally:
-        del _functions[name]
+        del _given[name]
 
 
 def _dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Dtypes:
@@ -202,7 +211,7 @@ linear_logprob.register_autograd(_logprob_gradients, setup_context=_logprob_cont
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor response_ids, "
     "Tensor comparisons, Tensor ref_logps, Tensor? comparison_weights, Tensor? response_lengths, "
     f"*, {_HEAD}, str outputs, str loss_type, float beta, float label_smoothing, bool[] needs) -> "
-    f"(Tensor loss, Tensor response_logps, {_OUTPUTS}, {_GRADIENTS})",
+    f"(Tensor loss, Tensor response_logps, Tensor token_logps, {_OUTPUTS}, {_GRADIENTS})",
 )
 def linear_dpo_loss(
     hidden: Tensor,
@@ -222,20 +231,29 @@ def linear_dpo_loss(
     needs: Sequence[bool],
     **head: Any,
 ) -> tuple[Tensor, ...]:
-    """Loss (), log-probabilities of responses (R,), `outputs` (T,) and the gradients of the loss
-    that are needed.
+    """Loss (), log-probabilities of responses (R,) and of tokens (T,), `outputs` (T,) and the
+    gradients of the loss that are needed; `comparisons` are the units of the loss.
     """
-    if loss_type in _functions:
-        loss = Loss(_functions[loss_type])
-    else:
-        loss = Loss.named(loss_type, beta=beta, label_smoothing=label_smoothing)
+    given = _given.get(loss_type)
+    if given is None:
+        given = Given(Loss.named(loss_type, beta=beta, label_smoothing=label_smoothing))
+    ref_token_logps = given.ref_token_logps
     with inside_operator(hidden):
         call = begin(hidden, weight, bias, targets, **head)
         rest = (comparisons, ref_logps, comparison_weights, response_lengths)
         check_problem(hidden, response_ids, *rest)
-        problem = Problem.build(call.targets, call.take(response_ids), *rest, loss)
+        if ref_token_logps is not None:
+            ref_token_logps = call.take(ref_token_logps)
+        problem = Problem.build(
+            call.targets,
+            call.take(response_ids),
+            *rest,
+            given.loss,
+            ref_token_logps,
+            given.constants,
+        )
         dtypes = _kept_dtypes(hidden, weight, bias)
-        result = regimes.dpo_loss(
+        result = regimes.preference_loss(
             call.tiles, call.hidden, problem, names(outputs), Needs(*needs), dtypes
         )
         grad_hidden, *others = result.gradients
@@ -245,6 +263,7 @@ def linear_dpo_loss(
         return (
             result.loss.to(dtype),
             result.logps.to(dtype),
+            call.spread(result.stats["logprob"]),
             *call.outputs(result.stats, outputs),
             *_or_empty((grad_hidden, *others), hidden, dtypes),
         )
@@ -254,8 +273,9 @@ def linear_dpo_loss(
 def _(hidden, weight, bias, targets, ids, pairs, ref, *_, dtype, outputs, needs, **__):
     loss = hidden.new_empty((), dtype=wide(dtype))
     logps = hidden.new_empty(ref.shape[0], dtype=wide(dtype))
+    token_logps = hidden.new_empty(hidden.shape[0], dtype=wide(dtype))
     gradients = _fake_gradients(hidden, weight, bias, needs, _kept_dtypes(hidden, weight, bias))
-    return loss, logps, *_fake_outputs(hidden, dtype, outputs), *gradients
+    return loss, logps, token_logps, *_fake_outputs(hidden, dtype, outputs), *gradients
 
 
 def _times(kept: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

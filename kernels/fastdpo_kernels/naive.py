@@ -8,7 +8,6 @@ with this one.
 import torch
 from torch import Tensor
 
-from .losses import Comparisons
 from .problem import Problem
 
 
@@ -53,11 +52,10 @@ def token_stats(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> di
     return {name: value.masked_fill(~valid, 0) for name, value in stats.items()}
 
 
-def dpo_loss(token_logps: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
-    """Σ weight·loss over comparisons, and the log-probability of each response, (R,); fp64 sums."""
-    ref, lengths = problem.ref_logps, problem.response_lengths
-    zeros = token_logps.new_zeros(ref.shape[0], dtype=torch.float64)
-    logps = zeros.index_add(0, problem.response_ids, token_logps.double())
-    win, lose = problem.comparisons.unbind(1)
-    pairs = Comparisons(logps[win], logps[lose], ref[win], ref[lose], lengths[win], lengths[lose])
-    return (problem.weights * problem.loss(pairs)).sum(), logps
+def preference_loss(stats: dict[str, Tensor], problem: Problem) -> tuple[Tensor, Tensor]:
+    """Σ weight·loss over units, and the log-probability of each response, (R,); fp64 sums."""
+    exact = stats | {"logprob": stats["logprob"].double()}
+    zeros = exact["logprob"].new_zeros(problem.ref_logps.shape[0])
+    logps = zeros.index_add(0, problem.response_ids, exact["logprob"])
+    everything = slice(0, len(problem.targets))
+    return problem.total(logps, slice(None), everything, exact), logps

@@ -1,19 +1,20 @@
 """The public functions: checks, defaults and shapes; the work is in `library` and `naive`."""
 
 from collections import namedtuple
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import library, naive
-from .arguments import check_head, check_problem, scored_targets
+from .arguments import check_comparisons, check_head, check_problem, check_units, scored_targets
 from .backends import backend_name
 from .call import no_autocast, wide
 from .head import OUTPUTS, WORKSPACE_MIB
-from .losses import Comparisons, Loss
-from .problem import Problem
+from .losses import Comparisons, Loss, get_loss
+from .losses.registry import Kind
+from .problem import Problem, add_sums
 
 
 def linear_logprob(
@@ -145,35 +146,209 @@ def linear_dpo_loss(
     _check_loss(loss_type)
     check_head(hidden, weight, bias, targets, softcap, 1.0)
     rest = (response_ids, comparisons, ref_logps, comparison_weights, response_lengths)
+    check_comparisons(comparisons)
     check_problem(hidden, *rest)
-    if isinstance(loss_function, Loss) and loss_function.name is not None:
-        loss_type, beta = loss_function.name, loss_function.beta
-        label_smoothing, loss_function = loss_function.label_smoothing, None
-    options = _head_options(hidden, weight, bias, softcap, logit_scale, 1.0, ignore_index)
-    scalars = {"beta": beta, "label_smoothing": label_smoothing}
-    if backend == "naive":
-        objective = Loss(loss_function) if loss_function else Loss.named(loss_type, **scalars)
-        loss, logps, stats = _naive_loss(hidden, weight, bias, targets, rest, objective, options)
+    if loss_function is None:
+        loss = Loss.named(loss_type, beta=beta, label_smoothing=label_smoothing)
+    elif isinstance(loss_function, Loss):
+        loss = loss_function
     else:
-        options |= {"backend": backend, "workspace_mib": workspace_mib}
-        options |= {"outputs": ",".join(outputs), "needs": _needs(hidden, weight, bias)}
-        constants = (None if t is None else t.detach() for t in (targets, *rest))
-        tensors = (hidden, weight, bias, *constants)
-        if loss_function is None:
-            results = library.linear_dpo_loss(*tensors, loss_type=loss_type, **scalars, **options)
-        else:  # a decorator would import the compiler with the package
-            call = torch.compiler.disable(_with_function)
-            results = call(*tensors, loss_function=loss_function, **scalars, **options)
-        loss, logps, *others = results
-        stats = dict(zip(OUTPUTS, others[: len(OUTPUTS)], strict=True))
+        loss = Loss(loss_function)
+    head = {"softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index}
+    result = _preference_loss(
+        (hidden, weight, bias),
+        targets,
+        rest,
+        library.Given(loss.of_comparisons()),
+        head,
+        outputs=outputs,
+        backend=backend,
+        workspace_mib=workspace_mib,
+    )
     if not outputs:
-        return loss, logps
-    return loss, logps, namedtuple("TokenStats", outputs)(*(stats[name] for name in outputs))
+        return result.loss, result.response_logps
+    return result.loss, result.response_logps, result.stats
 
 
-def _with_function(*tensors: Tensor | None, loss_function: Callable, **options: Any):
-    """The operator for a loss that is not registered."""
-    with library.named(loss_function) as name:
+class LinearLoss(NamedTuple):
+    """What `linear_loss` returns.
+
+    Attributes:
+        loss: a scalar, differentiable in hidden, weight and bias.
+        response_logps: (R,) log-probability of each response, nats; no gradient.
+        token_logps: (T,) of each token, 0 where ignored; no gradient.
+        stats: a named tuple of the `outputs` that were asked for, (T,) each.
+    """
+
+    loss: Tensor
+    response_logps: Tensor
+    token_logps: Tensor
+    stats: Any
+
+
+def linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    response_ids: Tensor,
+    units: Tensor,
+    ref_logps: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    loss: str | Loss | Callable[[Any], Tensor] = "sigmoid",
+    kind: Kind = "comparison",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    given: Mapping[str, Tensor] | None = None,
+    ref_token_logps: Tensor | None = None,
+    unit_weights: Tensor | None = None,
+    response_lengths: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    backend: str = "auto",
+    outputs: tuple[str, ...] = (),
+    workspace_mib: int = WORKSPACE_MIB,
+    **options: Any,
+) -> LinearLoss:
+    """Any loss of packed responses and its gradient: `linear_dpo_loss` for the whole family.
+
+    loss = Σ_u weight_u · ℓ(what the loss sees of unit u). A unit is a comparison, a response or a
+    group, see `fastdpo_kernels.losses.registry`. One pass over the head (6TVH operations); of a
+    loss of kind "step", for which this call is the whole step, up to 8TVH.
+
+    Args:
+        hidden, weight, targets, response_ids, bias: as in `linear_dpo_loss`. For `ld_alpha` and
+            losses of tokens, the tokens of a response stand in order and next to each other.
+        units: the responses of each unit, integers: (U, 2) of (winner, loser) for comparisons, or
+            (U, 3) with the prompt's own tokens as a response where the loss reads them; (U,) for
+            responses; (U, G) for groups, -1 where a group has fewer than G.
+        ref_logps: (R,) the reference's log-probability of each response, nats; None where the loss
+            needs none or `ref_token_logps` has them.
+        loss: a name of `fastdpo_kernels.LOSSES`, or a function of what its `kind` sees.
+        kind: of a function that is not registered.
+        beta, label_smoothing, options: handed to the loss by their names; and `ld_alpha`,
+            `use_weighting`, `f_divergence_type`, `f_alpha_divergence_coef` for comparisons.
+        given: constants (U,) by name, or (U, G) for groups, that the loss reads, such as "label".
+        ref_token_logps: (T,) the reference's log-probability of each token, nats, for `ld_alpha`
+            and losses of tokens.
+        unit_weights: (U,), default 1/U each, which makes the loss a mean.
+        response_lengths: (R,) tokens of each response, default: counted from `targets`.
+        softcap, logit_scale, ignore_index, backend, outputs, workspace_mib: as in
+            `linear_logprob`.
+
+    Raises:
+        ValueError: as `linear_dpo_loss`, and for constants or a reference that the loss needs and
+            that are missing.
+    """
+    made = _loss_of(loss, kind, beta, label_smoothing, options)
+    given = given or {}
+    check_units(hidden, response_ids, units, made.kind)
+    if made.name is not None:
+        _check_given(made.name, given, ref_logps is not None or ref_token_logps is not None)
+    units = units.unsqueeze(1) if units.ndim == 1 else units
+    if ref_logps is None:
+        ref_logps = _reference_sums(targets, response_ids, units, response_lengths, ref_token_logps)
+    rest = (response_ids, units, ref_logps, unit_weights, response_lengths)
+    check_problem(hidden, *rest)
+    head = {"softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index}
+    return _preference_loss(
+        (hidden, weight, bias),
+        targets,
+        rest,
+        library.Given(made, ref_token_logps, given),
+        head,
+        outputs=outputs,
+        backend=backend,
+        workspace_mib=workspace_mib,
+    )
+
+
+def _loss_of(
+    loss: str | Loss | Callable[[Any], Tensor],
+    kind: Kind,
+    beta: float,
+    label_smoothing: float,
+    options: dict[str, Any],
+) -> Loss:
+    if isinstance(loss, Loss):
+        return loss
+    if isinstance(loss, str):
+        return Loss.named(loss, beta=beta, label_smoothing=label_smoothing, **options)
+    if options:
+        raise ValueError(f"{', '.join(options)}: options of a registered loss, not of a function")
+    return Loss(loss, kind=kind)
+
+
+def _check_given(name: str, given: Mapping[str, Tensor], has_reference: bool) -> None:
+    """`ValueError` where a registered loss needs what is not there."""
+    registered = get_loss(name)
+    if registered.reference and not has_reference and "logp" not in given:
+        raise ValueError(f"{name}: needs ref_logps, the reference's log-probabilities")
+    for column in registered.columns:
+        if column not in given:
+            raise ValueError(f"{name}: needs given[{column!r}], one number a unit")
+
+
+def _reference_sums(
+    targets: Tensor,
+    response_ids: Tensor,
+    units: Tensor,
+    lengths: Tensor | None,
+    ref_token_logps: Tensor | None,
+) -> Tensor:
+    """(R,) sums of `ref_token_logps`, zeros without them."""
+    if lengths is not None:
+        count = lengths.shape[0]
+    else:
+        count = 1 + max((int(t.max()) for t in (response_ids, units) if t.numel()), default=-1)
+    sums = torch.zeros(count, dtype=torch.float64, device=targets.device)
+    if ref_token_logps is not None:
+        add_sums(sums, ref_token_logps.double(), response_ids.to(sums.device))
+    return sums
+
+
+def _preference_loss(
+    operands: tuple[Tensor, Tensor, Tensor | None],
+    targets: Tensor,
+    rest: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    given: library.Given,
+    head: dict[str, Any],
+    *,
+    outputs: tuple[str, ...],
+    backend: str,
+    workspace_mib: int,
+) -> LinearLoss:
+    """The common part of the losses: the naive way, or the operator."""
+    backend, loss = backend_name(backend), given.loss
+    _check_outputs(outputs)
+    hidden, weight, bias = operands
+    check_head(hidden, weight, bias, targets, head["softcap"], 1.0)
+    options = _head_options(*operands, temperature=1.0, **head)
+    if backend == "naive":
+        return _naive_loss(operands, targets, rest, given, options, outputs)
+    options |= {"backend": backend, "workspace_mib": workspace_mib}
+    options |= {"outputs": ",".join(outputs), "needs": _needs(*operands)}
+    options |= {"beta": loss.beta, "label_smoothing": loss.label_smoothing}
+    constants = (None if t is None else t.detach() for t in (targets, *rest))
+    tensors = (*operands, *constants)
+    if loss.plain and not given.constants and given.ref_token_logps is None:
+        results = library.linear_dpo_loss(*tensors, loss_type=loss.name, **options)
+    else:  # a decorator would import the compiler with the package
+        call = torch.compiler.disable(_with_given)
+        results = call(*tensors, given=given, **options)
+    value, logps, token_logps, *others = results
+    stats = dict(zip(OUTPUTS, others[: len(OUTPUTS)], strict=True))
+    return LinearLoss(value, logps, token_logps, _named_stats(stats, outputs))
+
+
+def _named_stats(stats: dict[str, Tensor], outputs: tuple[str, ...]) -> Any:
+    return namedtuple("TokenStats", outputs)(*(stats[name] for name in outputs))
+
+
+def _with_given(*tensors: Tensor | None, given: library.Given, **options: Any):
+    """The operator for a loss that is not registered or is given more than its tensors."""
+    with library.named(given) as name:
         return library.linear_dpo_loss(*tensors, loss_type=name, **options)
 
 
@@ -230,20 +405,21 @@ def _naive_stats(
 
 
 def _naive_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    operands: tuple[Tensor, Tensor, Tensor | None],
     targets: Tensor,
     rest: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
-    loss: Loss,
+    given: library.Given,
     options: dict[str, Any],
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    targets = scored_targets(targets, weight.shape[0], options["ignore_index"])
-    stats = _naive_stats(hidden, weight, bias, targets, **options | {"ignore_index": -1})
-    problem = Problem.build(targets, *rest, loss).to(targets.device)
-    value, logps = naive.dpo_loss(stats["logprob"], problem)
+    outputs: tuple[str, ...],
+) -> LinearLoss:
+    targets = scored_targets(targets, operands[1].shape[0], options["ignore_index"])
+    stats = _naive_stats(*operands, targets, **options | {"ignore_index": -1})
+    problem = Problem.build(targets, *rest, *given).to(targets.device)
+    value, logps = naive.preference_loss(stats, problem)
     dtype = wide(options["dtype"])
-    return value.to(dtype), logps.detach().to(dtype), stats
+    token_logps = stats["logprob"].detach().to(dtype)
+    found = _named_stats(stats, outputs)
+    return LinearLoss(value.to(dtype), logps.detach().to(dtype), token_logps, found)
 
 
 def _check_loss(loss_type: object) -> None:

@@ -1,73 +1,83 @@
-"""The comparisons of one call and what they ask of the head: a coefficient for every token.
+"""The units of one call and what they ask of the head: a coefficient for every token.
 
 A loss sees a handful of log-probabilities, so its gradient is autograd's on those few numbers; the
-head only has to know `∂loss/∂logp_t`, which is the same for all tokens of a response. Sums over a
-response and the loss are fp64: a response of some thousand nats has no more than four digits behind
-the point in fp32, and the loss is made of differences of such sums.
+head only has to know `∂loss/∂logp_t`, which for most losses is the same for all tokens of a
+response. Sums over a response and the loss are fp64: a response of some thousand nats has no more
+than four digits behind the point in fp32, and the loss is made of differences of such sums.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from .arguments import indices
-from .losses import Comparisons, Loss
+from .losses import Comparisons, Loss, Responses, Scored, Tokens
 
 Selection = slice | Tensor
-"""Some of the comparisons: a range, or indices (n,) int64."""
+"""Some of the units: a range, or indices (n,) int64."""
+_NONE = -1
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything of `linear_dpo_loss` that is not the head or the hidden states."""
+    """Everything of `linear_preference_loss` that is not the head or the hidden states."""
 
     targets: Tensor  # (T,) int64, negative where ignored
     response_ids: Tensor  # (T,) int64 in [0, R)
-    comparisons: Tensor  # (C, 2) int64 of (winner, loser)
+    units: Tensor  # (U, k) int64, the responses of each unit, -1 where there is none
     ref_logps: Tensor  # (R,) fp64
     response_lengths: Tensor  # (R,) fp64
-    weights: Tensor  # (C,) fp64
+    weights: Tensor  # (U,) fp64
     loss: Loss
+    ref_token_logps: Tensor | None = None  # (T,) fp64
+    given: Mapping[str, Tensor] = field(default_factory=dict)  # (U,) or (U, k), fp64
 
     @staticmethod
     def build(
         targets: Tensor,
         response_ids: Tensor,
-        comparisons: Tensor,
+        units: Tensor,
         ref_logps: Tensor,
         weights: Tensor | None,
         response_lengths: Tensor | None,
         loss: Loss,
+        ref_token_logps: Tensor | None = None,
+        given: Mapping[str, Tensor] | None = None,
     ) -> "Problem":
-        """With the default weights, 1/C each, and lengths, counted from `targets`.
+        """With the default weights, 1/U each, and lengths, counted from `targets`.
 
         Raises:
-            ValueError: `response_ids` or `comparisons` on the host that name no response.
+            ValueError: `response_ids` or `units` on the host that name no response.
         """
-        response_ids, comparisons = (
-            _responses(name, values, ref_logps.shape[0])
-            for name, values in (("response_ids", response_ids), ("comparisons", comparisons))
-        )
+        count = ref_logps.shape[0]
+        response_ids = _responses("response_ids", response_ids, count)
+        none = units == _NONE if loss.kind == "group" else torch.zeros_like(units, dtype=torch.bool)
+        name = "comparisons" if loss.kind in ("comparison", "step") else "units"
+        units = _responses(name, units.masked_fill(none, 0), count).masked_fill(none, _NONE)
         ref = ref_logps.to(targets.device, torch.float64)
         if weights is None:
-            count = comparisons.shape[0]
-            weights = ref.new_full((count,), 1.0 / max(1, count))
+            weights = ref.new_full((units.shape[0],), 1.0 / max(1, units.shape[0]))
         if response_lengths is None:
-            scored = (targets >= 0).double()
-            response_lengths = torch.zeros_like(ref).index_add_(
-                0, response_ids.to(ref.device), scored
-            )
+            response_lengths = _sums((targets >= 0).double(), response_ids.to(ref.device), count)
+        constants = {name: value.to(ref) for name, value in (given or {}).items()}
+        lengths = response_lengths.to(ref)
+        if loss.kind in ("comparison", "step") and "batch_chosen_tokens" not in constants:
+            chosen = lengths[units[:, 0].to(ref.device)]
+            mean = chosen.mean().clamp(min=1) if len(chosen) else chosen.sum() + 1
+            constants["batch_chosen_tokens"] = mean.expand(units.shape[0])
         return Problem(
             targets,
             response_ids,
-            comparisons,
+            units,
             ref,
-            response_lengths.to(ref),
+            lengths,
             weights.to(ref),
             loss,
+            None if ref_token_logps is None else ref_token_logps.to(ref),
+            constants,
         )
 
     def to(self, device: torch.device) -> "Problem":
@@ -75,37 +85,154 @@ class Problem:
         return replace(
             self,
             response_ids=self.response_ids.to(device, non_blocking=True),
-            comparisons=self.comparisons.to(device, non_blocking=True),
+            units=self.units.to(device, non_blocking=True),
         )
 
-    def total(self, logps: Tensor, selected: Selection) -> Tensor:
-        """Σ weight·loss over the comparisons `selected`, given the responses' logps (R,)."""
-        win, lose = self.comparisons[selected].unbind(1)
-        ref, length = self.ref_logps, self.response_lengths
-        pairs = Comparisons(logps[win], logps[lose], ref[win], ref[lose], length[win], length[lose])
-        return (self.weights[selected] * self.loss(pairs)).sum()
+    def scored(
+        self, logps: Tensor, selected: Selection, tokens: slice, token_logps: Tensor
+    ) -> Scored:
+        """What the loss sees of the units `selected`, all of whose tokens are in the range `tokens`
+        with `token_logps` (t,) fp64; `logps` (R,) fp64 are their sums.
+        """
+        units = self.units[selected]
+        given = {name: value[selected] for name, value in self.given.items()}
+        ref, lengths = self.ref_logps, self.response_lengths
+        if self.loss.kind in ("comparison", "step"):
+            pairs = _comparisons(units, logps, ref, lengths, given)
+            if self.loss.ld_alpha is None:
+                return pairs
+            return self._discounted(pairs, units, tokens, token_logps)
+        members = None
+        if self.loss.kind == "group":
+            members = units != _NONE
+            units = units.clamp(min=0)
+        else:
+            units = units[:, 0]
+        view = Responses(logps[units], ref[units], lengths[units], given, members)
+        if self.loss.kind != "tokens":
+            return view
+        return replace(view, tokens=self._tokens(units, tokens, token_logps))
+
+    def total(
+        self, logps: Tensor, selected: Selection, tokens: slice, stats: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Σ weight·loss over the units `selected`, as `scored`; `stats` of the range by name."""
+        token_logps = stats["logprob"]
+        loss = self.loss(self.scored(logps, selected, tokens, token_logps))
+        weights = self.weights[selected]
+        if self.loss.use_weighting:
+            aligned = (token_logps.detach() - stats["log_sum_sq_prob"]).double()
+            sums = _sums(aligned, self.response_ids[tokens], len(logps))
+            means = (sums / self.response_lengths.clamp(min=1))[self.units[selected][:, :2]]
+            weights = weights * means.sum(1).exp()
+        return (weights * loss).sum()
 
     def loss_and_coefficients(
         self,
         tokens: slice,
-        token_logps: Tensor,
+        stats: Mapping[str, Tensor],
         logps: Tensor,
         selected: Selection,
         differentiate: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """`Tiles.loss_and_coefficients` in plain PyTorch, on any device, deterministic."""
-        ids = self.response_ids[tokens]
-        if logps.is_cuda:  # sorts, where index_add_ would use atomics
-            logps.index_put_((ids,), token_logps.double(), accumulate=True)
-        else:
-            logps.index_add_(0, ids, token_logps.double())
+        ids, token_logps = self.response_ids[tokens], stats["logprob"]
+        exact = dict(stats) | {"logprob": token_logps.double()}
+        add_sums(logps, exact["logprob"], ids)
         if not differentiate:
-            return self.total(logps, selected), None
+            return self.total(logps, selected, tokens, exact), None
         with _autograd_inside_an_op():
-            leaf = logps.detach().requires_grad_()
-            loss = self.total(leaf, selected)
+            if self.loss.by_tokens:
+                leaf = exact["logprob"].detach().requires_grad_()
+                loss = self.total(
+                    _sums(leaf, ids, len(logps)), selected, tokens, exact | {"logprob": leaf}
+                )
+            else:
+                leaf = logps.detach().requires_grad_()
+                loss = self.total(leaf, selected, tokens, exact)
             (gradient,) = torch.autograd.grad(loss, leaf)
-        return loss.detach(), gradient.to(token_logps.dtype)[ids]
+        gradient = gradient.to(token_logps.dtype)
+        return loss.detach(), gradient if self.loss.by_tokens else gradient[ids]
+
+    def _places(self, tokens: slice) -> tuple[Tensor, Tensor]:
+        """Where each response's tokens begin in a range, and how many they are, (R,) each."""
+        ids, count = self.response_ids[tokens], len(self.ref_logps)
+        position = torch.arange(len(ids), device=ids.device)
+        first = torch.full((count,), len(ids), device=ids.device)
+        first = first.scatter_reduce(0, ids, position, "amin")
+        return first, torch.zeros_like(first).index_add_(0, ids, torch.ones_like(ids))
+
+    def _discounted(
+        self, pairs: Comparisons, units: Tensor, tokens: slice, token_logps: Tensor
+    ) -> Comparisons:
+        """Comparisons in which tokens beyond the shorter response's length count `ld_alpha`."""
+        alpha, reference = self.loss.ld_alpha, self.ref_token_logps
+        if alpha is None or reference is None:
+            raise ValueError("ld_alpha: needs ref_token_logps, the reference's of every token")
+        first, count = self._places(tokens)
+        shared = count[units[:, :2]].amin(1)
+        both = torch.stack([token_logps, reference[tokens]])
+        before = torch.nn.functional.pad(both.cumsum(1), (1, 0))
+
+        def tails(responses: Tensor) -> Tensor:
+            begin = (first[responses] + shared).clamp(max=len(token_logps))
+            end = (first[responses] + count[responses]).clamp(max=len(token_logps))
+            return (1 - alpha) * (before[:, end] - before[:, begin])
+
+        chosen, rejected = tails(units[:, 0]), tails(units[:, 1])
+        return replace(
+            pairs,
+            chosen_logps=pairs.chosen_logps - chosen[0],
+            rejected_logps=pairs.rejected_logps - rejected[0],
+            ref_chosen_logps=pairs.ref_chosen_logps - chosen[1],
+            ref_rejected_logps=pairs.ref_rejected_logps - rejected[1],
+            chosen_sums=pairs.chosen_logps,
+        )
+
+    def _tokens(self, responses: Tensor, tokens: slice, token_logps: Tensor) -> Tokens:
+        """The tokens of one response a unit, a unit's after the other's."""
+        first, count = self._places(tokens)
+        lengths = count[responses]
+        units = torch.arange(len(responses), device=lengths.device).repeat_interleave(lengths)
+        begin = first[responses] - (lengths.cumsum(0) - lengths)
+        place = torch.arange(len(units), device=lengths.device) + begin[units]
+        if self.ref_token_logps is None:
+            reference = torch.zeros_like(token_logps[place])
+        else:
+            reference = self.ref_token_logps[tokens][place]
+        return Tokens(token_logps[place], reference, units)
+
+
+def _comparisons(
+    units: Tensor, logps: Tensor, ref: Tensor, lengths: Tensor, given: Mapping[str, Tensor]
+) -> Comparisons:
+    win, lose, *prompt = units.unbind(1)
+    return Comparisons(
+        logps[win],
+        logps[lose],
+        ref[win],
+        ref[lose],
+        lengths[win],
+        lengths[lose],
+        given,
+        prompt_logps=logps[prompt[0]] if prompt else None,
+    )
+
+
+def add_sums(total: Tensor, values: Tensor, ids: Tensor) -> None:
+    """total (R,) += Σ of values (t,) by response, in place and deterministic."""
+    if total.is_cuda:  # sorts, where index_add_ would use atomics
+        total.index_put_((ids,), values, accumulate=True)
+    else:
+        total.index_add_(0, ids, values)
+
+
+def _sums(values: Tensor, ids: Tensor, count: int) -> Tensor:
+    """Σ of values (t,) by response, (R,)."""
+    total = values.new_zeros(count)
+    if values.is_cuda:
+        return total.index_put((ids,), values, accumulate=True)
+    return total.index_add(0, ids, values)
 
 
 def _responses(name: str, values: Tensor, count: int) -> Tensor:
@@ -123,35 +250,38 @@ def _autograd_inside_an_op() -> Iterator[None]:
         yield
 
 
-def whole_comparisons(problem: Problem, rows: int) -> Iterator[tuple[slice, Selection]]:
-    """Cut the tokens where no response or comparison is cut, into pieces of at most `rows` tokens
-    where possible.
+def whole_units(problem: Problem, rows: int) -> Iterator[tuple[slice, Selection]]:
+    """Cut the tokens where no response or unit is cut, into pieces of at most `rows` tokens where
+    possible; a loss of a whole step has one piece.
 
-    Yields the token slice and the comparisons inside it; together they cover everything once. Works
-    on the host: nothing waits for a device if `response_ids` and `comparisons` lie there.
+    Yields the token slice and the units inside it; together they cover everything once. Works on
+    the host: nothing waits for a device if `response_ids` and `units` lie there.
     """
     tokens, responses = problem.targets.shape[0], problem.ref_logps.shape[0]
+    if tokens == 0 or problem.loss.kind == "step":
+        yield slice(0, tokens), slice(None)
+        return
     ids = _responses("response_ids", problem.response_ids.cpu(), responses)
-    pairs = _responses("comparisons", problem.comparisons.cpu(), responses)
+    units = problem.units.cpu()
+    none, units = units == _NONE, units.clamp(min=0)
     position = torch.arange(tokens)
     first = torch.full((responses,), tokens).scatter_reduce(0, ids, position, "amin")
     last = torch.full((responses,), -1).scatter_reduce(0, ids, position, "amax")
-    begin = torch.cat([first, first[pairs].amin(1)])
-    end = torch.cat([last, last[pairs].amax(1)])
+    unit_first = first[units].masked_fill(none, tokens).amin(1)
+    begin = torch.cat([first, unit_first])
+    end = torch.cat([last, last[units].masked_fill(none, -1).amax(1)])
     held = end >= begin
     crossed = torch.zeros(tokens + 2, dtype=torch.int64)
     crossed.index_add_(0, begin[held] + 1, torch.ones_like(begin[held]))
     crossed.index_add_(0, end[held] + 1, -torch.ones_like(end[held]))
     cuts = (crossed.cumsum(0)[: tokens + 1] == 0).nonzero().squeeze(1).tolist()
-    pair_begin = first[pairs].amin(1).clamp(max=max(tokens - 1, 0))
+    unit_begin = unit_first.clamp(max=tokens - 1)
     start = 0
     for here, following in zip(cuts, [*cuts[1:], None], strict=True):
         if here > start and (following is None or following - start > rows):
-            inside = (pair_begin >= start) & (pair_begin < here)
+            inside = (unit_begin >= start) & (unit_begin < here)
             yield slice(start, here), _range_or_indices(inside, problem.targets.device)
             start = here
-    if tokens == 0:
-        yield slice(0, 0), slice(None)
 
 
 def _range_or_indices(inside: Tensor, device: torch.device) -> Selection:

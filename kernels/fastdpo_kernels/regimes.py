@@ -5,9 +5,9 @@ scalar per token times something the forward knows already. Hence:
 
 - no gradient: `Tiles.score`, one product (2TVH operations);
 - frozen head: E·W is formed with the forward and scaled by whatever c_t arrives later (4TVH);
-- comparisons that are whole inside a tile: c_t follows at once, so both gradients are formed from
-  the tile while it exists (6TVH); of a comparison longer than a tile all but the last tile are
-  projected twice (up to 8TVH);
+- units (comparisons, responses, groups) that are whole inside a tile: c_t follows at once, so both
+  gradients are formed from the tile while it exists (6TVH); of a unit longer than a tile, and of a
+  loss of a whole step, all but the last tile are projected twice (up to 8TVH);
 - any other gradient: the backward projects again (8TVH).
 
 Nothing here waits for a device, but for the plan of tokens that do not fit one tile, which is made
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .head import Stats, Tiles, transposed
-from .problem import Problem, Selection, whole_comparisons
+from .problem import Problem, Selection, whole_units
 from .products import addmm_, mm
 
 
@@ -180,7 +180,7 @@ def logprob_gradients(
 
 
 @dataclass
-class DPOResult:
+class LossResult:
     """Loss () fp64, response log-probabilities (R,) fp64, per-token statistics, gradients."""
 
     loss: Tensor
@@ -189,34 +189,36 @@ class DPOResult:
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
 
 
-def dpo_loss(
+def preference_loss(
     tiles: Tiles,
     hidden: Tensor,
     problem: Problem,
     outputs: tuple[str, ...],
     needs: Needs,
     dtypes: Dtypes,
-) -> DPOResult:
-    """The loss of packed comparisons with the gradients that are wanted."""
+) -> LossResult:
+    """The loss of packed units with the gradients that are wanted."""
     everything = slice(0, hidden.shape[0])
+    if problem.loss.use_weighting:
+        outputs = tuple(dict.fromkeys((*outputs, "log_sum_sq_prob")))
     host, problem = problem, problem.to(hidden.device)
     logps = hidden.new_zeros(problem.ref_logps.shape[0], dtype=torch.float64)
     one_tile = 0 < hidden.shape[0] <= tiles.rows
     if not any(needs) or not (one_tile or needs.head):
-        return _dpo_frozen(tiles, hidden, problem, outputs, needs.hidden, dtypes.hidden, logps)
+        return _frozen_head(tiles, hidden, problem, outputs, needs.hidden, dtypes.hidden, logps)
     pieces: Iterable[tuple[slice, Selection]] = [(everything, slice(None))]
     if not one_tile:
-        pieces = whole_comparisons(host, tiles.rows)
+        pieces = whole_units(host, tiles.rows)
     grads = Gradients(tiles, hidden, needs, dtypes)
     loss, parts = logps.new_zeros(()), []
     for piece, selected in pieces:
-        part, stats = _dpo_piece(tiles, hidden, problem, piece, selected, outputs, logps, grads)
+        part, stats = _piece(tiles, hidden, problem, piece, selected, outputs, logps, grads)
         loss = loss + part
         parts.append(stats)
-    return DPOResult(loss, logps, _join(parts), grads.result())
+    return LossResult(loss, logps, _join(parts), grads.result())
 
 
-def _dpo_frozen(
+def _frozen_head(
     tiles: Tiles,
     hidden: Tensor,
     problem: Problem,
@@ -224,8 +226,8 @@ def _dpo_frozen(
     differentiate: bool,
     dtype: torch.dtype,
     logps: Tensor,
-) -> DPOResult:
-    """A head without gradient: no comparison is cut, because its coefficients may come last."""
+) -> LossResult:
+    """A head without gradient: no unit is cut, because its coefficients may come last."""
     gradient = None
     if differentiate:
         stats, gradient = score_with_gradient(tiles, hidden, problem.targets, outputs, dtype)
@@ -233,14 +235,14 @@ def _dpo_frozen(
         stats = tiles.score(hidden, problem.targets, outputs)
     everything = slice(0, hidden.shape[0])
     loss, coefficients = tiles.loss_and_coefficients(
-        problem, everything, stats["logprob"], logps, slice(None), differentiate
+        problem, everything, stats, logps, slice(None), differentiate
     )
     if gradient is not None and coefficients is not None:
         gradient.mul_(coefficients.unsqueeze(1))
-    return DPOResult(loss, logps, stats, (gradient, None, None))
+    return LossResult(loss, logps, stats, (gradient, None, None))
 
 
-def _dpo_piece(
+def _piece(
     tiles: Tiles,
     hidden: Tensor,
     problem: Problem,
@@ -250,13 +252,11 @@ def _dpo_piece(
     logps: Tensor,
     grads: Gradients,
 ) -> tuple[Tensor, Stats]:
-    """One token range that holds whole comparisons; its last tile is not projected twice."""
+    """One token range that holds whole units; its last tile is not projected twice."""
     targets = problem.targets
     if piece.start == piece.stop:
         stats = tiles.score(hidden[piece], targets[piece], outputs)
-        loss, _ = tiles.loss_and_coefficients(
-            problem, piece, stats["logprob"], logps, selected, False
-        )
+        loss, _ = tiles.loss_and_coefficients(problem, piece, stats, logps, selected, False)
         return loss, stats
     *earlier, last = _ranges(piece.start, piece.stop, tiles.rows)
     before = slice(piece.start, last.start)
@@ -264,7 +264,7 @@ def _dpo_piece(
     tile, row_scale, stats = tiles.exponentials(hidden[last], targets[last], outputs)
     stats = _join([*parts, stats])
     loss, coefficients = tiles.loss_and_coefficients(
-        problem, piece, stats["logprob"], logps, selected, differentiate=True
+        problem, piece, stats, logps, selected, differentiate=True
     )
     assert coefficients is not None
     grads.add(last, tile, row_scale * coefficients[before.stop - before.start :])

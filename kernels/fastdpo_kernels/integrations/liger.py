@@ -8,12 +8,11 @@ logit, is a product with the mean row of the weight.
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..losses import Comparisons, get_loss
+from ..losses import Comparisons, Loss
 from ..ops import linear_dpo_loss, linear_logprob
 
 Metrics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -73,10 +72,9 @@ class LinearDPOLoss(torch.nn.Module):
         self.compute_nll_loss, self.average_log_prob = compute_nll_loss, average_log_prob
         self.use_ref_model, self.backend = use_ref_model, backend
         self.loss_type, self.label_smoothing = loss_type, label_smoothing
-        options = {"tau": discopop_tau} if loss_type == "discopop" else {}
-        self._preference = partial(
-            get_loss(loss_type), beta=beta, label_smoothing=label_smoothing, **options
-        )
+        self._preference = Loss.named(
+            loss_type, beta=beta, label_smoothing=label_smoothing, discopop_tau=discopop_tau
+        ).of_comparisons()
         one = torch.ones(1)
         self._preference(Comparisons(one, one, one, one, one, one))
 
@@ -175,7 +173,7 @@ class LinearDPOLoss(torch.nn.Module):
         None where `loss_type` says all, which spares `torch.compile` a graph break.
         """
         share = self.alpha * pairs / max(1, chosen_tokens) if self.compute_nll_loss else 0.0
-        if not (share or self.average_log_prob or self._preference.keywords.keys() & {"tau"}):
+        if self._preference.plain and not (share or self.average_log_prob):
             return None
 
         def objective(values: Comparisons) -> Tensor:

@@ -52,23 +52,23 @@ class TritonTiles(Tiles):
         self,
         problem: Problem,
         tokens: slice,
-        token_logps: Tensor,
+        stats: Stats,
         logps: Tensor,
         selected: Selection,
         differentiate: bool,
     ) -> tuple[Tensor, Tensor | None]:
         loss = problem.loss
-        if loss.name not in DERIVATIVES:
+        if loss.name not in DERIVATIVES or loss.by_tokens or loss.use_weighting:
             return super().loss_and_coefficients(
-                problem, tokens, token_logps, logps, selected, differentiate
+                problem, tokens, stats, logps, selected, differentiate
             )
-        ids = problem.response_ids[tokens]
+        ids, token_logps = problem.response_ids[tokens], stats["logprob"]
         add_response_sums(logps, token_logps, ids)
         value, gradient = loss_and_coefficients(
             logps,
             problem.ref_logps,
             problem.response_lengths,
-            problem.comparisons[selected],
+            problem.units[selected],
             problem.weights[selected],
             loss_type=loss.name,
             beta=loss.beta,
