@@ -44,7 +44,7 @@ def main() -> None:
             layout: sum(part_tokens(g, range(len(g.responses)), layout) for g in groups)
             for layout in ("shared", "packed")
         }
-        plan = make_plan(groups, comparisons_per_step=BATCH, max_tokens=1024)
+        plan = make_plan(groups, units_per_step=BATCH, max_tokens=1024)
         epoch = sum(
             part_tokens(groups[p.group], p.responses, "shared")
             for step in plan

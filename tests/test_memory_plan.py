@@ -77,7 +77,7 @@ class Real:
         prompt, *responses = (rng.integers(3, 1000, n).astype(np.int32) for n in (200, 100, 117))
         group = Group(prompt, responses, [(0, 1, 1.0)], np.array([-3.0, -4.0]))
         steps = make_plan(
-            [group] * pairs, comparisons_per_step=pairs, max_tokens=10**6, layout=layout
+            [group] * pairs, units_per_step=pairs, max_tokens=10**6, layout=layout
         )
         (row,) = steps[0].ranks[0]
         head = find_head(self.model)
@@ -196,7 +196,7 @@ def test_weights_in_4_bits():
 def test_shapes_of_rows():
     tokens = [np.arange(n, dtype=np.int32) for n in (10, 3, 5)]
     groups = [Group(tokens[0], tokens[1:], [(0, 1, 1.0)])]
-    (step,) = make_plan(groups, comparisons_per_step=1, max_tokens=100)
+    (step,) = make_plan(groups, units_per_step=1, max_tokens=100)
     (row,) = step.ranks[0]
     shared = row_shape(groups, row, "shared")
     assert (shared.tokens, shared.keys, shared.scored) == (18, 28, 8)

@@ -57,7 +57,7 @@ def test_a_plan_holds_every_comparison_once_within_the_budget(
     groups = random_groups(count, seed)
     plan = make_plan(
         groups,
-        comparisons_per_step=size,
+        units_per_step=size,
         max_tokens=budget,
         layout=layout,
         seed=seed,
@@ -89,7 +89,7 @@ def test_a_plan_is_reproducible_and_differs_by_epoch_and_seed():
     groups = random_groups(40)
 
     def plan(seed, epoch, budget=200):
-        return make_plan(groups, comparisons_per_step=4, max_tokens=budget, seed=seed, epoch=epoch)
+        return make_plan(groups, units_per_step=4, max_tokens=budget, seed=seed, epoch=epoch)
 
     assert plan(1, 0) == plan(1, 0)
     assert len({plan_digest(groups, plan(s, e)) for s in (1, 2) for e in (0, 1)}) == 4
@@ -98,7 +98,7 @@ def test_a_plan_is_reproducible_and_differs_by_epoch_and_seed():
 
 def test_without_a_seed_the_order_of_the_data_is_kept():
     groups = random_groups(20)
-    plan = make_plan(groups, comparisons_per_step=5, max_tokens=10**6, seed=None)
+    plan = make_plan(groups, units_per_step=5, max_tokens=10**6, seed=None)
     flat = list(itertools.chain.from_iterable(sorted(step) for step in named(plan)))
     assert flat == sorted(flat)
 
@@ -143,7 +143,7 @@ def test_reference_rows_compute_every_wanted_response_once(layout):
 @given(st.integers(1, 8), st.integers(0, 999))
 def test_every_layout_scores_the_same_tokens_from_the_right_place(count, seed):
     groups = random_groups(count, seed)
-    (step,) = make_plan(groups, comparisons_per_step=10**6, max_tokens=10**6, seed=None)
+    (step,) = make_plan(groups, units_per_step=10**6, max_tokens=10**6, seed=None)
     (row,) = step.ranks[0]
     shared, packed, padded = (make_batch(groups, row, layout) for layout in LAYOUTS)
     for batch in (shared, packed, padded):
@@ -200,7 +200,7 @@ def test_a_runs_plan_follows_its_configuration():
         return epoch_plan(config, groups, layout="packed", max_tokens=90, epoch=1)
 
     def expected(seed):
-        keys = {"comparisons_per_step": 6, "max_tokens": 90, "layout": "packed", "epoch": 1}
+        keys = {"units_per_step": 6, "max_tokens": 90, "layout": "packed", "epoch": 1}
         return make_plan(groups, seed=seed, **keys)
 
     assert plan() == expected(42) != expected(7)

@@ -7,7 +7,7 @@ Padded:  one sequence a line, padded on the right, with an attention mask.
 The same tokens are scored in all three, and in the same order.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -22,7 +22,10 @@ from .segments import Segments
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass: S (or B×L) tokens, T of them scored, R responses, C comparisons."""
+    """One forward pass: S (or B×L) tokens, T of them scored, R responses, U units.
+
+    Where the prompt's own tokens are scored too, they are a response more for each part.
+    """
 
     layout: str
     input_ids: Tensor  # (1, S) int64; padded: (B, L)
@@ -32,12 +35,15 @@ class Batch:
     score_index: Tensor  # (T,) int64 into the flattened states; the last prompt token repeats
     targets: Tensor  # (T,) int64
     response_ids: Tensor  # (T,) int64 in [0, R)
-    comparisons: Tensor  # (C, 2) int64, (winner, loser)
-    weights: Tensor  # (C,) fp32, the comparisons' own weights
+    units: Tensor  # (U, 2) int64 of (winner, loser), with the prompt (U, 3); (U,); (U, G)
+    places: Tensor  # (U,) int64, of the units in the step
+    weights: Tensor  # (U,) fp32, the units' own weights
+    given: dict[str, Tensor]  # (U,) or (U, G) fp64 by name
     ref_logps: Tensor | None  # (R,) fp64, nats
+    ref_token_logps: Tensor | None  # (T,) fp64, nats
     response_lengths: Tensor  # (R,) fp32, completion tokens, also those that nothing precedes
     computed_tokens: int
-    pair_tokens: int  # tokens that two sequences per comparison would hold, without padding
+    pair_tokens: int  # tokens that a sequence per response of a unit would hold, without padding
     host: "Batch | None" = None  # where it was made, for plans that must not wait for a device
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -51,7 +57,8 @@ class Batch:
 
     def _each(self, function: Callable[[Any], Any]) -> dict[str, Any]:
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return {name: function(v) for name, v in values if isinstance(v, Tensor | Segments)}
+        found = {name: function(v) for name, v in values if isinstance(v, Tensor | Segments)}
+        return found | {"given": {name: function(v) for name, v in self.given.items()}}
 
     def lengths(self) -> list[int]:
         """Padded layout: the length of every line without its padding."""
@@ -62,7 +69,8 @@ class Batch:
 class _Stream:
     """Collects one row: tokens, positions, attention segments and the tokens to score."""
 
-    def __init__(self) -> None:
+    def __init__(self, scores_prompts: bool) -> None:
+        self.scores_prompts = scores_prompts
         self.tokens: list[np.ndarray] = []
         self.positions: list[np.ndarray] = []
         self.bounds: list[tuple[int, int, int, int]] = []
@@ -76,6 +84,11 @@ class _Stream:
         self.positions.append(np.arange(position, position + len(ids)))
         self.size += len(ids)
         return start
+
+    def score_prompt(self, start: int, length: int) -> None:
+        """Score a prompt at [start, start + length), all but its first token, if prompts are."""
+        if self.scores_prompts and length > 1:
+            self.score.append(np.arange(start, start + length - 1))
 
     def score_response(self, start: int, length: int, before: int | None) -> None:
         """Score a response at [start, start + length): its first token is predicted from `before`,
@@ -91,31 +104,53 @@ class _Stream:
         self.score.append(index)
 
 
-def make_batch(groups: Sequence[Group], row: Sequence[Part], layout: str, pad_id: int = 0) -> Batch:
+def make_batch(
+    groups: Sequence[Group],
+    row: Sequence[Part],
+    layout: str,
+    pad_id: int = 0,
+    *,
+    constants: Mapping[str, np.ndarray] | None = None,
+    prompt: bool = False,
+    mismatched: bool = False,
+) -> Batch:
     """Tensors (on the CPU) of the parts of a row.
+
+    Args:
+        constants: what the units of the step are given, by their places.
+        prompt: whether prompts are scored too.
+        mismatched: whether units are made of the mismatched responses.
 
     Raises:
         KeyError: an unknown layout.
     """
     lay_out = {"shared": _shared, "packed": _packed, "padded": _padded}[layout]
-    stream, ids = _Stream(), _ids(groups, row)
-    sequences = [(groups[p.group].prompt, groups[p.group].responses[r]) for p, r in ids]
+    stream, ids = _Stream(prompt), _ids(groups, row)
     tensors = lay_out(stream, groups, row, pad_id)
     index = np.concatenate(stream.score) if stream.score else np.zeros(0, np.int64)
-    targets, owners = _targets(sequences)
-    pairs, weights, refs = _comparisons(groups, row)
-    pair_tokens = sum(len(sequences[r][0]) + len(sequences[r][1]) for pair in pairs for r in pair)
+    targets, owners = _targets(groups, row, prompt)
+    sequences = [(groups[p.group].prompt, groups[p.group].responses[r]) for p, r in ids]
+    lengths = [len(response) for _, response in sequences]
+    if prompt:
+        lengths += [max(0, len(groups[part.group].prompt) - 1) for part in row]
+    units, counted = _units(groups, row, prompt, mismatched)
+    refs, token_refs = _references(groups, row, prompt)
     return Batch(
         layout=layout,
         score_index=torch.from_numpy(index),
         targets=torch.from_numpy(targets),
         response_ids=torch.from_numpy(owners),
-        comparisons=torch.tensor(pairs, dtype=torch.int64).view(-1, 2),
-        weights=torch.tensor(weights, dtype=torch.float32),
-        ref_logps=None if refs is None else torch.tensor(refs, dtype=torch.float64),
-        response_lengths=torch.tensor([len(r) for _, r in sequences], dtype=torch.float32),
+        units=units,
+        places=torch.tensor([place for part in row for place in part.places], dtype=torch.int64),
+        weights=torch.tensor(
+            [groups[p.group].weight(unit) for p in row for unit in p.units], dtype=torch.float32
+        ),
+        given=_given(groups, row, constants or {}),
+        ref_logps=refs,
+        ref_token_logps=token_refs,
+        response_lengths=torch.tensor(lengths, dtype=torch.float32),
         computed_tokens=tensors["input_ids"].numel(),
-        pair_tokens=pair_tokens,
+        pair_tokens=sum(len(sequences[r][0]) + len(sequences[r][1]) for r in counted),
         **tensors,
     )
 
@@ -124,31 +159,97 @@ def _ids(groups: Sequence[Group], row: Sequence[Part]) -> list[tuple[Part, int]]
     return [(part, response) for part in row for response in part.responses]
 
 
-def _targets(sequences: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    scored = [r if len(p) else r[1:] for p, r in sequences]
-    owners = np.repeat(np.arange(len(scored)), [len(r) for r in scored])
-    targets = np.concatenate(scored) if scored else np.zeros(0)
-    return targets.astype(np.int64), owners.astype(np.int64)
-
-
-def _comparisons(groups: Sequence[Group], row: Sequence[Part]):
-    pairs: list[tuple[int, int]] = []
-    weights: list[float] = []
-    refs: list[float] = []
-    known, base = True, 0
+def _targets(
+    groups: Sequence[Group], row: Sequence[Part], prompt: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The scored tokens, and the response of each."""
+    scored: list[np.ndarray] = []
+    owners: list[int] = []
+    number, prompts = 0, sum(len(part.responses) for part in row)
     for part in row:
+        group = groups[part.group]
+        if prompt:
+            scored.append(group.prompt[1:])
+            owners.append(prompts)
+            prompts += 1
+        for r in part.responses:
+            response = group.responses[r]
+            scored.append(response if len(group.prompt) else response[1:])
+            owners.append(number)
+            number += 1
+    targets = np.concatenate(scored) if scored else np.zeros(0)
+    ids = np.repeat(np.array(owners, np.int64), [len(r) for r in scored])
+    return targets.astype(np.int64), ids
+
+
+def _units(
+    groups: Sequence[Group], row: Sequence[Part], prompt: bool, mismatched: bool
+) -> tuple[Tensor, list[int]]:
+    """The units as responses of the row, and every response that a unit names."""
+    units: list[list[int]] = []
+    counted: list[int] = []
+    base = 0
+    for number, part in enumerate(row):
         group = groups[part.group]
         place = {r: base + i for i, r in enumerate(part.responses)}
         base += len(part.responses)
-        for comparison in part.comparisons:
-            win, lose, weight = group.comparisons[comparison]
-            pairs.append((place[win], place[lose]))
-            weights.append(weight)
-        if group.ref_logps is None:
-            known = False
-        else:
-            refs += [float(group.ref_logps[r]) for r in part.responses]
-    return pairs, weights, refs if known else None
+        for unit in part.units:
+            named = [place[r] for r in group.responses_of(unit, mismatched)]
+            counted += named
+            units.append([*named, -1 - number] if prompt else named)
+    if prompt:  # behind all others
+        units = [[*named, base - 1 - last] for *named, last in units]
+    kind = groups[row[0].group].unit if row else "comparison"
+    if kind == "response":
+        return torch.tensor(counted, dtype=torch.int64), counted
+    width = max(map(len, units), default=2)
+    padded = [named + [-1] * (width - len(named)) for named in units]
+    return torch.tensor(padded, dtype=torch.int64).view(-1, width), counted
+
+
+def _given(
+    groups: Sequence[Group], row: Sequence[Part], constants: Mapping[str, np.ndarray]
+) -> dict[str, Tensor]:
+    places = np.array([place for part in row for place in part.places], np.int64)
+    found = {name: torch.from_numpy(values[places]) for name, values in constants.items()}
+    if not row or groups[row[0].group].unit == "comparison":
+        return found
+    for name in groups[row[0].group].given:
+        values: list[list[float]] = []
+        for part in row:
+            group = groups[part.group]
+            lists = group.lists if group.unit == "group" else [[i] for i in range(group.units)]
+            values += [[group.given[name][item] for item in lists[unit]] for unit in part.units]
+        width = max(map(len, values), default=1)
+        table = torch.tensor(
+            [line + [0.0] * (width - len(line)) for line in values], dtype=torch.float64
+        )
+        kind = groups[row[0].group].unit
+        found[name] = table if kind == "group" else table.view(-1)
+    return found
+
+
+def _references(
+    groups: Sequence[Group], row: Sequence[Part], prompt: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The reference's log-probabilities of responses and of tokens, where they are known."""
+    ids = _ids(groups, row)
+    refs = token_refs = None
+    if all(groups[part.group].ref_logps is not None for part in row):
+        values = [float(groups[p.group].ref_logps[r]) for p, r in ids]  # type: ignore[index]
+        values += [0.0] * (len(row) if prompt else 0)
+        refs = torch.tensor(values, dtype=torch.float64)
+    if all(groups[part.group].ref_token_logps is not None for part in row):
+        pieces: list[np.ndarray] = []
+        for part in row:
+            group = groups[part.group]
+            assert group.ref_token_logps is not None
+            if prompt:
+                pieces.append(np.zeros(max(0, len(group.prompt) - 1)))
+            pieces += [group.ref_token_logps[r] for r in part.responses]
+        joined = np.concatenate(pieces) if pieces else np.zeros(0)
+        token_refs = torch.from_numpy(joined.astype(np.float64))
+    return refs, token_refs
 
 
 def _shared(stream: _Stream, groups: Sequence[Group], row: Sequence[Part], pad_id: int) -> dict:
@@ -157,6 +258,7 @@ def _shared(stream: _Stream, groups: Sequence[Group], row: Sequence[Part], pad_i
         prompt = len(group.prompt)
         first = stream.append(group.prompt, 0)
         last = first + prompt - 1 if prompt else None
+        stream.score_prompt(first, prompt)
         for number, r in enumerate(part.responses):
             start = stream.append(group.responses[r], prompt)
             stream.score_response(start, len(group.responses[r]), last)
@@ -172,6 +274,8 @@ def _packed(stream: _Stream, groups: Sequence[Group], row: Sequence[Part], pad_i
         group = groups[part.group]
         prompt = len(group.prompt)
         first = stream.append(group.prompt, 0)
+        if r == part.responses[0]:
+            stream.score_prompt(first, prompt)
         start = stream.append(group.responses[r], prompt)
         stream.score_response(start, len(group.responses[r]), start - 1 if prompt else None)
         stream.bounds.append((first, stream.size, first, first))
@@ -202,6 +306,8 @@ def _padded(stream: _Stream, groups: Sequence[Group], row: Sequence[Part], pad_i
         ids[number, : len(line)] = line
         mask[number, : len(line)] = 1
         prompt = len(groups[part.group].prompt)
+        if r == part.responses[0]:
+            stream.score_prompt(number * width, prompt)
         start = number * width + prompt
         length = len(groups[part.group].responses[r])
         stream.score_response(start, length, start - 1 if prompt else None)

@@ -1,7 +1,7 @@
 """Which parts of a step share a row: as few rows as the budget allows, of equal work.
 
-A part is some responses of one group. A single comparison is never split, so it may make a row
-longer than the budget.
+A part is some responses of one group. A single unit is never split, so it may make a row longer
+than the budget.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,23 +15,31 @@ LAYOUTS = ("shared", "packed", "padded")
 
 @dataclass(frozen=True)
 class Part:
-    """Some responses of one group, computed together, and the comparisons among them."""
+    """Some responses of one group, computed together, the units that they make, and the places of
+    those in the step.
+    """
 
     group: int
     responses: tuple[int, ...]
-    comparisons: tuple[int, ...] = ()
+    units: tuple[int, ...] = ()
+    places: tuple[int, ...] = ()
 
 
 PackedRow = tuple[Part, ...]
 """Parts that one forward pass computes together."""
 
 
-def part_of(index: int, group: Group, comparisons: Sequence[int]) -> Part:
-    """The part of group number `index` that these comparisons need: the responses that they name,
-    once each.
+Placed = tuple[int, int]
+"""A unit of a group, and its place in the step."""
+
+
+def part_of(index: int, group: Group, placed: Sequence[Placed], mismatched: bool = False) -> Part:
+    """The part of group number `index` that these units need: the responses that they name, once
+    each; with `mismatched`, those of KTO's estimate.
     """
-    named = (r for c in comparisons for r in group.comparisons[c][:2])
-    return Part(index, tuple(dict.fromkeys(named)), tuple(comparisons))
+    units = tuple(unit for unit, _ in placed)
+    named = (r for unit in units for r in group.responses_of(unit, mismatched))
+    return Part(index, tuple(dict.fromkeys(named)), units, tuple(place for _, place in placed))
 
 
 def part_tokens(group: Group, responses: Sequence[int], layout: str) -> int:
@@ -45,29 +53,34 @@ def part_tokens(group: Group, responses: Sequence[int], layout: str) -> int:
     return (prompt + max(lengths)) * len(lengths)
 
 
-def longest_comparison(groups: Sequence[Group], layout: str) -> int:
-    """Tokens of the longest comparison, which is never split."""
+def longest_unit(groups: Sequence[Group], layout: str) -> int:
+    """Tokens of the longest unit, which is never split."""
     return max(
-        part_tokens(group, part_of(0, group, [number]).responses, layout)
+        part_tokens(group, part_of(0, group, [(number, 0)]).responses, layout)
         for group in groups
-        for number in range(len(group.comparisons))
+        for number in range(group.units)
     )
 
 
 def split(
-    group: Group, index: int, comparisons: Sequence[int], max_tokens: int, layout: str
+    group: Group,
+    index: int,
+    placed: Sequence[Placed],
+    max_tokens: int,
+    layout: str,
+    mismatched: bool = False,
 ) -> Iterator[Part]:
-    """Split comparisons of one group so that no part exceeds the budget, as few parts as first-fit
-    in order gives.
+    """Split units of one group so that no part exceeds the budget, as few parts as first-fit in
+    order gives.
     """
-    held = part_of(index, group, comparisons[:1])
-    for comparison in comparisons[1:]:
-        grown = part_of(index, group, (*held.comparisons, comparison))
-        if part_tokens(group, grown.responses, layout) > max_tokens:
-            yield held
-            grown = part_of(index, group, (comparison,))
-        held = grown
-    yield held
+    held: list[Placed] = []
+    for one in placed:
+        grown = part_of(index, group, [*held, one], mismatched)
+        if held and part_tokens(group, grown.responses, layout) > max_tokens:
+            yield part_of(index, group, held, mismatched)
+            held = []
+        held.append(one)
+    yield part_of(index, group, held, mismatched)
 
 
 def pack(

@@ -1,12 +1,13 @@
-"""Which comparisons make an optimizer step, and how a step is packed into rows.
+"""Which units make an optimizer step, and how a step is packed into rows.
 
 The plan of an epoch is a pure function of (groups, seed, epoch, step size, budget, world size). A
-step holds exactly `comparisons_per_step` comparisons (the last one what is left). How they are
-packed into rows of at most `max_tokens` changes neither which comparisons share a step nor, except
-in rounding, any number that comes out.
+step holds exactly `units_per_step` units (the last one what is left): comparisons, for a loss of
+comparisons. How they are packed into rows of at most `max_tokens` changes neither which units share
+a step nor, except in rounding, any number that comes out.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ import xxhash
 
 from ..config import TrainConfig
 from .groups import Group
-from .packing import PackedRow, Part, pack, part_tokens, split
+from .packing import PackedRow, Part, Placed, pack, part_tokens, split
 
 TOKENS_PER_ROW = {"cuda": 16384, "cpu": 1024}
 """The budget of a row where `max_tokens_per_batch` is unset: on a CPU longer rows cost memory and
@@ -27,12 +28,27 @@ activations for a backward."""
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: for every rank its rows, as many on each, and the comparisons in all of
-    them together.
+    """One optimizer step: for every rank its rows, as many on each, and the units in all of them
+    together.
+
+    Attributes:
+        first: rows that are scored before the others, for what the loss has to know of the whole
+            step: KTO's mismatched responses.
     """
 
     ranks: tuple[tuple[PackedRow, ...], ...]
-    comparisons: int
+    units: int
+    first: tuple[PackedRow, ...] = ()
+
+    def placed(self) -> list[tuple[int, int]]:
+        """The group and the number of every unit, in the order of their places."""
+        parts = [part for rank in self.ranks for row in rank for part in row]
+        found = {
+            place: (part.group, unit)
+            for part in parts
+            for unit, place in zip(part.units, part.places, strict=True)
+        }
+        return [found[place] for place in range(self.units)]
 
 
 def row_budget(config: TrainConfig, device: str) -> int:
@@ -45,8 +61,8 @@ def reference_budget(max_tokens: int, device: str) -> int:
     return max_tokens * REFERENCE_ROWS[device]
 
 
-def comparisons_per_step(config: TrainConfig) -> int:
-    """How many comparisons an optimizer step holds."""
+def units_per_step(config: TrainConfig) -> int:
+    """How many units an optimizer step holds."""
     return config.per_device_train_batch_size * config.gradient_accumulation_steps
 
 
@@ -57,10 +73,10 @@ def epoch_plan(
     seed = config.seed if config.data_seed is None else config.data_seed
     return make_plan(
         groups,
-        comparisons_per_step=comparisons_per_step(config),
+        units_per_step=units_per_step(config),
         max_tokens=max_tokens,
         layout=layout,
-        seed=seed if config.shuffle else None,
+        seed=seed if config.shuffles else None,
         epoch=epoch,
     )
 
@@ -68,7 +84,7 @@ def epoch_plan(
 def make_plan(
     groups: Sequence[Group],
     *,
-    comparisons_per_step: int,
+    units_per_step: int,
     max_tokens: int,
     layout: str = "shared",
     seed: int | None = 0,
@@ -78,28 +94,33 @@ def make_plan(
     """The steps of one epoch. `seed=None` keeps the order of the data.
 
     A group at the end of a step is split between two steps, and one that alone exceeds the budget
-    between rows; its prompt is then computed in each. A single comparison is never split, so it may
-    make a row longer than the budget.
+    between rows; its prompt is then computed in each. A single unit is never split, so it may make
+    a row longer than the budget. Groups with mismatched responses keep the order of the rows.
     """
-    order = np.arange(len(groups))
-    if seed is not None:
-        order = np.random.default_rng([seed, epoch]).permutation(len(groups))
-    steps = []
-    for cuts, count in _cut_into_steps(groups, order, comparisons_per_step):
+
+    def packed(
+        units: Mapping[int, list[Placed]], budget: int, multiple: int, mismatched: bool
+    ) -> list[PackedRow]:
         pieces = [
             piece
-            for index, comparisons in cuts
-            for piece in split(groups[index], index, comparisons, max_tokens, layout)
+            for index, placed in units.items()
+            for piece in split(groups[index], index, placed, budget, layout, mismatched)
         ]
-        rows = pack(groups, pieces, max_tokens, layout, world_size)
+        return pack(groups, pieces, budget, layout, multiple)
+
+    steps = []
+    for units, count in _cut_into_steps(_in_order(groups, seed, epoch), units_per_step):
+        rows = packed(units, max_tokens, world_size, False)
         ranks = tuple(tuple(rows[rank::world_size]) for rank in range(world_size))
-        steps.append(Step(ranks, count))
+        first: tuple[PackedRow, ...] = ()
+        if groups[0].mismatched:
+            first = tuple(packed(units, max_tokens, 1, True))
+        steps.append(Step(ranks, count, first))
     return steps
 
 
 def plan_digest(groups: Sequence[Group], steps: Sequence[Step]) -> str:
-    """Names the tokens and which comparisons share which step: what a resumed run must find
-    unchanged.
+    """Names the tokens and which units share which step: what a resumed run must find unchanged.
 
     How a step is packed into rows is left out, so a run may be resumed with another budget.
     """
@@ -109,7 +130,7 @@ def plan_digest(groups: Sequence[Group], steps: Sequence[Step]) -> str:
             content.update(group.digest(response))
     for step in steps:
         rows = (row for rank in step.ranks for row in rank)
-        named = sorted((p.group, c) for row in rows for p in row for c in p.comparisons)
+        named = sorted((p.group, u) for row in rows for p in row for u in p.units)
         content.update(np.array(named, np.int64).tobytes())
     return content.hexdigest()
 
@@ -154,20 +175,27 @@ def _only(part: Part, missing: Collection[tuple[int, int]]) -> Part | None:
     return Part(part.group, left) if left else None
 
 
-def _cut_into_steps(
-    groups: Sequence[Group], order: np.ndarray, size: int
-) -> Iterator[tuple[list[tuple[int, list[int]]], int]]:
-    """Yields, for each step, (group, its comparisons) pairs and how many comparisons these are."""
-    parts: list[tuple[int, list[int]]] = []
-    count = 0
+def _in_order(
+    groups: Sequence[Group], seed: int | None, epoch: int
+) -> Iterator[tuple[int, int]]:
+    """The group and the number of every unit, as an epoch takes them."""
+    if groups and groups[0].mismatched:
+        rows = sorted((row, g, u) for g, group in enumerate(groups) for u, row in enumerate(group.rows))
+        yield from ((index, unit) for _, index, unit in rows)
+        return
+    order = np.arange(len(groups))
+    if seed is not None:
+        order = np.random.default_rng([seed, epoch]).permutation(len(groups))
     for index in order.tolist():
-        waiting = list(range(len(groups[index].comparisons)))
-        while waiting:
-            taken, waiting = waiting[: size - count], waiting[size - count :]
-            parts.append((index, taken))
-            count += len(taken)
-            if count == size:
-                yield parts, count
-                parts, count = [], 0
-    if parts:
-        yield parts, count
+        yield from ((index, unit) for unit in range(groups[index].units))
+
+
+def _cut_into_steps(
+    units: Iterator[tuple[int, int]], size: int
+) -> Iterator[tuple[dict[int, list[Placed]], int]]:
+    """Yields, for each step, the units of each group with their places, and how many these are."""
+    while taken := list(itertools.islice(units, size)):
+        of_groups: dict[int, list[Placed]] = {}
+        for place, (index, unit) in enumerate(taken):
+            of_groups.setdefault(index, []).append((unit, place))
+        yield of_groups, len(taken)

@@ -18,8 +18,8 @@ import torch
 from ..config import TrainConfig
 from ..data.dataset import load_data
 from ..data.groups import Group, count_comparisons
-from ..data.packing import longest_comparison
-from ..data.plan import comparisons_per_step, epoch_plan, row_budget
+from ..data.packing import longest_unit
+from ..data.plan import units_per_step, epoch_plan, row_budget
 from ..devices import Device
 from ..model import tiles
 from ..model.adapter import adopt_adapter
@@ -76,7 +76,7 @@ class Planner:
     @property
     def longest(self) -> int:
         """Tokens of the longest single comparison: no row budget makes rows shorter."""
-        return longest_comparison(self.groups, self.layout)
+        return longest_unit(self.groups, self.layout)
 
     def predict(self, config: TrainConfig) -> Prediction:
         """Peak and time of a configuration."""
@@ -144,7 +144,7 @@ def assumed_groups(config: TrainConfig) -> tuple[list[Group], str]:
     response = np.zeros(length - length // 2, np.int32)
     group = Group(prompt, [response, response], [(0, 1, 1.0)])
     how = f"no data given: pairs of {length} tokens each are assumed, half of them the prompt's"
-    return [group] * comparisons_per_step(config), how
+    return [group] * units_per_step(config), how
 
 
 def make_planner(config: TrainConfig, device: Device) -> Planner:

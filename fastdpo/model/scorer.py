@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fastdpo_kernels import linear_dpo_loss, linear_logprob
+from fastdpo_kernels import linear_logprob, linear_loss
+from fastdpo_kernels.losses import Loss
+from fastdpo_kernels.ops import LinearLoss
 from torch import Tensor
 
 from ..config import TrainConfig
@@ -92,30 +94,35 @@ class Scorer:
     def loss(
         self,
         batch: Batch,
-        ref_logps: Tensor,
-        loss_function: Any,
-        comparisons_in_step: int,
+        loss: Loss,
+        ref_logps: Tensor | None,
+        ref_token_logps: Tensor | None,
+        given: dict[str, Tensor],
+        units_in_step: int,
         outputs: tuple[str, ...] = (),
-    ) -> tuple[Tensor, Tensor, Any]:
-        """This batch's share of a step's mean loss, the responses' log-probabilities, and per-token
-        statistics.
+    ) -> LinearLoss:
+        """This batch's share of a step's mean loss, and the log-probabilities that it is made of.
+
+        ref_logps (R,) and ref_token_logps (T,) are the reference's, nats; `given` are constants of
+        the units.
         """
         states, weight = self._head_operands(batch)
         indices = batch.host or batch
-        loss, logps, *stats = linear_dpo_loss(
+        return linear_loss(
             states,
             weight,
             batch.targets,
             indices.response_ids,
-            indices.comparisons,
+            indices.units,
             ref_logps,
-            loss_function=loss_function,
-            comparison_weights=batch.weights / comparisons_in_step,
+            loss=loss,
+            given=given,
+            ref_token_logps=ref_token_logps,
+            unit_weights=batch.weights / units_in_step,
             response_lengths=batch.response_lengths,
             outputs=outputs,
             **self._head_arguments(),
         )
-        return loss, logps, stats[0] if stats else None
 
 
 def load_scorer(

@@ -1,7 +1,8 @@
 """Metrics under TRL's names: summed over the rows of a step on the device, averaged exactly over
-its comparisons.
+its units and tokens.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,106 +12,139 @@ from ..data.batch import Batch
 from ..devices import known_gpu
 from ..model.quantised import count_weights
 
-# Rewards closer than this differ by the rounding of fp32 sums alone.
-_TIE = 1e-5
-_SUMS = (
-    "loss",
-    "comparisons",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-    "chosen_tokens",
-    "rejected_tokens",
-    "entropy",
-    "logits/chosen",
-    "logits/rejected",
-    "mean_token_accuracy",
-)
+TIE = 1e-5
+"""Rewards closer than this differ by the rounding of fp32 sums alone."""
 
 
 class StepSums:
-    """Sums over the comparisons and tokens of one step (or one evaluation).
+    """Sums over the units and tokens of one step (or one evaluation), each with what it is divided
+    by.
 
-    A token of a response that several comparisons name counts once for each, as it does where every
+    A token of a response that several units name counts once for each, as it does where every
     comparison is a pair of sequences. A tie of rewards counts one half, so a policy that still is
     its reference has accuracy 0.5.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
-        self.comparisons = 0
+        self.device = device
+        self.names: list[str] = []
+        self.sums = torch.zeros(0, dtype=torch.float64, device=device)
+        """The loss, then every sum, then their divisors."""
+        self.units = 0
         self.pair_tokens = 0
         self.computed_tokens = 0
 
     def add(
-        self, batch: Batch, loss: Tensor, logps: Tensor, ref_logps: Tensor, stats: Any, beta: float
+        self,
+        batch: Batch,
+        loss: Tensor,
+        found: Mapping[str, Tensor],
+        given: Mapping[str, Tensor],
+        stats: Any,
     ) -> None:
-        """Add one row: its share of the loss, (R,) log-probabilities of both models, per-token
-        statistics.
+        """Add one row: its share of the loss, what was measured of every unit, the constants that
+        the units were given, per-token statistics.
         """
-        win, lose = batch.comparisons.unbind(1)
-        # Both rounded alike, so that equal models have equal rewards.
-        ratios = beta * (logps - ref_logps.to(logps.dtype))
-        chosen, rejected = ratios[win], ratios[lose]
-        margins = chosen - rejected
-        count = logps.new_zeros(2, len(logps))
-        ones = logps.new_ones(len(win))
-        wins = count[0].index_add_(0, win, ones)[batch.response_ids]
-        losses = count[1].index_add_(0, lose, ones)[batch.response_ids]
-        values = [
-            loss.detach(),
-            ones.sum(),
-            chosen.sum(),
-            rejected.sum(),
-            (margins > _TIE).sum() + 0.5 * (margins.abs() <= _TIE).sum(),
-            margins.sum(),
-            logps[win].sum(),
-            logps[lose].sum(),
-            wins.sum(),
-            losses.sum(),
-            ((wins + losses) * stats.entropy).sum(),
-            (wins * stats.mean_logit).sum(),
-            (losses * stats.mean_logit).sum(),
-            (wins * stats.is_top1).sum(),
-        ]
-        self.sums += torch.stack([v.double() for v in values])
-        self.comparisons += len(win)
+        if batch.units.ndim == 2 and "rewards/chosen" in found:
+            parts = _of_comparisons(batch, found, stats)
+        else:
+            parts = _of_responses(batch, found, given, stats)
+        parts = {"loss": (loss.detach(), loss.new_ones(()))} | parts
+        if not self.names:
+            self.names = list(parts)
+            self.sums = torch.zeros(2 * len(parts), dtype=torch.float64, device=self.device)
+        rows = [value.double().reshape(()) for value, _ in parts.values()]
+        counts = [count.double().reshape(()) for _, count in parts.values()]
+        self.sums += torch.stack([*rows, *counts])
+        self.units += len(batch.places)
         self.pair_tokens += batch.pair_tokens
         self.computed_tokens += batch.computed_tokens
 
     def means(self, sums: list[float] | None = None) -> dict[str, float]:
-        """The metrics, each a mean over comparisons or over tokens; reads the device, unless its
-        `sums` are given.
+        """The metrics, each a mean over units or over tokens; reads the device, unless its `sums`
+        are given. What nothing was counted of is left out.
         """
-        total = dict(zip(_SUMS, self.sums.tolist() if sums is None else sums, strict=True))
-        pairs = max(total.pop("comparisons"), 1.0)
-        chosen = max(total.pop("chosen_tokens"), 1.0)
-        rejected = max(total.pop("rejected_tokens"), 1.0)
-        divisor = {
-            "loss": 1.0,
-            "entropy": chosen + rejected,
-            "logits/chosen": chosen,
-            "logits/rejected": rejected,
-            "mean_token_accuracy": chosen,
-        }
-        return {name: value / divisor.get(name, pairs) for name, value in total.items()}
+        values = self.sums.tolist() if sums is None else sums
+        count = len(self.names)
+        table = zip(self.names, values[:count], values[count:], strict=True)
+        found = {name: value / max(over, 1.0) for name, value, over in table if over}
+        if self.names:
+            found["loss"] = values[0]
+        if "rewards/margins" not in found and "rewards/chosen" in found:
+            if "rewards/rejected" in found:
+                found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+        return found
+
+
+Parts = dict[str, tuple[Tensor, Tensor]]
+"""A sum and what it is divided by, by the metric's name."""
+
+
+def _named(batch: Batch, responses: Tensor, weights: Tensor) -> Tensor:
+    """How much each scored token counts (T,) where units name responses with weights."""
+    count = weights.new_zeros(len(batch.response_lengths))
+    return count.index_add_(0, responses, weights)[batch.response_ids]
+
+
+def _of_comparisons(batch: Batch, found: Mapping[str, Tensor], stats: Any) -> Parts:
+    win, lose = batch.units[:, 0], batch.units[:, 1]
+    ones = torch.ones(len(win), device=win.device, dtype=torch.float64)
+    margins = found["rewards/chosen"] - found["rewards/rejected"]
+    right = (margins > TIE).double() + 0.5 * (margins.abs() <= TIE)
+    units = dict(found) | {"rewards/accuracies": right, "rewards/margins": margins}
+    parts = {name: (value.sum(), ones.sum()) for name, value in units.items()}
+    wins, losses = _named(batch, win, ones), _named(batch, lose, ones)
+    tokens = {
+        "entropy": (wins + losses, stats.entropy),
+        "logits/chosen": (wins, stats.mean_logit),
+        "logits/rejected": (losses, stats.mean_logit),
+        "mean_token_accuracy": (wins, stats.is_top1),
+    }
+    return parts | _over_tokens(tokens)
+
+
+def _over_tokens(tokens: Mapping[str, tuple[Tensor, Tensor]]) -> Parts:
+    return {name: ((w * values).sum(), w.sum()) for name, (w, values) in tokens.items()}
+
+
+def _of_responses(
+    batch: Batch, found: Mapping[str, Tensor], given: Mapping[str, Tensor], stats: Any
+) -> Parts:
+    there = batch.units >= 0
+    responses = batch.units[there]
+    ones = torch.ones(len(responses), device=there.device, dtype=torch.float64)
+    whole = _named(batch, responses, ones)
+    tokens = {"entropy": (whole, stats.entropy)}
+    parts: Parts = {}
+    for term in ("kl", "delta"):
+        if term in given:
+            parts[term] = (given[term].sum(), ones.sum())
+    if "label" not in given:
+        tokens["logits/mean"] = (whole, stats.mean_logit)
+        means = {"rewards": "rewards/mean", "logps": "logps/mean"}
+        for name, value in found.items():
+            parts[means.get(name, name)] = (value[there].sum(), ones.sum())
+        return parts | _over_tokens(tokens)
+    label = given["label"].double()
+    for kind, here in (("chosen", label), ("rejected", 1 - label)):
+        for name in ("rewards", "logps"):
+            parts[f"{name}/{kind}"] = ((here * found[name]).sum(), here.sum())
+        tokens[f"logits/{kind}"] = (_named(batch, responses, here), stats.mean_logit)
+    return parts | _over_tokens(tokens)
 
 
 def rates(
-    model: torch.nn.Module, comparisons: int, pair_tokens: int, computed_tokens: int, seconds: float
+    model: torch.nn.Module, units: int, pair_tokens: int, computed_tokens: int, seconds: float
 ) -> dict[str, float]:
     """Throughput of steps that took `seconds`.
 
-    `tokens_per_second` counts the tokens that two unpadded sequences per comparison hold, so
+    `tokens_per_second` counts the tokens that an unpadded sequence for each response of a unit holds, so
     sharing shows in it. `mfu`, 6·parameters·tokens a second over the GPU's dense bf16 peak, is left
     out where that is not known.
     """
     found = {
         "tokens_per_second": pair_tokens / seconds,
-        "pairs_per_second": comparisons / seconds,
+        "pairs_per_second": units / seconds,
         "tokens_saved_by_sharing": 1 - computed_tokens / pair_tokens,
     }
     gpu = known_gpu(next(model.parameters()).device)

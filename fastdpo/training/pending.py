@@ -66,8 +66,8 @@ class Pending:
     def read(self, rates: Callable[..., dict[str, float]]) -> dict[str, float]:
         """The figures of the last step; every step before it is read with it.
 
-        `rates` makes the throughput of all of them together from their comparisons, tokens of
-        pairs, computed tokens and seconds.
+        `rates` makes the throughput of all of them together from their units, tokens of
+        sequences, computed tokens and seconds.
 
         Raises:
             FastDPOError: the loss or the gradient of a step was not finite; the weights are those
@@ -77,7 +77,7 @@ class Pending:
         steps = self._values()
         self._seconds += time.perf_counter() - start
         sums = [part for _, part, _, _ in self._unread]
-        counts = ("comparisons", "pair_tokens", "computed_tokens")
+        counts = ("units", "pair_tokens", "computed_tokens")
         total = [sum(getattr(part, name) for part in sums) for name in counts]
         speed = rates(*total, self._seconds)
         for values in steps:

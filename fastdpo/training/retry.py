@@ -21,7 +21,7 @@ from fastdpo_kernels.tiles import release_workspace
 from ..config import TrainConfig
 from ..config.values import show
 from ..data.ahead import ahead
-from ..data.packing import longest_comparison
+from ..data.packing import longest_unit
 from ..devices import at_hand
 from ..errors import ConfigError, FastDPOError, one_line
 from ..memory.auto import REASON, advice
@@ -133,7 +133,7 @@ def _less(trainer: Trainer, step: StepBatches) -> dict[str, Any]:
     """
     layout = trainer.objective.policy.layout.name
     largest = min(trainer.max_tokens, _largest(step))
-    longest = longest_comparison(trainer.data.train, layout)
+    longest = longest_unit(trainer.data.train, layout)
     demand = Demand(trainer.device.type, largest, longest)
     for switch in SWITCHES:
         if not switch.while_training:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from ..config import TrainConfig
 from ..data.groups import Group, count_comparisons
-from ..data.plan import comparisons_per_step
+from ..data.plan import units_per_step
 
 
 class Schedule:
@@ -19,7 +19,7 @@ class Schedule:
 
     def __init__(self, config: TrainConfig, groups: Sequence[Group]) -> None:
         self.config = config
-        self.comparisons = comparisons_per_step(config)
+        self.comparisons = units_per_step(config)
         self.steps_per_epoch = math.ceil(count_comparisons(groups) / self.comparisons)
         epochs = math.ceil(config.num_train_epochs * self.steps_per_epoch)
         self.steps = config.max_steps if config.max_steps > 0 else epochs

@@ -14,7 +14,7 @@ from ..config import TrainConfig
 from ..config.inputs import DTYPES
 from ..data.dataset import Data, RowsInMemory, load_data
 from ..data.groups import count_comparisons
-from ..data.packing import longest_comparison
+from ..data.packing import longest_unit
 from ..data.plan import row_budget
 from ..errors import ConfigError, ModelError
 from ..losses import make_loss
@@ -173,7 +173,7 @@ def set_up(
 def _keep_memory(loaded: Loaded) -> None:
     """On a CPU, keep what steps free for the steps after them."""
     if loaded.policy.device.type == "cpu":
-        longest = longest_comparison(loaded.data.train, loaded.policy.layout.name)
+        longest = longest_unit(loaded.data.train, loaded.policy.layout.name)
         keep_freed_memory(max(loaded.max_tokens, longest))
         return_freed_memory()
 

@@ -2,86 +2,217 @@
 whole evaluation.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from fastdpo_kernels import Comparisons
+from fastdpo_kernels.losses import Scored
+from fastdpo_kernels.problem import Problem, scored_units
 from torch import Tensor
 
 from ..data.ahead import ahead
 from ..data.batch import Batch, make_batch
-from ..data.groups import Group, count_comparisons
+from ..data.groups import Group, count_units, step_constants
 from ..data.packing import PackedRow
 from ..data.plan import Step, make_plan
+from ..losses import TrainingLoss
 from ..model.scorer import TOKEN_STATS, Scorer
 from ..reference import OnlineReference
+from .accuracy import GroupRewards
 from .metrics import StepSums
+from .terms import StepTerms, pass_before
 
 _EVAL_WINDOW = 1024
 
 
 @dataclass(frozen=True)
 class StepBatches:
-    """A step on the host: how many comparisons it holds, and its rows."""
+    """A step on the host.
 
-    comparisons: int
+    Attributes:
+        units: how many it holds.
+        batches: the rows that are trained on.
+        first: the rows that are scored before them; None where that are the same ones.
+    """
+
+    units: int
     batches: list[Batch]
+    first: list[Batch] | None = None
 
 
 @dataclass
 class Objective:
-    """The policy, what it is compared with, and the loss of a comparison."""
+    """The policy, what it is compared with, and the loss.
+
+    Attributes:
+        batch_size: units of a batch, see `fastdpo.losses`.
+        reference: evaluated at every step; None where its log-probabilities are in the groups, or
+            none are needed.
+        running: means over all batches so far, with their number, of what the loss wants so.
+    """
 
     policy: Scorer
-    loss_function: Callable[[Comparisons], Tensor]
-    beta: float
-    reference: OnlineReference | None = None  # None: precomputed, in the groups
+    loss: TrainingLoss
+    batch_size: int
+    reference: OnlineReference | None = None
+    running: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    _next_running: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
 
-    def batches(self, groups: Sequence[Group], step: Step) -> StepBatches:
+    def batches(
+        self, groups: Sequence[Group], step: Step, batch_size: int | None = None
+    ) -> StepBatches:
         """The rows of a step, for one process."""
-        return StepBatches(step.comparisons, [self.batch(groups, row) for row in step.ranks[0]])
+        constants = step_constants(groups, step.placed(), batch_size or self.batch_size)
+        batches = [self.batch(groups, row, constants) for row in step.ranks[0]]
+        first = None
+        if self.loss.mismatched:
+            first = [self.batch(groups, row, constants, mismatched=True) for row in step.first]
+        return StepBatches(step.units, batches, first)
 
-    def batch(self, groups: Sequence[Group], row: PackedRow) -> Batch:
+    def batch(
+        self,
+        groups: Sequence[Group],
+        row: PackedRow,
+        constants: Mapping[str, object],
+        mismatched: bool = False,
+    ) -> Batch:
         """A row on the host, ready to be copied to the device."""
-        batch = make_batch(groups, row, self.policy.layout.name)
+        batch = make_batch(
+            groups,
+            row,
+            self.policy.layout.name,
+            constants=constants,
+            prompt=self.loss.prompt,
+            mismatched=mismatched,
+        )
         return batch.pin_memory() if self.policy.device.type == "cuda" else batch
 
-    def score(self, batch: Batch, comparisons: int, sums: StepSums) -> Tensor:
-        """One row's share of a mean loss over `comparisons`, differentiable; adds its metrics to
-        `sums`.
+    def terms(self, step: StepBatches, batch_size: int | None = None) -> StepTerms | None:
+        """What has to be known of the whole step before its rows: a pass that scores it; None where
+        nothing has.
+        """
+        if not self.loss.scores_first:
+            return None
+        size = batch_size or self.batch_size
+        rows = (self._scored(batch) for batch in step.first or step.batches)
+        terms = pass_before(self.loss, rows, step.units, size, self.running)
+        self._next_running = terms.running
+        return terms
+
+    def keep_running(self) -> None:
+        """Keep the running means that the last step came to, now that it has been taken."""
+        self.running = self._next_running or self.running
+
+    def score(
+        self,
+        batch: Batch,
+        units: int,
+        sums: StepSums,
+        terms: StepTerms | None = None,
+        rewards: GroupRewards | None = None,
+    ) -> Tensor:
+        """One row's share of a mean loss over `units`, differentiable; adds its metrics to `sums`.
+
+        `terms` are those of the step; `rewards` collects what accuracy is measured by.
         """
         batch = batch.to(self.policy.device)
-        if self.reference is not None:
-            ref = self.reference.response_logps(batch)
-        elif batch.ref_logps is not None:
-            ref = batch.ref_logps
-        else:
-            raise ValueError("the groups hold no reference log-probabilities: fill_reference first")
-        loss, logps, stats = self.policy.loss(
-            batch, ref, self.loss_function, comparisons, TOKEN_STATS
-        )
-        sums.add(batch, loss, logps, ref, stats, self.beta)
-        return loss
+        given, loss = dict(batch.given), self.loss.loss
+        if terms is not None:
+            given |= terms.given(batch.places)
+            loss = terms.loss or loss
+        ref, ref_tokens = self._reference(batch)
+        result = self.policy.loss(batch, loss, ref, ref_tokens, given, units, TOKEN_STATS)
+        with torch.no_grad():
+            scored = self._view(batch, result.token_logps, ref, ref_tokens, given)
+            found = self.loss.measure(scored)
+            sums.add(batch, result.loss, found, given, result.stats)
+            if rewards is not None:
+                rewards.add(batch, found["rewards"])
+        return result.loss
 
     @torch.no_grad()
-    def evaluate(self, groups: Sequence[Group], max_tokens: int) -> dict[str, float]:
-        """Metrics named eval_*, each a mean over all comparisons; the model's mode is left as it
-        was.
+    def _scored(self, batch: Batch) -> tuple[Tensor, Scored]:
+        """The places of a batch's units in the step, and what they are seen as; no gradient."""
+        batch = batch.to(self.policy.device)
+        ref, ref_tokens = self._reference(batch)
+        token_logps = self.policy.token_logps(batch)
+        return batch.places, self._view(batch, token_logps, ref, ref_tokens, batch.given)
+
+    def _view(
+        self,
+        batch: Batch,
+        token_logps: Tensor,
+        ref_logps: Tensor | None,
+        ref_token_logps: Tensor | None,
+        given: Mapping[str, Tensor],
+    ) -> Scored:
+        units = batch.units.unsqueeze(1) if batch.units.ndim == 1 else batch.units
+        if ref_logps is None:
+            ref_logps = torch.zeros_like(batch.response_lengths, dtype=torch.float64)
+            if ref_token_logps is not None:
+                ref_logps.index_add_(0, batch.response_ids, ref_token_logps)
+        problem = Problem.build(
+            batch.targets,
+            batch.response_ids,
+            units,
+            ref_logps,
+            batch.weights,
+            batch.response_lengths,
+            self.loss.loss,
+            ref_token_logps,
+            given,
+        )
+        return scored_units(problem, token_logps)
+
+    def _reference(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """The reference's log-probabilities of responses (R,), or of tokens (T,) where the loss
+        asks for those.
+        """
+        if not self.loss.reference:
+            return None, None
+        if self.reference is not None:
+            if self.loss.by_tokens:
+                return None, self.reference.token_logps(batch).double()
+            return self.reference.response_logps(batch), None
+        known = batch.ref_token_logps if self.loss.by_tokens else batch.ref_logps
+        if known is None:
+            raise ValueError("the groups hold no reference log-probabilities: fill_reference first")
+        return (None, known) if self.loss.by_tokens else (known, None)
+
+    @torch.no_grad()
+    def evaluate(
+        self, groups: Sequence[Group], max_tokens: int, batch_size: int
+    ) -> dict[str, float]:
+        """Metrics named eval_*, each a mean over all units; batch terms are over batches of
+        `batch_size` units. The model's mode is left as it was.
         """
         model = self.policy.model
         training = model.training
         model.eval()
-        sums, total = StepSums(self.policy.device), count_comparisons(groups)
+        sums, total = StepSums(self.policy.device), count_units(groups)
+        rewards = None if self.loss.unit == "comparison" else GroupRewards(groups)
         plan = make_plan(
             groups,
-            comparisons_per_step=_EVAL_WINDOW,
+            units_per_step=max(1, _EVAL_WINDOW // batch_size) * batch_size,
             max_tokens=max_tokens,
             layout=self.policy.layout.name,
             seed=None,
         )
-        rows = (self.batch(groups, row) for step in plan for row in step.ranks[0])
-        for batch in ahead(rows):
-            self.score(batch, total, sums)
+        for step, parts in self._windows(groups, plan, batch_size):
+            terms = self.terms(step, batch_size)
+            for batch, row in zip(step.batches, parts, strict=True):
+                if rewards is not None:
+                    rewards.row(row)
+                self.score(batch, total, sums, terms, rewards)
         model.train(training)
-        return {f"eval_{name}": value for name, value in sums.means().items()}
+        self._next_running = {}
+        found = sums.means()
+        if rewards is not None:
+            found |= rewards.accuracy()
+        return {f"eval_{name}": value for name, value in found.items()}
+
+    def _windows(
+        self, groups: Sequence[Group], plan: Sequence[Step], batch_size: int
+    ) -> Iterator[tuple[StepBatches, Sequence[PackedRow]]]:
+        made = ((self.batches(groups, step, batch_size), step.ranks[0]) for step in plan)
+        yield from ahead(made, depth=1)

@@ -219,6 +219,15 @@ def _comparisons(
     )
 
 
+def scored_units(problem: Problem, token_logps: Tensor) -> Scored:
+    """What the loss of a problem sees of all its units, given the log-probabilities of all tokens
+    (T,), nats.
+    """
+    exact = token_logps.double()
+    logps = _sums(exact, problem.response_ids, len(problem.ref_logps))
+    return problem.scored(logps, slice(None), slice(0, len(exact)), exact)
+
+
 def add_sums(total: Tensor, values: Tensor, ids: Tensor) -> None:
     """total (R,) += Σ of values (t,) by response, in place and deterministic."""
     if total.is_cuda:  # sorts, where index_add_ would use atomics

@@ -78,6 +78,11 @@ class RegisteredLoss:
     def __call__(self, scored: Any, **options: Any) -> Tensor:
         return self.function(scored, **_taken(self.function, options))
 
+    def batch_terms(self, scored: Any, **options: Any) -> dict[str, Tensor]:
+        """The `terms` of a batch."""
+        assert self.terms is not None
+        return self.terms(scored, **_taken(self.terms, options))
+
     def measure(self, scored: Any, **options: Any) -> dict[str, Tensor]:
         """What is reported of every unit."""
         metrics = self.metrics
@@ -184,7 +189,8 @@ class Loss:
     @staticmethod
     def named(name: str, *, beta: float, label_smoothing: float = 0.0, **options: Any) -> "Loss":
         """A registered loss; `ValueError` as `get_loss`."""
-        own = {key: options.pop(key) for key in _OF_COMPARISONS if options.get(key)}
+        own = {key: options.pop(key, None) for key in _OF_COMPARISONS}
+        own = {key: value for key, value in own.items() if value is not None and value is not False}
         registered, score = get_loss(name), score_of(options)
         plain = not (own or options.keys() & set(registered.options))
         options |= {"beta": beta, "label_smoothing": label_smoothing}
