@@ -61,10 +61,9 @@ class Needs:
             DataError: where none has, naming the columns found and those the loss needs.
         """
         kind = row_kind(columns, where)
-        known = {kind: _known(kind, columns) for kind in row_kinds(columns)}
-        for kind in known:
-            if not known[kind].isdisjoint(self.columns):
-                return kind
+        for held in row_kinds(columns):
+            if not _known(held, columns).isdisjoint(self.columns):
+                return held
         found = describe_kind(kind, columns)
         if convert is not None:
             found += f", which convert: {convert} has made"
