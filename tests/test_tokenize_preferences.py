@@ -234,8 +234,12 @@ def test_rows_of_another_layout_than_the_loss_needs(
 @pytest.mark.parametrize(
     ("needs", "row", "message"),
     [
-        (SCORES, {"scores": None, "comparisons": [[0, 1]]}, "scores: missing; grpo needs rows of"),
-        (RANKS, {"scores": None, "comparisons": [[0, 1]]}, "rankings: missing; listwise needs ro"),
+        (SCORES, {"scores": None, "comparisons": [[0, 1]]}, "scores: expected a list of 4 numbers"),
+        (
+            RANKS,
+            {"scores": None, "comparisons": [[0, 1]]},
+            "rankings: expected a list of 4 numbers",
+        ),
     ],
 )
 def test_one_row_without_what_the_loss_needs(

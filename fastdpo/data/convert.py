@@ -226,7 +226,8 @@ def _rows_of_prompts(dataset: datasets.Dataset) -> list[list[int]]:
     for index, row in enumerate(dataset.select_columns(read)):
         try:
             label = {_label(row)}
-            key: Any = json.dumps([row[n] for n in with_prompt], sort_keys=True, default=str)
+            text = json.dumps([row[n] for n in with_prompt], sort_keys=True, default=str)
+            key: Any = xxhash.xxh3_128_digest(text.encode())
         except BadRow:
             label, key = {True, False}, index
         rows.setdefault(key, []).append(index)

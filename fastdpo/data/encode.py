@@ -90,6 +90,7 @@ class Encoder:
     Attributes:
         kind: the rows' layout.
         num_rows: rows of the whole data set before a conversion, to name a row by its line.
+        needs: what the loss has to know of a row's responses.
         max_comparisons: `max_comparisons_per_group`.
         watched: columns that are not read, but may hold a part of the prompt.
         repeated: whether texts begin with their prompt, see `fastdpo.data.prompts`.
@@ -155,7 +156,7 @@ class Encoder:
                     label = self._label(raw, index)
                     raise DataError(f"{label}: {', '.join(wrong)}: {_UNREAD}")
                 row = replace(row, notes=row.notes | {UNREAD_COLUMN})
-            self.needs.check_row(row.preferences)
+            self.needs.check_row(row.preferences, len(row.responses))
             return self._renderer.render(row)
         except BadRow as problem:
             return problem

@@ -17,11 +17,11 @@ CONVERSIONS: Mapping[Convert, tuple[RowKind, RowKind]] = {
     "unpair": ("pair", "label"),
     "pair": ("label", "group"),
 }
-# Of what each layout is made, for messages.
-_COLUMNS: Mapping[RowKind, str] = {
-    "pair": "prompt, chosen, rejected",
-    "group": "prompt, responses",
-    "label": "prompt, completion, label",
+# Of what each layout is made.
+_COLUMNS: Mapping[RowKind, tuple[str, ...]] = {
+    "pair": ("prompt", "chosen", "rejected"),
+    "group": ("prompt", "responses", *PREFERENCES),
+    "label": ("prompt", "completion", "label"),
 }
 _EXPECTED: Mapping[frozenset[Known], str] = {
     frozenset({"comparisons"}): "prompt, chosen, rejected, or of prompt, responses and "
@@ -71,10 +71,11 @@ class Needs:
             helps = not _known(new, ("comparisons",)).isdisjoint(self.columns)
             if convert is None and old == kind and helps:
                 found += f"; convert: {way} makes them"
-        raise DataError(f"{where}: {self._sentence()}; found {found}")
+        expected = _EXPECTED[frozenset(self.columns)]
+        raise DataError(f"{where}: {self.loss} needs rows of {expected}; found {found}")
 
-    def check_row(self, said: Preferences) -> None:
-        """One row of a layout that has what is needed.
+    def check_row(self, said: Preferences, count: int) -> None:
+        """One row of a layout that has what is needed, with `count` responses.
 
         Raises:
             BadRow: where this row has not.
@@ -86,11 +87,8 @@ class Needs:
             "ranks": bool(said.ranks),
         }
         if not any(known[name] for name in self.columns):
-            field = "rankings" if "ranks" in self.columns else self.columns[0]
-            raise BadRow(f"{field}: missing; {self._sentence()}")
-
-    def _sentence(self) -> str:
-        return f"{self.loss} needs rows of {_EXPECTED[frozenset(self.columns)]}"
+            field = "rankings" if "ranks" in self.columns else "scores"
+            raise BadRow.expected(f"a list of {count} numbers, one a response", field, None)
 
 
 COMPARISONS = Needs()
@@ -98,9 +96,7 @@ COMPARISONS = Needs()
 
 def describe_kind(kind: RowKind, columns: Collection[str]) -> str:
     """The columns of a layout that a data set has, in words."""
-    if kind != "group":
-        return ", ".join(name for name in _COLUMNS[kind].split(", ") if name in columns)
-    return ", ".join([_COLUMNS[kind], *(name for name in PREFERENCES if name in columns)])
+    return ", ".join(name for name in _COLUMNS[kind] if name in columns)
 
 
 def _known(kind: RowKind, columns: Collection[str]) -> set[Known]:
