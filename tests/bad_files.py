@@ -252,7 +252,24 @@ COLUMNS = [
         "chat",
     ),
     file("rows.jsonl", lines({}), ": has no rows", "no columns"),
-    file("rows.jsonl", lines(LABEL), "…labels…", "KTO"),
+    file(
+        "rows.jsonl",
+        lines(LABEL),
+        ": …needs rows of prompt, chosen, rejected…; found prompt, completion, label; convert: p",
+        "KTO",
+    ),
+    file(
+        "rows.jsonl",
+        lines({"prompt": "a", "responses": ["b"], "ranking": [1]}),
+        ": missing columns: found prompt, ranking, responses (is 'ranking' for rankings?)",
+        "ranking",
+    ),
+    file(
+        "rows.jsonl",
+        lines(GROUP | {"logp": [-1, -2, -3]}),
+        ": column 'logp' is not read; expected 'logps'",
+        "logp",
+    ),
     table(
         "rows.parquet",
         {"prompt": ["a"], "chosen": [1], "rejected": [2]},
@@ -360,9 +377,11 @@ ROWS = [
         comparisons=[[0, 1, -1]],
     ),
     row("true as index", "comparisons[0]: expected indices", GROUP, comparisons=[[True, 0]]),
-    row("label 2", "label: expected true or false, found the number 2", LABEL, label=2),
-    row("label as text", "label: expected true or false, found text", LABEL, label="yes"),
-    row("null label", "label: expected true or false, found null", LABEL, label=None),
+    row("ranks from 0", "rankings[0]: expected a whole number from 1", GROUP, rankings=[0, 1, 2]),
+    row("half a rank", "rankings[1]: expected a whole number", GROUP, rankings=[1, 2.5, 2.5]),
+    row("few ranks", "rankings: expected a list of 3 whole numbers", GROUP, rankings=[1, 2]),
+    row("few logps", "logps: expected a list of 3 numbers", GROUP, logps=[-1]),
+    row("odds as logps", "logps[0]: expected a finite log-prob", GROUP, logps=[2.5, -1, -1]),
 ]
 
 LENGTHS = [

@@ -7,6 +7,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from fastdpo.data.needs import Needs
 from fastdpo.data.tokenize import TokenizeReport, tokenize_dataset
 from fastdpo.errors import DataError
 
@@ -98,6 +99,11 @@ def chat(prompt: list[Any], chosen: str, rejected: str, **more: Any) -> dict[str
     row = {"prompt": prompt, "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
     return row | more
 
+
+LABELS = Needs(("label",), "kto")
+SCORES = Needs(("scores",), "grpo")
+WIN_RATES = Needs(("scores", "comparisons"), "sppo")
+RANKS = Needs(("ranks",), "listwise")
 
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
 SYSTEM = {"role": "system", "content": "Be brief.  "}

@@ -17,6 +17,7 @@ from fastdpo.config import TrainConfig
 from fastdpo.config.peers import PEER_KEYS
 from fastdpo.config.replaced import REPLACED_KEYS
 from fastdpo.data.load import load_rows
+from fastdpo.data.needs import Needs
 from fastdpo.errors import ConfigError, DataError, FastDPOError
 from fastdpo.model.load import load_model
 from fastdpo.terminal import one_line
@@ -131,7 +132,16 @@ ROWS = [
     {"prompt": "question é", "chosen": " a", "rejected": " b"},
     {"prompt": [{"role": "user", "content": "q"}], "chosen": None, "rejected": 3.5},
     {"prompt": "q", "responses": ["a", "b"], "scores": [1, 0.5]},
+    {"prompt": "q", "responses": ["a", "b"], "rankings": [1, 2], "logps": [-1, -2.5]},
     {"prompt": "q", "completion": " a", "label": True},
+]
+READINGS = [
+    {},
+    {"needs": Needs(("label",))},
+    {"needs": Needs(("scores",))},
+    {"needs": Needs(("ranks",))},
+    {"needs": Needs(("label",)), "convert": "unpair"},
+    {"convert": "pair"},
 ]
 
 
@@ -147,7 +157,8 @@ def test_any_json_lines_are_rows_or_an_error(tmp_path, datasets_cache, tokenizer
     skip = data.draw(st.booleans())
     rows = answers(lambda: load_rows(str(file), "train", skip_bad_rows=skip), DataError)
     if rows is not None:
-        tokenize = partial(tokenize_dataset, rows, tokenizer, max_length=64, skip_bad_rows=skip)
+        options = {"skip_bad_rows": skip} | data.draw(st.sampled_from(READINGS))
+        tokenize = partial(tokenize_dataset, rows, tokenizer, max_length=64, **options)
         answers(lambda: tokenize(source=str(file)), DataError)
 
 

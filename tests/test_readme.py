@@ -25,6 +25,7 @@ from fastdpo.config.peers import PEER_KEYS
 from fastdpo.data.columns import FIELDS
 from fastdpo.data.groups import count_comparisons, make_groups
 from fastdpo.data.load import load_rows
+from fastdpo.data.needs import Needs
 from fastdpo.data.tokenize import tokenize_dataset
 from fastdpo.devices import GPUS
 
@@ -227,9 +228,16 @@ def test_the_example_of_a_loss_is_a_loss(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_layouts_shown_are_read(rows: str, tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(rows, encoding="utf-8")
-    tokens, _ = tokenize_dataset(load_rows(str(path), "train"), tokenizer, max_length=64)
     stated = json.loads(rows)
-    many = len(stated.get("comparisons", [0, 0] if "scores" in stated else [0]))
+    needs = Needs(("label",)) if "label" in stated else Needs()
+    loaded = load_rows(str(path), "train")
+    tokens, _ = tokenize_dataset(loaded, tokenizer, max_length=64, needs=needs)
+    assert tokens["logps"][:] == [stated.get("logps", [])]
+    if "label" in stated:
+        assert tokens["labels"][:] == [[stated["label"]]]
+        return
+    ranked = "scores" in stated or "rankings" in stated
+    many = len(stated.get("comparisons", [0, 0] if ranked else [0]))
     assert count_comparisons(make_groups(tokens)) == many
 
 

@@ -7,6 +7,7 @@ import pytest
 from data_samples import (
     CHATML,
     CHATS,
+    LABELS,
     TEXT_ROWS,
     TEXTS,
     THINKING,
@@ -210,7 +211,7 @@ def test_labels_like_trl(tokenizer: PreTrainedTokenizerBase) -> None:
     ]
     talks = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in CHATS]
     for rows in (text, talks):
-        made = tokenize_rows(rows, tokenizer)
+        made = tokenize_rows(rows, tokenizer, needs=LABELS)
         expected = trl_rows(Dataset.from_list(rows), tokenizer, None, KTOTrainer)
         for row, theirs in zip(made, expected, strict=True):
             assert row["prompt_ids"] == theirs["prompt_ids"]

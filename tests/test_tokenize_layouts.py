@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from data_samples import (
+    LABELS,
     PAIR,
     SYSTEM,
     TURNS,
@@ -322,7 +323,7 @@ def test_groups_and_labels_repeat_prompts_too(tokenizer: PreTrainedTokenizerBase
             assert tokenize_rows([text], tokenizer) == tokenize_rows([group], tokenizer)
         labelled = {"prompt": plain["prompt"], "completion": plain["chosen"], "label": True}
         (made,) = tokenize_rows(
-            [labelled | {"completion": plain["prompt"] + plain["chosen"]}], tokenizer
+            [labelled | {"completion": plain["prompt"] + plain["chosen"]}], tokenizer, needs=LABELS
         )
         (theirs,) = trl_rows(Dataset.from_list([labelled]), tokenizer, None, KTOTrainer)
         assert made["prompt_ids"] == theirs["prompt_ids"]

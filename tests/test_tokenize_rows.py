@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from data_samples import (
     CHATML,
+    LABELS,
     PAIR,
     assistant,
     chat,
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdpo.data.load import load_rows
 from fastdpo.data.messages import BadRow
+from fastdpo.data.needs import COMPARISONS
 from fastdpo.data.notes import BOUNDARY_MOVED, IDENTICAL_AFTER_TRUNCATION, TRUNCATED
 from fastdpo.data.rows import parse_row
 from fastdpo.data.tokenize import COLUMNS, TokenizeReport, tokenize_dataset
@@ -29,6 +31,7 @@ pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 GROUP = {"prompt": "p", "responses": ["a", "b"], "comparisons": [[0, 1]]}
 SCORED = {"prompt": "p", "responses": ["a", "b"], "scores": [1, 0]}
+RANKED = {"prompt": "p", "responses": ["a", "b", "c"], "rankings": [1, 3, 2]}
 LABELLED = {"prompt": "p", "completion": "a", "label": True}
 TALK = chat([user("Hi")], "a", "b")
 BAD_ROWS = [
@@ -93,7 +96,27 @@ BAD_ROWS = [
     (SCORED, {"scores": [10**400, 1]}, "scores[0]: expected a finite number, found the number inf"),
     (LABELLED, {"label": "False"}, "label: expected true or false, found text"),
     (LABELLED, {"label": "yes"}, "label: expected true or false, found text"),
+    (LABELLED, {"label": "true"}, "label: expected true or false, found text"),
     (LABELLED, {"label": 2}, "label: expected true or false, found the number 2"),
+    (LABELLED, {"label": None}, "label: expected true or false, found null"),
+    (LABELLED, {"label": float("nan")}, "label: expected true or false, found "),
+    (SCORED, {"scores": [1, float("-inf")]}, "scores[1]: expected a finite number"),
+    (GROUP, {"scores": [1, None]}, "scores[1]: expected a finite number, found null"),
+    (SCORED, {"scores": None}, "scores: expected a list of 2 numbers, one a response, found null"),
+    (RANKED, {"rankings": None}, "rankings: expected a list of 3 numbers, one a response, found n"),
+    (RANKED, {"rankings": [1, 2]}, "rankings: expected a list of 3 whole numbers, one a response"),
+    (RANKED, {"rankings": "1 2 3"}, "rankings: expected a list of 3 whole numbers, one a response"),
+    (RANKED, {"rankings": [0, 1, 2]}, "rankings[0]: expected a whole number from 1 (the best) to"),
+    (RANKED, {"rankings": [1, 2, 4]}, "rankings[2]: expected a whole number from 1 (the best) to"),
+    (RANKED, {"rankings": [1, 2.5, 2.5]}, "rankings[1]: expected a whole number from 1 (the best"),
+    (RANKED, {"rankings": [1, None, 2]}, "rankings[1]: expected a whole number from 1 (the best)"),
+    (RANKED, {"rankings": [True, 2, 3]}, "rankings[0]: expected a whole number from 1 (the best)"),
+    (RANKED, {"rankings": [1, 2, float("nan")]}, "rankings[2]: expected a whole number from 1"),
+    (SCORED, {"logps": [-1]}, "logps: expected a list of 2 numbers, one a response"),
+    (SCORED, {"logps": [-1, None]}, "logps[1]: expected a finite log-probability, at most 0, fou"),
+    (SCORED, {"logps": [-1, 3.5]}, "logps[1]: expected a finite log-probability, at most 0, found"),
+    (SCORED, {"logps": [float("-inf"), -1]}, "logps[0]: expected a finite log-probability, at mo"),
+    (SCORED, {"logps": ["-1", -1]}, "logps[0]: expected a finite log-probability, at most 0, foun"),
 ]
 
 
@@ -123,12 +146,13 @@ def test_a_bad_row_is_named_by_its_line_or_skipped(
     lines = [json.dumps(row), "", json.dumps(row | change), json.dumps(row)]
     path.write_text("\n".join(lines), encoding="utf-8")
     rows = load_rows(str(path), "train")
+    needs = LABELS if "label" in row else COMPARISONS
     with pytest.raises(DataError) as caught:
-        tokenize_dataset(rows, tokenizer, max_length=None, source=str(path))
+        tokenize_dataset(rows, tokenizer, max_length=None, needs=needs, source=str(path))
     assert str(caught.value).startswith(f"{path}, line 3: {reason}")
 
     made, report = tokenize_dataset(
-        rows, tokenizer, max_length=None, source=str(path), skip_bad_rows=True
+        rows, tokenizer, max_length=None, needs=needs, source=str(path), skip_bad_rows=True
     )
     assert (len(made), report.rows_in, report.rows_out, report.skipped) == (2, 3, 2, 1)
     assert report.identical_pairs == int("identical" in reason)
@@ -283,6 +307,9 @@ def test_the_dataset_is_what_the_contract_says(tokenizer: PreTrainedTokenizerBas
         "losers": integers,
         "weights": List(Value("float32")),
         "labels": List(Value("bool")),
+        "scores": List(Value("float64")),
+        "ranks": integers,
+        "logps": List(Value("float64")),
     }
     assert made.data.num_rows == len(made) == 2, "rows are read through an indices mapping"
     assert made[1]["prompt_ids"] == tokenizer("q")["input_ids"]

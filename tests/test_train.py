@@ -194,7 +194,7 @@ def test_nothing_is_written_over(go, tmp_path):
 def test_unpaired_rows_are_refused_with_a_reason(go, tmp_path):
     file = tmp_path / "kto.jsonl"
     file.write_text('{"prompt": "a", "completion": "b", "label": true}\n', encoding="utf-8")
-    with pytest.raises(DataError, match="KTO"):
+    with pytest.raises(DataError, match="needs rows of prompt, chosen, rejected"):
         go(tmp_path / "out", dataset_name=str(file))
 
 

@@ -26,6 +26,8 @@ FIELDS = (
     "responses",
     "comparisons",
     "scores",
+    "rankings",
+    "logps",
     "completion",
     "label",
     "tools",
@@ -39,14 +41,18 @@ RESPONSES: Mapping[RowKind, tuple[str, ...]] = {
     "group": ("responses",),
     "label": ("completion",),
 }
+# What a group says of its responses, each column being enough.
+PREFERENCES = ("comparisons", "scores", "rankings")
 # Columns of our own readers: the line a row began on, and why it could not be read.
 LINE_COLUMN = "fastdpo_line"
 PROBLEM_COLUMN = "fastdpo_problem"
+# Of a conversion: the index of the row that a row was made of.
+ROW_COLUMN = "fastdpo_row"
 
 _OWN = (*FIELDS, LINE_COLUMN, PROBLEM_COLUMN)
 _EXPECTED_COLUMNS = (
-    "prompt, chosen, rejected; or chosen, rejected; or prompt, responses and comparisons or "
-    "scores; or prompt, completion, label"
+    "prompt, chosen, rejected; or chosen, rejected; or prompt, responses and comparisons, scores "
+    "or rankings; or prompt, completion, label"
 )
 _PROMPT_WORD = re.compile(
     "contexts?|conversations?|dialog(ue)?s?|history|inputs?|instructions?|messages?|passage|problem|"
@@ -63,6 +69,17 @@ _METADATA_WORD = re.compile(
 )
 
 
+def row_kinds(columns: Collection[str]) -> tuple[RowKind, ...]:
+    """The layouts that these columns hold, a pair before the others."""
+    names = set(columns)
+    held: dict[RowKind, bool] = {
+        "pair": {"chosen", "rejected"} <= names,
+        "group": {"prompt", "responses"} <= names and not names.isdisjoint(PREFERENCES),
+        "label": {"prompt", "completion", "label"} <= names,
+    }
+    return tuple(kind for kind, holds in held.items() if holds)
+
+
 def row_kind(columns: Collection[str], where: str) -> RowKind:
     """The layout that these columns hold; a pair where they hold more than one.
 
@@ -73,25 +90,20 @@ def row_kind(columns: Collection[str], where: str) -> RowKind:
     names = set(columns)
     if names & {"image", "images"}:
         raise DataError(f"{where}: has a column of images; only text can be trained on")
-    kind: RowKind | None = None
-    if {"chosen", "rejected"} <= names:
-        kind = "pair"
-    elif {"prompt", "responses"} <= names and names & {"comparisons", "scores"}:
-        kind = "group"
-    elif {"prompt", "completion", "label"} <= names:
-        kind = "label"
-    if kind is None:
+    kinds = row_kinds(names)
+    if not kinds:
         found = ", ".join(sorted(names - {LINE_COLUMN, PROBLEM_COLUMN})) or "none"
         near = [f"{name!r} for {field}" for field, name in _misspelt(names, FIELDS)]
         hint = f" (is {', '.join(near)}?)" if near else ""
         raise DataError(
             f"{where}: missing columns: found {found}{hint}; expected {_EXPECTED_COLUMNS}"
         )
-    for field, name in _misspelt(names, ("prompt", "tools", "chat_template_kwargs")):
+    optional = ("prompt", "tools", "chat_template_kwargs")
+    for field, name in _misspelt(names, (*optional, "logps") if kinds[0] == "group" else optional):
         raise DataError(
             f"{where}: column {name!r} is not read; expected {field!r}, so rename it, or remove it"
         )
-    return kind
+    return kinds[0]
 
 
 def _misspelt(names: set[str], fields: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -16,8 +16,16 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
-from .columns import LINE_COLUMN, PROBLEM_COLUMN, RowKind, speaks_of_system, unread_columns
+from .columns import (
+    LINE_COLUMN,
+    PROBLEM_COLUMN,
+    ROW_COLUMN,
+    RowKind,
+    speaks_of_system,
+    unread_columns,
+)
 from .messages import BadRow, plain_message, template_roles
+from .needs import COMPARISONS, Needs
 from .notes import (
     BOUNDARY_MOVED,
     DOUBLE_BOS,
@@ -33,7 +41,8 @@ from .template import Rendered, Renderer
 Ids: TypeAlias = list[int]
 
 # What became of a row; stored with it, so that a cached data set can still be reported on.
-KEPT, BAD, IDENTICAL, PROMPT_TOO_LONG, NO_COMPARISON = range(5)
+KEPT, BAD, IDENTICAL, PROMPT_TOO_LONG = range(4)
+NO_COMPARISON, ONE_RESPONSE, SAME_SCORES, SAME_RANKS = range(4, 8)
 
 _UNREAD = (
     "holds text that is in none of prompt and responses, and would not be trained on; expected it "
@@ -49,8 +58,12 @@ FEATURES = datasets.Features(
         "losers": _IDS,
         "weights": datasets.List(datasets.Value("float32")),
         "labels": datasets.List(datasets.Value("bool")),
+        "scores": datasets.List(datasets.Value("float64")),
+        "ranks": _IDS,
+        "logps": datasets.List(datasets.Value("float64")),
         "outcome": datasets.Value("int8"),
         "reason": datasets.Value("string"),
+        "row": datasets.Value("int64"),
         "line": datasets.Value("int64"),
         "notes": datasets.List(datasets.Value("string")),
     }
@@ -76,7 +89,8 @@ class Encoder:
 
     Attributes:
         kind: the rows' layout.
-        num_rows: rows of the whole data set, to name a row by its line.
+        num_rows: rows of the whole data set before a conversion, to name a row by its line.
+        needs: what the loss has to know of a row's responses.
         max_comparisons: `max_comparisons_per_group`.
         watched: columns that are not read, but may hold a part of the prompt.
         repeated: whether texts begin with their prompt, see `fastdpo.data.prompts`.
@@ -91,6 +105,7 @@ class Encoder:
     max_comparisons: int | None
     seed: int
     skip_bad_rows: bool
+    needs: Needs = COMPARISONS
     watched: tuple[str, ...] = ()
     repeated: bool = False
 
@@ -110,14 +125,16 @@ class Encoder:
                 output = self._judge(row, next(tokens))
             else:
                 output = {"outcome": BAD, "reason": str(row)}
-            output = _NOTHING | output | {"line": raw.get(LINE_COLUMN)}
+            place = {"row": raw.get(ROW_COLUMN, index), "line": raw.get(LINE_COLUMN)}
+            output = _NOTHING | output | place
             if output["outcome"] in (BAD, IDENTICAL) and not self.skip_bad_rows:
                 raise DataError(f"{self._label(raw, index)}: {output['reason']}")
             outputs.append(output)
         return {name: [output[name] for output in outputs] for name in FEATURES}
 
     def _label(self, raw: Mapping[str, Any], index: int) -> str:
-        return row_label(self.source, index, self.num_rows, raw.get(LINE_COLUMN))
+        row = raw.get(ROW_COLUMN, index)
+        return row_label(self.source, row, self.num_rows, raw.get(LINE_COLUMN))
 
     @functools.cached_property
     def _roles(self) -> frozenset[str]:
@@ -139,6 +156,7 @@ class Encoder:
                     label = self._label(raw, index)
                     raise DataError(f"{label}: {', '.join(wrong)}: {_UNREAD}")
                 row = replace(row, notes=row.notes | {UNREAD_COLUMN})
+            self.needs.check_row(row.preferences, len(row.responses))
             return self._renderer.render(row)
         except BadRow as problem:
             return problem
@@ -169,15 +187,18 @@ class Encoder:
     def _judge(self, rendered: Rendered, tokens: list[Ids]) -> dict[str, Any]:
         """What becomes of a row, and its tokens where it is kept."""
         row, (prompt, *sequences) = rendered.row, tokens
+        said = row.preferences
         start = min(common_prefix_length(prompt, full) for full in sequences)
         comparisons = limit_comparisons(row, self.max_comparisons, self.seed)
         if self.max_length is not None and start >= self.max_length:
             return {"outcome": PROMPT_TOO_LONG}
-        if row.label is None and not comparisons:
-            return {"outcome": NO_COMPARISON}
+        if (outcome := _teaches_nothing(row, self.needs)) is not None:
+            return {"outcome": outcome}
         if reason := self._unusable(row, sequences, start):
             return {"outcome": BAD, "reason": reason}
-        for winner, loser, _ in comparisons:
+        # A model that is asked again may answer the same, and a scorer may give it another score.
+        scored = "scores" in self.needs.columns and said.scores
+        for winner, loser, _ in () if scored else comparisons:
             if sequences[winner] == sequences[loser]:
                 return {"outcome": IDENTICAL, "reason": _identical(row, winner, loser)}
         cut = [full[: self.max_length] for full in sequences]
@@ -191,11 +212,15 @@ class Encoder:
         return {
             "outcome": KEPT,
             "prompt_ids": prompt[:start],
-            "response_ids": [full[start:] for full in cut],
+            # A labelled response is scored after the prompts of other rows too, and cut with each.
+            "response_ids": [full[start:] for full in (cut if said.label is None else sequences)],
             "winners": [winner for winner, _, _ in comparisons],
             "losers": [loser for _, loser, _ in comparisons],
             "weights": [weight for _, _, weight in comparisons],
-            "labels": [] if row.label is None else [row.label],
+            "labels": [] if said.label is None else [said.label],
+            "scores": list(said.scores),
+            "ranks": list(said.ranks),
+            "logps": list(said.logps),
             "notes": sorted(rendered.notes | {note for note, holds in noted.items() if holds}),
         }
 
@@ -211,6 +236,22 @@ class Encoder:
                     f"{self.vocab_size}; expected the model's own tokenizer"
                 )
         return None
+
+
+def _teaches_nothing(row: Row, needs: Needs) -> int | None:
+    """The outcome of a row from which the loss can learn nothing; None of all others."""
+    said = row.preferences
+    if said.label is not None or ("comparisons" in needs.columns and said.comparisons):
+        return None
+    if needs.columns == ("comparisons",):
+        return NO_COMPARISON
+    if len(row.responses) == 1:
+        return ONE_RESPONSE
+    if "ranks" in needs.columns:
+        return SAME_RANKS if len(set(said.ranks)) == 1 else None
+    if not said.scores:
+        return NO_COMPARISON
+    return SAME_SCORES if len(set(said.scores)) == 1 else None
 
 
 def _identical(row: Row, winner: int, loser: int) -> str:

@@ -9,7 +9,16 @@ from typing import Any
 import datasets
 import numpy as np
 
-from .encode import BAD, IDENTICAL, KEPT, NO_COMPARISON, PROMPT_TOO_LONG
+from .encode import (
+    BAD,
+    IDENTICAL,
+    KEPT,
+    NO_COMPARISON,
+    ONE_RESPONSE,
+    PROMPT_TOO_LONG,
+    SAME_RANKS,
+    SAME_SCORES,
+)
 from .notes import COUNTED, UNREAD_COLUMN, WARNINGS
 from .readers import row_label
 
@@ -27,11 +36,16 @@ class TokenizeReport:
         rows_in: rows before.
         rows_out: rows after.
         dropped_prompt_too_long: rows whose prompt alone reaches `max_length`.
-        dropped_no_comparison: groups whose scores are all equal or that state no comparison.
+        dropped_no_comparison: groups whose scores are all equal or that state no comparison, where
+            the loss is one of comparisons.
+        dropped_one_response: groups of one response, where the loss weighs it against others.
+        dropped_same_scores: groups whose scores are all equal, where the loss is one of scores.
+        dropped_same_ranks: groups whose responses all share one rank, where it is one of rankings.
         skipped: rows that cannot be trained on, those with identical responses among them.
         identical_pairs: skipped rows that compare two identical responses.
         noted: rows of which there is something to say, by what that is (`fastdpo.data.notes`).
         reasons: the first few reasons for skipping, each with its row.
+        conversion: what `convert` made of the rows that were there before `rows_in`.
     """
 
     source: str
@@ -39,22 +53,30 @@ class TokenizeReport:
     rows_out: int
     dropped_prompt_too_long: int = 0
     dropped_no_comparison: int = 0
+    dropped_one_response: int = 0
+    dropped_same_scores: int = 0
+    dropped_same_ranks: int = 0
     skipped: int = 0
     identical_pairs: int = 0
     noted: Counter[str] = field(default_factory=Counter)
     reasons: tuple[str, ...] = ()
+    conversion: str = ""
 
     def __str__(self) -> str:
         """One line that names only what happened."""
         counts = {
             "dropped, the prompt alone reaching max_length": self.dropped_prompt_too_long,
             "dropped without a comparison": self.dropped_no_comparison,
+            "dropped, one response only": self.dropped_one_response,
+            "dropped, all scores equal": self.dropped_same_scores,
+            "dropped, all ranks equal": self.dropped_same_ranks,
             "skipped as bad": self.skipped - self.identical_pairs,
             "skipped with identical responses": self.identical_pairs,
         }
         counts |= {what: self.noted[note] for note, what in COUNTED.items()}
         notes = "".join(f"; {count} {what}" for what, count in counts.items() if count)
-        return f"{self.source}: {self.rows_out} of {self.rows_in} rows kept{notes}"
+        made = f"{self.conversion}; " if self.conversion else ""
+        return f"{self.source}: {made}{self.rows_out} of {self.rows_in} rows kept{notes}"
 
     def warn(self, watched: Sequence[str]) -> None:
         """Log why rows were skipped, and a line for each kind of row that is not as it seems.
@@ -72,14 +94,24 @@ class TokenizeReport:
                 )
 
 
-def make_report(encoded: datasets.Dataset, source: str) -> TokenizeReport:
-    """Count what an `Encoder` noted of every row."""
+def make_report(
+    encoded: datasets.Dataset, source: str, num_rows: int, conversion: str = ""
+) -> TokenizeReport:
+    """Count what an `Encoder` noted of every row.
+
+    Args:
+        encoded: what it made.
+        source: what to call the data.
+        num_rows: rows of the whole data set before a conversion.
+        conversion: see `TokenizeReport`.
+    """
     table: Mapping[str, Any] = encoded.data
     outcome = table["outcome"].to_numpy()
-    counts = np.bincount(outcome, minlength=NO_COMPARISON + 1)
+    counts = np.bincount(outcome, minlength=SAME_RANKS + 1)
     reasons = []
     for index in np.flatnonzero((outcome == BAD) | (outcome == IDENTICAL))[:_REASONS].tolist():
-        label = row_label(source, index, len(outcome), table["line"][index].as_py())
+        row, line = (table[name][index].as_py() for name in ("row", "line"))
+        label = row_label(source, row, num_rows, line)
         reasons.append(f"{label}: {table['reason'][index].as_py()}")
     notes = (note for chunk in table["notes"].chunks for note in chunk.flatten().to_pylist())
     return TokenizeReport(
@@ -88,8 +120,12 @@ def make_report(encoded: datasets.Dataset, source: str) -> TokenizeReport:
         rows_out=int(counts[KEPT]),
         dropped_prompt_too_long=int(counts[PROMPT_TOO_LONG]),
         dropped_no_comparison=int(counts[NO_COMPARISON]),
+        dropped_one_response=int(counts[ONE_RESPONSE]),
+        dropped_same_scores=int(counts[SAME_SCORES]),
+        dropped_same_ranks=int(counts[SAME_RANKS]),
         skipped=int(counts[BAD] + counts[IDENTICAL]),
         identical_pairs=int(counts[IDENTICAL]),
         noted=Counter(notes),
         reasons=tuple(reasons),
+        conversion=conversion,
     )

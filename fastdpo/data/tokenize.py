@@ -20,21 +20,39 @@ from .columns import (
     other_texts,
     row_kind,
 )
+from .convert import convert_rows
 from .encode import FEATURES, KEPT, Encoder
 from .load import explain_disk
+from .messages import template_roles
+from .needs import COMPARISONS, Convert, Needs
 from .notes import EMPTY_PROMPT
 from .prompts import repeats_prompt
 from .report import TokenizeReport, make_report
 
-COLUMNS = ("prompt_ids", "response_ids", "winners", "losers", "weights", "labels")
-"""Of a tokenised data set: `prompt_ids` (list of int32), `response_ids` (a list of int32 for each
-response: completion tokens only, cut to `max_length` with the prompt), `winners` and `losers`
-(lists of int32, indices into `response_ids`), `weights` (list of float32) and `labels` (one bool in
-a row of KTO data, else none).
+COLUMNS = (
+    "prompt_ids",
+    "response_ids",
+    "winners",
+    "losers",
+    "weights",
+    "labels",
+    "scores",
+    "ranks",
+    "logps",
+)
+"""Of a tokenised data set:
+
+- `prompt_ids`: list of int32;
+- `response_ids`: a list of int32 for each response, completion tokens only, cut to `max_length`
+  with the prompt; in a labelled row not cut, because losses score it after other prompts too;
+- `winners`, `losers`: lists of int32, indices into `response_ids`; `weights`: list of float32;
+- `labels`: one bool in a labelled row, else none;
+- `scores` (float64, the higher the better), `ranks` (int32, 0 the best, no number left out) and
+  `logps` (float64, nats, of the policy that made the responses): one a response, or none.
 """
 # To be raised whenever the same arguments give other tokens than before: it is part of every
 # cache key.
-_VERSION = 3
+_VERSION = 4
 _BATCH_SIZE = 512
 
 
@@ -48,6 +66,8 @@ def tokenize_dataset(
     max_comparisons_per_group: int | None = None,
     seed: int = 0,
     vocab_size: int | None = None,
+    needs: Needs = COMPARISONS,
+    convert: Convert | None = None,
     source: str = "dataset",
 ) -> tuple[datasets.Dataset, TokenizeReport]:
     """Tokenise preference data as TRL 1.16 does, into `COLUMNS`, and cache the result.
@@ -66,11 +86,14 @@ def tokenize_dataset(
             `seed` and by what the row says.
         seed: of that selection.
         vocab_size: rows of the model's embedding, to refuse tokens outside it.
+        needs: what the loss has to know of a row's responses.
+        convert: a conversion to go before: see `fastdpo.data.convert`.
         source: what to call the data in messages; the path where it is a JSONL file, so that a row
             is named by its line.
 
     Raises:
-        DataError: naming the first row that cannot be trained on, or where none is left.
+        DataError: rows of another layout than the loss needs, or where `convert` has nothing to do;
+            naming the first row that cannot be trained on; or where none is left.
         ModelError: a tokenizer without the chat template or the eos_token that the rows need.
         ConfigError: a setting that cannot be honoured.
     """
@@ -82,25 +105,31 @@ def tokenize_dataset(
             raise ConfigError(f"{name}: expected at least {least} or null, found {limit}")
     if len(dataset) == 0:
         raise DataError(f"{source}: has no rows")
-    kind, others = row_kind(dataset.column_names, source), other_texts(dataset)
+    row_kind(dataset.column_names, source)
+    num_rows, others, conversion = len(dataset), other_texts(dataset), ""
     watched = tuple(filter(may_hold_prompt, others))
     wanted = (*FIELDS, LINE_COLUMN, PROBLEM_COLUMN, *watched)
     dataset = dataset.select_columns([name for name in dataset.column_names if name in wanted])
+    if convert is not None:
+        roles = template_roles(tokenizer.chat_template)
+        dataset, conversion = convert_rows(dataset, convert, roles, source)
+    kind = needs.choose_kind(dataset.column_names, source, convert)
     encoder = Encoder(
         tokenizer=tokenizer,
         kind=kind,
-        num_rows=len(dataset),
+        num_rows=num_rows,
         source=source,
         max_length=max_length,
         vocab_size=vocab_size,
         max_comparisons=max_comparisons_per_group,
         seed=seed,
         skip_bad_rows=skip_bad_rows,
+        needs=needs,
         watched=watched,
         repeated=repeats_prompt(dataset, kind),
     )
     encoded = _encode(dataset, encoder, num_proc)
-    report = make_report(encoded, source)
+    report = make_report(encoded, source, num_rows, conversion)
     if report.skipped and not skip_bad_rows:
         raise DataError(report.reasons[0])
     report.warn(watched)
@@ -139,6 +168,7 @@ def _cache_key(dataset: datasets.Dataset, encoder: Encoder) -> str:
         "max_length": encoder.max_length,
         "vocab_size": encoder.vocab_size,
         "max_comparisons": encoder.max_comparisons,
+        "needs": sorted(encoder.needs.columns),
         "seed": None if encoder.max_comparisons is None else encoder.seed,
     }
     return xxhash.xxh3_128_hexdigest(json.dumps(key, sort_keys=True).encode())
