@@ -75,7 +75,8 @@ def _plain(value: Any) -> Any:
 
 
 class LogpStore:
-    """The log-probabilities of one reference model: digest of (prompt, response) → sum.
+    """The log-probabilities of one reference model: digest of (prompt, response) → its sum over
+    tokens, or that of each token: a store holds one or the other.
 
     Shards are written atomically, so an interrupted run leaves whole ones, and the next run
     computes only the rest.
@@ -83,8 +84,8 @@ class LogpStore:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.logps: dict[bytes, float] = {}
-        """Log-probability of every response that is known, nats, by its digest."""
+        self.logps: dict[bytes, np.ndarray] = {}
+        """Log-probabilities of every response that is known, nats, (1,) or (n,), by its digest."""
         self._shards: set[Path] = set()
         self._refresh()
 
@@ -118,18 +119,21 @@ class LogpStore:
         try:
             data = load_file(shard)
             digests, logps = data["digests"], data["logps"]
+            ends = np.cumsum(data["counts"]) if "counts" in data else np.arange(1, len(logps) + 1)
         except (SafetensorError, KeyError, OSError) as error:
             logger.warning("%s: unreadable (%s), its values are computed again", shard, error)
             return
-        self.logps.update(zip((d.tobytes() for d in digests), logps.tolist(), strict=True))
+        values = np.split(logps, ends[:-1])
+        self.logps.update(zip((d.tobytes() for d in digests), values, strict=True))
 
-    def add(self, digests: Sequence[bytes], logps: Sequence[float]) -> None:
+    def add(self, digests: Sequence[bytes], logps: Sequence[np.ndarray]) -> None:
         """Keep the log-probabilities of these responses, in memory and as one new shard on disk."""
         if not digests:
             return
         data = {
             "digests": np.frombuffer(b"".join(digests), np.uint8).reshape(len(digests), 16),
-            "logps": np.array(logps, np.float64),
+            "logps": np.concatenate(logps),
+            "counts": np.array([len(values) for values in logps], np.int64),
         }
         self.logps.update(zip(digests, logps, strict=True))
         shard = self.directory / f"{uuid.uuid4().hex}.safetensors"
@@ -157,9 +161,10 @@ def fill_reference(
     *,
     max_tokens: int,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
+    by_tokens: bool = False,
 ) -> ReferenceReport:
-    """Set `ref_logps` of every group, from the store where they are known, computing and keeping
-    the others. Processes that fill the same store do so one after the other, each taking over what
+    """Set `ref_logps` of every group, or `by_tokens` its `ref_token_logps`, from the store where
+    they are known, computing and keeping the others. Processes that fill the same store do so one after the other, each taking over what
     is there.
     """
     digests = [[g.digest(r) for r in range(len(g.responses))] for g in groups]
@@ -178,9 +183,13 @@ def fill_reference(
             rows = [row for window in windows for row in window]
             if rows:
                 logger.info(f"reference: computing {len(missing)} log-probabilities")
-                _compute(groups, digests, rows, scorer, store, progress)
+                _compute(groups, digests, rows, scorer, store, progress, by_tokens)
     for group, keys in zip(groups, digests, strict=True):
-        group.ref_logps = np.array([store.logps[d] for d in keys])
+        found = [store.logps[d] for d in keys]
+        if by_tokens:
+            group.ref_token_logps = found
+        else:
+            group.ref_logps = np.concatenate(found) if found else np.zeros(0)
     return ReferenceReport(len(wanted) - len(missing), len(missing), store.directory)
 
 
@@ -193,15 +202,18 @@ def _distinct(digests: Sequence[Sequence[bytes]]) -> dict[bytes, tuple[int, int]
     return wanted
 
 
-def _compute(groups, digests, rows: list[PackedRow], scorer: Scorer, store, progress) -> None:
+def _compute(
+    groups, digests, rows: list[PackedRow], scorer: Scorer, store, progress, by_tokens: bool
+) -> None:
     names: list[bytes] = []
-    values: list[float] = []
+    values: list[np.ndarray] = []
     written = time.monotonic()
     for row in progress(rows, len(rows)) if progress else rows:
         batch = make_batch(groups, row, scorer.layout.name)
         logps = scorer.token_logps(batch.to(scorer.device)).double().cpu().numpy()
         count = np.bincount(batch.response_ids.numpy(), minlength=len(batch.response_lengths))
-        values += [float(part.sum()) for part in np.split(logps, np.cumsum(count)[:-1])]
+        parts = np.split(logps, np.cumsum(count)[:-1])
+        values += parts if by_tokens else [part.sum(keepdims=True) for part in parts]
         names += [digests[part.group][r] for part in row for r in part.responses]
         if time.monotonic() - written > SECONDS_BETWEEN_WRITES:
             store.add(names, values)
@@ -222,6 +234,17 @@ class OnlineReference:
 
     def response_logps(self, batch) -> torch.Tensor:
         """Log-probability (R,) of every response of the batch, nats; no gradient."""
+        with self._model():
+            return self.scorer.response_logps(batch)
+
+    def token_logps(self, batch) -> torch.Tensor:
+        """Log-probability (T,) of every scored token of the batch, nats; no gradient."""
+        with self._model():
+            return self.scorer.token_logps(batch)
+
+    @contextmanager
+    def _model(self) -> Iterator[None]:
+        """The model as the reference is."""
         model: Any = self.scorer.model
         switched: AbstractContextManager[Any] = nullcontext()
         if self.adapter_off:
@@ -232,7 +255,7 @@ class OnlineReference:
         model.eval()
         try:
             with switched:
-                return self.scorer.response_logps(batch)
+                yield
         finally:
             model.train(training)
 

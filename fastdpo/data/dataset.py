@@ -3,16 +3,19 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 import datasets
 
 from ..config import TrainConfig
 from ..errors import DataError
-from .columns import FIELDS, LINE_COLUMN, PROBLEM_COLUMN, may_hold_prompt, row_kind
-from .groups import Group, check_agreement, count_comparisons, make_groups
+from ..losses import TrainingLoss, loss_of
+from .columns import FIELDS, LINE_COLUMN, PROBLEM_COLUMN, may_hold_prompt, row_kind, row_kinds
+from .groups import Group, check_agreement, count_units, make_groups
 from .load import load_rows
 from .messages import unreadable
+from .needs import Known, Needs
 from .readers import stored, stored_types
 from .tokenize import tokenize_dataset
 
@@ -27,10 +30,13 @@ _OURS = (LINE_COLUMN, PROBLEM_COLUMN)  # which our readers add, and nobody else
 
 @dataclass
 class Data:
-    """Groups to train on and to evaluate on."""
+    """Groups to train on and to evaluate on, and the configuration with the loss that the rows'
+    layout asks for, where it names none.
+    """
 
     train: list[Group]
     evaluation: list[Group]
+    config: TrainConfig
 
     def longest_sequence(self) -> int:
         """Tokens of the longest prompt with one response that is trained on."""
@@ -51,16 +57,47 @@ def load_data(
         DataError: data that cannot be read or trained on.
     """
 
-    def groups(name: str, given: RowsInMemory | None, source: tuple[str, str]) -> list[Group]:
-        if given is not None:
-            return _groups(config, tokenizer, vocab_size, name, _in_memory(given, name))
-        return _groups(config, tokenizer, vocab_size, source[0], _load(config, *source))
 
-    trained = groups("rows", rows, (str(config.dataset_name), config.dataset_train_split))
+    def load(name: str, given: RowsInMemory | None, source: tuple[str, str]) -> _Rows:
+        if given is not None:
+            return _Rows(name, _in_memory(given, name))
+        return _Rows(source[0], _load(config, *source))
+
+    trained = load("rows", rows, (str(config.dataset_name), config.dataset_train_split))
+    config = config.for_layout(row_kinds(trained.dataset.column_names))
+    make = partial(_groups, config, loss_of(config), tokenizer, vocab_size)
+    groups = make(trained)
     if not config.evaluates:
-        return Data(trained, [])
+        return Data(groups, [], config)
     assert eval_rows is not None or config.eval_source is not None
-    return Data(trained, groups("eval_rows", eval_rows, config.eval_source or ("", "")))
+    evaluation = load("eval_rows", eval_rows, config.eval_source or ("", ""))
+    return Data(groups, make(evaluation), config)
+
+
+class _Rows(NamedTuple):
+    """The rows of a split, and what to call it in messages."""
+
+    name: str
+    dataset: datasets.Dataset
+
+
+_NEEDED: dict[str, tuple[Known, ...]] = {
+    "label": ("label",),
+    "advantage": ("scores",),
+    "win_rate": ("scores", "comparisons"),
+    "rank": ("ranks",),
+}
+
+
+def _needs(loss: TrainingLoss) -> Needs:
+    """What the rows have to say for a loss."""
+    name = loss.names[0]
+    if loss.unit == "comparison":
+        return Needs(("comparisons",), name)
+    columns = [column for one in loss.losses for column in one.columns]
+    if not columns:  # of a loss that looks at responses alone
+        return Needs(("label", "scores", "ranks", "comparisons"), name)
+    return Needs(_NEEDED[columns[0]], name)
 
 
 def _load(config: TrainConfig, name: str, split: str) -> datasets.Dataset:
@@ -74,11 +111,11 @@ def _load(config: TrainConfig, name: str, split: str) -> datasets.Dataset:
 
 
 def _groups(
-    config: TrainConfig, tokenizer: Any, vocab_size: int | None, name: str, rows: datasets.Dataset
+    config: TrainConfig, loss: TrainingLoss, tokenizer: Any, vocab_size: int | None, rows: _Rows
 ) -> list[Group]:
-    """The groups of one split; `name` stands for it in messages."""
+    """The groups of one split."""
     tokens, report = tokenize_dataset(
-        rows,
+        rows.dataset,
         tokenizer,
         max_length=config.max_length,
         num_proc=config.dataset_num_proc,
@@ -86,12 +123,27 @@ def _groups(
         max_comparisons_per_group=config.max_comparisons_per_group,
         seed=config.seed,
         vocab_size=vocab_size,
-        source=name,
+        source=rows.name,
+        needs=_needs(loss),
+        convert=config.convert,
     )
-    groups = make_groups(tokens, group_prompts=config.group_prompts, source=name)
+    groups = make_groups(
+        tokens,
+        group_prompts=config.group_prompts,
+        source=rows.name,
+        unit=loss.unit,
+        max_length=config.max_length,
+        scale_rewards=config.scale_rewards,
+        mismatch=config.per_device_train_batch_size if loss.mismatched else None,
+    )
+    said = f"{count_units(groups)} {loss.unit}s"
+    if loss.unit == "comparison":
+        said += str(check_agreement(groups))
+    elif loss.unit == "response":
+        said = f"{said} to train on"
     logger.info(
         f"data: {report}; {len(groups)} groups, {sum(len(g.responses) for g in groups)} responses, "
-        f"{count_comparisons(groups)} comparisons{check_agreement(groups)}"
+        f"{said}"
     )
     return groups
 

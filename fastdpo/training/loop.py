@@ -1,4 +1,4 @@
-"""The training loop: whole steps of exactly so many comparisons, each packed into a few rows."""
+"""The training loop: whole steps of exactly so many units, each packed into a few rows."""
 
 import logging
 import time
@@ -16,7 +16,6 @@ from ..data.dataset import Data
 from ..data.plan import Step, epoch_plan, plan_digest
 from ..devices import peak_memory_mib
 from ..errors import ConfigError
-from ..losses import loss_at_reference
 from ..model.layout import ordinary
 from ..model.load import load_weights
 from . import checkpoint, metrics
@@ -126,9 +125,10 @@ class Trainer:
 
     def gradients(self, step: StepBatches) -> metrics.StepSums:
         """Score a step's rows forward and backward; nothing but gradients changes."""
-        sums = metrics.StepSums(self.device)
+        sums, terms = metrics.StepSums(self.device), self.objective.terms(step)
         for batch in step.batches:
-            self.update.backward(self.objective.score(batch, step.comparisons, sums), self.step)
+            loss = self.objective.score(batch, step.units, sums, terms)
+            self.update.backward(loss, self.step)
         return sums
 
     def finish(self, sums: metrics.StepSums, start: float) -> None:
@@ -138,6 +138,7 @@ class Trainer:
         self.pending.check(self.step, sums, norm, rate)
         self.update.step()
         self.scheduler.step()
+        self.objective.keep_running()
         self.step += 1
         self.num_tokens += sums.pair_tokens
         self.pending.took(time.perf_counter() - start)
@@ -166,8 +167,9 @@ class Trainer:
         """
         values = self.pending.read(partial(metrics.rates, self.model))
         self.bar.set_postfix_str(metrics.show(values), refresh=False)
-        if self.step == 1 and self.config.ref_model_name_or_path is None:
-            expected = loss_at_reference(self.objective.loss_function)
+        expected = self.objective.loss.at_reference()
+        same = self.config.ref_model_name_or_path is None and expected is not None
+        if self.step == 1 and same:
             logger.info(f"first loss {values['loss']:.7f}, with policy = reference {expected:.7f}")
 
     def _write_metrics(self) -> dict[str, float]:
@@ -182,7 +184,9 @@ class Trainer:
         return {"epoch": self.step / self.schedule.steps_per_epoch, "num_tokens": self.num_tokens}
 
     def _evaluate(self) -> dict[str, float]:
-        result = self.objective.evaluate(self.data.evaluation, self.max_tokens) | self._position()
+        size = self.config.per_device_eval_batch_size
+        result = self.objective.evaluate(self.data.evaluation, self.max_tokens, size)
+        result |= self._position()
         self.log.write(result, self.step)
         logger.info(f"evaluation at step {self.step}: {metrics.show(result)}")
         return result
@@ -198,6 +202,7 @@ class Trainer:
                 "step": self.step,
                 "num_tokens": self.num_tokens,
                 "pending": self.pending.values,
+                "running": self.objective.running_state(),
                 "config": deciding(self.config),
                 "identity": self.identity,
             },
@@ -223,6 +228,7 @@ class Trainer:
         self.step = self.resumed = state["step"]
         restart(self.scheduler, self.step)
         self.num_tokens, self.pending.values = state["num_tokens"], state["pending"]
+        self.objective.resume_running(state.get("running", {}))
         self.bar.update(self.step)
         logger.info(f"resumed at step {self.step} from {path}")
         if line := describe_changes(state, self.config):

@@ -15,6 +15,7 @@ from ..data.packing import LAYOUTS
 from ..data.plan import reference_budget
 from ..errors import ModelError
 from ..files import cache_root
+from ..losses import TrainingLoss
 from ..model.adapter import add_adapter
 from ..model.head import find_head
 from ..model.layout import Layout
@@ -33,31 +34,44 @@ logger = logging.getLogger(__name__)
 
 
 def make_reference(
-    config: TrainConfig, policy: Scorer, data: Data, max_tokens: int
+    config: TrainConfig, policy: Scorer, data: Data, loss: TrainingLoss, max_tokens: int
 ) -> tuple[OnlineReference | None, dict[str, str]]:
     """The reference that is evaluated while training, None where its log-probabilities are in the
-    groups now; and digests of the models that the run begins with, by what they are.
+    groups now or the loss needs none; and digests of the models that the run begins with, by what they are.
 
     With `use_peft` the policy has its adapter afterwards.
     """
     digests, reference = {}, None
-    if config.precompute_ref_log_probs:
-        _, digests["reference model"] = precompute_reference(config, policy, data, max_tokens)
+    needed = needs_reference(loss, data)
+    precomputes = needed and config.precomputes
+    if precomputes:
+        _, digests["reference model"] = precompute_reference(config, policy, data, loss, max_tokens)
+    elif not needed:
+        digests["starting model"] = weights_digest(policy.model)
     elif config.ref_model_name_or_path or not config.use_peft:
         reference = _second_model(config, policy)
         digests["reference model"] = weights_digest(reference.scorer.model)
     if config.use_peft:
-        if config.ref_model_name_or_path or not config.precompute_ref_log_probs:
+        if config.ref_model_name_or_path or not precomputes:
             digests["starting model"] = weights_digest(policy.model)
         without = _add_adapter(config, policy)
-        if reference is None and not config.precompute_ref_log_probs:
+        if needed and reference is None and not precomputes:
             reference = without
-    logger.info(f"reference: {_describe(reference)}")
+    logger.info(f"reference: {_describe(reference) if needed else 'none, the loss needs none'}")
     return reference, digests
 
 
+def needs_reference(loss: TrainingLoss, data: Data) -> bool:
+    """Whether reference log-probabilities are read: not where GRPO has no penalty, and the data the
+    log-probabilities of the policy that sampled it.
+    """
+    given = all("logp" in group.given for group in [*data.train, *data.evaluation])
+    unread = loss.losses[0].kind == "tokens" and loss.options.get("beta") == 0 and given
+    return loss.reference and not unread
+
+
 def precompute_reference(
-    config: TrainConfig, policy: Scorer, data: Data, max_tokens: int
+    config: TrainConfig, policy: Scorer, data: Data, loss: TrainingLoss, max_tokens: int
 ) -> tuple[ReferenceReport, str]:
     """Reference log-probabilities of every group, from the cache or from a pass over the data in
     rows of `max_tokens` and more; and the digest of the reference's weights.
@@ -67,7 +81,8 @@ def precompute_reference(
         scorer = load_scorer(config, policy.device, policy.autocast, config.ref_model_name_or_path)
     root = Path(config.reference_cache_dir or cache_root() / "reference").expanduser()
     weights = weights_digest(scorer.model)
-    store = LogpStore(root / model_fingerprint(scorer.model, scorer.autocast, weights))
+    name = model_fingerprint(scorer.model, scorer.autocast, weights)
+    store = LogpStore(root / (f"{name}-tokens" if loss.by_tokens else name))
 
     def progress(rows: Any, total: int) -> Any:
         return tqdm(rows, total=total, desc="reference", unit="row", disable=config.disable_tqdm)
@@ -79,6 +94,7 @@ def precompute_reference(
         store,
         max_tokens=reference_budget(max_tokens, scorer.device.type),
         progress=progress,
+        by_tokens=loss.by_tokens,
     )
     logger.info(f"reference log-probabilities: {report}")
     return report, weights

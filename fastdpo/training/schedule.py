@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from ..config import TrainConfig
-from ..data.groups import Group, count_comparisons
+from ..data.groups import Group, count_units
 from ..data.plan import units_per_step
 
 
@@ -12,15 +12,15 @@ class Schedule:
     """The steps of a run, from its configuration and its training data.
 
     Attributes:
-        comparisons: how many a step holds; the last one of an epoch holds what is left.
+        units: how many a step holds; the last one of an epoch holds what is left.
         steps_per_epoch: optimizer steps of one pass over the data.
         steps: optimizer steps of the whole run.
     """
 
     def __init__(self, config: TrainConfig, groups: Sequence[Group]) -> None:
         self.config = config
-        self.comparisons = units_per_step(config)
-        self.steps_per_epoch = math.ceil(count_comparisons(groups) / self.comparisons)
+        self.units = units_per_step(config)
+        self.steps_per_epoch = math.ceil(count_units(groups) / self.units)
         epochs = math.ceil(config.num_train_epochs * self.steps_per_epoch)
         self.steps = config.max_steps if config.max_steps > 0 else epochs
 

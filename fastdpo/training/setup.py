@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fastdpo_kernels.losses import Comparisons
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..config import TrainConfig
 from ..config.inputs import DTYPES
 from ..data.dataset import Data, RowsInMemory, load_data
-from ..data.groups import count_comparisons
+from ..data.groups import count_units
 from ..data.packing import longest_unit
 from ..data.plan import row_budget
 from ..errors import ConfigError, ModelError
-from ..losses import make_loss
+from ..losses import TrainingLoss, loss_of
 from ..memory.allocator import keep_freed_memory, return_freed_memory
 from ..memory.auto import fit
 from ..model.adapter import adopt_adapter
@@ -92,6 +91,7 @@ class Loaded:
     tokenizer: Any
     data: Data
     policy: Scorer
+    loss: TrainingLoss
     max_tokens: int
 
 
@@ -110,6 +110,7 @@ def load(config: TrainConfig, given: InMemory, bf16: bool | None, *, trains: boo
         config = config.choose("model", model_name_or_path=None)
     vocab_size = getattr(model_config.get_text_config(), "vocab_size", None)
     data = load_data(config, with_pad_token(tokenizer), vocab_size, given.rows, given.eval_rows)
+    config, loss = data.config, loss_of(data.config)
     _note_positions(config, model_config, data)
     autocast, reason = choose_precision(bf16, device)
     precision = "bf16 autocast" if autocast else config.dtype
@@ -117,14 +118,13 @@ def load(config: TrainConfig, given: InMemory, bf16: bool | None, *, trains: boo
     if trains and config.memory == "auto":
         config = fit(config, data.train, model_config, device, autocast)
     policy = load_scorer(config, device, autocast, model=given.model)
-    return Loaded(config, tokenizer, data, policy, row_budget(config, device.type))
+    return Loaded(config, tokenizer, data, policy, loss, row_budget(config, device.type))
 
 
 def set_up(
     config: TrainConfig, given: InMemory, output: Output, on_step: Callable[..., None] | None
 ) -> Trainer:
     """A trainer that stands before the first step that is left."""
-    loss = _loss(config)
     attention_path(config)  # a backend that cannot be had here is an error before anything else
     if given.model is None:
         config = adopt_adapter(config)
@@ -140,14 +140,14 @@ def set_up(
             bf16 = state["identity"]["precision"] == str(torch.bfloat16)
     set_seed(config.seed)
     loaded = load(config, given, bf16)
-    config, policy, data = loaded.config, loaded.policy, loaded.data
-    reference, digests = make_reference(config, policy, data, loaded.max_tokens)
+    config, policy, data, loss = loaded.config, loaded.policy, loaded.data, loaded.loss
+    reference, digests = make_reference(config, policy, data, loss, loaded.max_tokens)
     logger.info(f"activations: {activations_path(config)}")
     logger.info(f"optimizer: {optimizer}")
     _change_layers(config, policy.model, policy.device, output)
     trainer = Trainer(
         config=config,
-        objective=Objective(policy, loss, config.beta, reference),
+        objective=Objective(policy, loss, config.per_device_train_batch_size, reference),
         tokenizer=loaded.tokenizer,
         data=data,
         max_tokens=loaded.max_tokens,
@@ -155,11 +155,14 @@ def set_up(
         identity={"precision": str(policy.autocast), **digests},
         on_step=on_step,
     )
-    count, per_step = count_comparisons(data.train), trainer.schedule.comparisons
+    count, per_step = count_units(data.train), trainer.schedule.units
     logger.info(
-        f"training: {count} comparisons, {per_step} a step, {trainer.total_steps} steps, rows of "
+        f"training: {count} {loss.unit}s, {per_step} a step, {trainer.total_steps} steps, rows of "
         f"up to {loaded.max_tokens} tokens"
     )
+    if loss.scores_first:
+        what = "each prompt with the row before's response" if loss.mismatched else "every response"
+        logger.info(f"loss: each step begins with a pass that scores {what}, without gradient")
     _keep_memory(loaded)
     if start is not None:
         trainer.resume(start, state)
@@ -176,18 +179,6 @@ def _keep_memory(loaded: Loaded) -> None:
         longest = longest_unit(loaded.data.train, loaded.policy.layout.name)
         keep_freed_memory(max(loaded.max_tokens, longest))
         return_freed_memory()
-
-
-def _loss(config: TrainConfig) -> Callable[[Comparisons], torch.Tensor]:
-    try:
-        return make_loss(
-            config.loss_type,
-            beta=config.beta,
-            label_smoothing=config.label_smoothing,
-            loss_weights=config.loss_weights,
-        )
-    except ConfigError as error:  # which does not know where the key stood
-        raise config.error("loss_type", str(error).removeprefix("loss_type: ")) from error
 
 
 def _device(config: TrainConfig) -> torch.device:

@@ -87,21 +87,31 @@ class Objective:
         )
         return batch.pin_memory() if self.policy.device.type == "cuda" else batch
 
-    def terms(self, step: StepBatches, batch_size: int | None = None) -> StepTerms | None:
+    def terms(self, step: StepBatches, eval_batch: int | None = None) -> StepTerms | None:
         """What has to be known of the whole step before its rows: a pass that scores it; None where
-        nothing has.
+        nothing has. An evaluation has batches of its own, and changes no running mean.
         """
+        training, size = eval_batch is None, eval_batch or self.batch_size
         if not self.loss.scores_first:
             return None
-        size = batch_size or self.batch_size
         rows = (self._scored(batch) for batch in step.first or step.batches)
-        terms = pass_before(self.loss, rows, step.units, size, self.running)
+        terms = pass_before(self.loss, rows, step.units, size, self.running, updates=training)
         self._next_running = terms.running
         return terms
 
     def keep_running(self) -> None:
         """Keep the running means that the last step came to, now that it has been taken."""
         self.running = self._next_running or self.running
+
+    def running_state(self) -> dict[str, list[float]]:
+        """The running means and their numbers of batches, as a checkpoint keeps them."""
+        return {name: [mean.item(), count] for name, (mean, count) in self.running.items()}
+
+    def resume_running(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Go on from what `running_state` gave."""
+        for name, (mean, count) in state.items():
+            value = torch.tensor(mean, dtype=torch.float64, device=self.policy.device)
+            self.running[name] = value, int(count)
 
     def score(
         self,
@@ -205,7 +215,6 @@ class Objective:
                     rewards.row(row)
                 self.score(batch, total, sums, terms, rewards)
         model.train(training)
-        self._next_running = {}
         found = sums.means()
         if rewards is not None:
             found |= rewards.accuracy()

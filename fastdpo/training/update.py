@@ -180,7 +180,7 @@ def require_one_row(
                 tokens = sum(part_tokens(groups[p.group], p.responses, layout) for p in parts)
                 raise ConfigError(
                     f"optimizer_in_backward: step {number} of epoch {epoch} takes {len(rows)} rows "
-                    f"for its {step.comparisons} comparisons; expected one row a step (raise "
+                    f"for its {step.units} units; expected one row a step (raise "
                     f"max_tokens_per_batch to some {tokens}, or take fewer pairs a step: "
                     f"per_device_train_batch_size {config.per_device_train_batch_size} x "
                     f"gradient_accumulation_steps {config.gradient_accumulation_steps})"
