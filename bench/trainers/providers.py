@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .clock import Clock, NotInstalled, device
-from .with_trl import Rows, make_trainer
+from .with_trl import REFERENCE_FREE, Rows, make_trainer
 
 Provider = Callable[..., Clock]
 PROVIDERS: dict[str, Provider] = {}
@@ -92,11 +92,15 @@ def _planned_mib(config: Any) -> float:
 
 @provider("trl")
 def run_trl(rows: Rows, model: Any, steps: int, per_step: int, batch: int, **keys: Any) -> Clock:
-    """TRL's `DPOTrainer` with its fused head: `per_step / batch` accumulated batches a step; `keys`
-    are those of its `DPOConfig`, or of the LoRA configuration, as `fastdpo` has them. `model` is a
-    path, or a model that has been loaded and is trained in place.
+    """A trainer of TRL, as it is: `per_step / batch` accumulated batches a step; `keys` are
+    `trainer` (dpo where it is left out), those of that trainer's configuration, and of the LoRA
+    configuration, as `fastdpo` has them. `model` is a path, or a model that has been loaded and is
+    trained in place.
     """
     clock, adapter, load = Clock(), _lora(keys), _loading(keys)
+    keys = _DEFAULTS | {"precompute_ref_log_probs": True} | keys
+    if keys.get("trainer") in REFERENCE_FREE:
+        del keys["precompute_ref_log_probs"]
     trainer = make_trainer(
         model,
         rows,
@@ -106,7 +110,7 @@ def run_trl(rows: Rows, model: Any, steps: int, per_step: int, batch: int, **key
         per_device_eval_batch_size=batch,
         gradient_accumulation_steps=per_step // batch,
         model_init_kwargs=load or None,
-        **_DEFAULTS | {"precompute_ref_log_probs": True} | keys,
+        **keys,
     )
     trainer.add_callback(clock.callback())
     trainer.train()

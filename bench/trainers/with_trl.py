@@ -1,9 +1,10 @@
-"""TRL's `DPOTrainer` as every benchmark runs it: rows in their order, no files, no progress bars.
+"""TRL's trainers as every benchmark runs them: rows in their order, no files, no progress bars.
 
 It works with every release of TRL that is measured and needs nothing of fastdpo, since another
 trainer's interpreter imports it too.
 """
 
+import importlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,28 +16,62 @@ from .clock import NotInstalled
 
 Rows = Sequence[dict[str, Any]]
 
+_MODULES = {
+    "dpo": "trl",
+    "kto": "trl",
+    "orpo": "trl.experimental.orpo",
+    "cpo": "trl.experimental.cpo",
+}
+REFERENCE_FREE = ("orpo", "cpo")
+"""Trainers without a reference model."""
+
+_NO_LIMIT = 1 << 30
+
+
+def trl_keys(loss: str) -> dict[str, Any]:
+    """The trainer of TRL that has this loss of ours, and what the loss is called there."""
+    if loss == "orpo":
+        return {"trainer": "orpo"}
+    if loss in ("kto", "apo_zero_unpaired"):
+        return {"trainer": "kto", "loss_type": loss}
+    if loss in ("simpo", "cpo", "cpo_hinge", "cpo_ipo"):
+        name = "sigmoid" if loss == "cpo" else loss.removeprefix("cpo_")
+        return {"trainer": "cpo", "loss_type": name}
+    return {"trainer": "dpo", "loss_type": [loss]}
+
 
 def make_trainer(
-    model: Any, rows: Rows, eval_rows: Rows | None = None, peft_config: Any = None, **keys: Any
+    model: Any,
+    rows: Rows,
+    eval_rows: Rows | None = None,
+    peft_config: Any = None,
+    trainer: str = "dpo",
+    **keys: Any,
 ) -> Any:
-    """A trainer of rows of prompt, chosen and rejected.
+    """A trainer of rows of prompt, chosen and rejected; KTO's are prompt, completion and label.
 
     Args:
         model: a directory, or a model in memory that is trained in place.
         rows: in the order in which they are trained.
         eval_rows: what is evaluated.
         peft_config: of an adapter.
-        keys: of TRL's `DPOConfig`.
+        trainer: dpo, kto, orpo or cpo.
+        keys: of that trainer's configuration; a `max_length` of None is no limit.
     """
     try:
         from datasets import Dataset
         from torch.utils.data import SequentialSampler
         from transformers import PrinterCallback
-        from trl import DPOConfig, DPOTrainer
-    except ImportError as error:
-        raise NotInstalled(str(error)) from error
 
-    class InOrder(DPOTrainer):
+        module = importlib.import_module(_MODULES[trainer])
+        kind = getattr(module, f"{trainer.upper()}Trainer")
+        settings = getattr(module, f"{trainer.upper()}Config")
+    except (ImportError, AttributeError) as error:
+        raise NotInstalled(str(error)) from error
+    if trainer in REFERENCE_FREE and keys.get("max_length", 0) is None:
+        keys["max_length"] = _NO_LIMIT  # None means 512 to these
+
+    class InOrder(kind):
         def _get_train_sampler(self, dataset: Any = None) -> Any:
             return SequentialSampler(self.train_dataset)
 
@@ -48,13 +83,13 @@ def make_trainer(
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
     }
-    trainer = InOrder(
+    made = InOrder(
         model=str(model) if isinstance(model, Path) else model,
-        args=DPOConfig(**common | keys),
+        args=settings(**common | keys),
         train_dataset=Dataset.from_list(list(rows)),
         eval_dataset=Dataset.from_list(list(eval_rows)) if eval_rows else None,
         peft_config=peft_config,
     )
-    trainer.folder = folder  # removed with the trainer
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    made.folder = folder  # removed with the trainer
+    made.remove_callback(PrinterCallback)
+    return made
