@@ -6,6 +6,7 @@ problems; they lie beside the repository, which does without them.
 """
 
 import hashlib
+import itertools
 import json
 import subprocess
 import sys
@@ -53,6 +54,39 @@ def gsm8k_pairs() -> list[dict[str, Any]] | None:
 def gsm8k_groups() -> list[dict[str, Any]] | None:
     """Rows of prompt, responses, scores; None where `shared_file` finds none."""
     return _read_shared("gsm8k_groups.jsonl")
+
+
+def gsm8k_comparisons() -> list[dict[str, Any]] | None:
+    """The groups as rows of prompt, chosen and rejected: every right answer beside every wrong one;
+    None where `shared_file` finds none.
+    """
+    groups = gsm8k_groups()
+    if groups is None:
+        return None
+    return [
+        {"prompt": group["prompt"], "chosen": chosen, "rejected": rejected}
+        for group in groups
+        for (chosen, high), (rejected, low) in itertools.product(_scored(group), repeat=2)
+        if high > low
+    ]
+
+
+def gsm8k_labels() -> list[dict[str, Any]] | None:
+    """The groups as rows of prompt, completion and label, which is whether the answer is right;
+    None where `shared_file` finds none.
+    """
+    groups = gsm8k_groups()
+    if groups is None:
+        return None
+    return [
+        {"prompt": group["prompt"], "completion": response, "label": score > 0.5}
+        for group in groups
+        for response, score in _scored(group)
+    ]
+
+
+def _scored(group: dict[str, Any]) -> list[tuple[str, float]]:
+    return list(zip(group["responses"], group["scores"], strict=True))
 
 
 def shared_file(name: str) -> Path | None:

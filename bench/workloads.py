@@ -14,6 +14,9 @@ between its quartiles apart; its prompts spread more, at 1.2, which would pad mo
 | n-best | 60 | 122 | the GSM8K groups of the tests: five responses, four or six comparisons |
 | pair-N | N - 2048 | 1024 | one pair of N tokens in all: how long a pair trains, in what memory |
 
+Losses of labelled responses get those in place of pairs: `gsm8k-groups` has either, every
+comparison of a group or every response with its label, those of one prompt one after the other.
+
 The first two are in the table of https://github.com/frankxwang/dpo-prefix-sharing (paper:
 https://arxiv.org/abs/2410.20305); `n-best` has the spreads that were measured there, 0.33 and 0.41.
 """
@@ -22,7 +25,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,9 @@ from .jsonl import read_rows
 
 Pair = dict[str, Any]
 """A row of data: prompt, chosen and rejected."""
+
+Labelled = dict[str, Any]
+"""A row of data: prompt, completion and label."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ def lengths_named(name: str) -> Lengths | None:
 TEXTS: dict[str, Callable[[], list[Pair] | None]] = {
     "dpo_en_demo": data.dpo_en_demo,
     "gsm8k": data.gsm8k_pairs,
+    "gsm8k-groups": data.gsm8k_comparisons,
 }
 
 _LLAMA3_ROPE = {
@@ -131,9 +138,59 @@ def pairs_of(name: str, count: int) -> list[Pair]:
             raise SystemExit(f"{name}: the data is not here")
     else:
         rows = read_rows(Path(name))
-    short = (row for row in rows if len(json.dumps(row["prompt"])) < 3000)
     names = ("prompt", "chosen", "rejected")
-    return [{name: row[name] for name in names} for row in itertools.islice(short, count)]
+    return [{name: row[name] for name in names} for row in itertools.islice(_short(rows), count)]
+
+
+def labelled_of(name: str, count: int) -> list[Labelled]:
+    """`count` labelled responses of a named data set or a JSONL file of pairs, in its own order."""
+    if name != "gsm8k-groups":
+        return list(itertools.islice(_unpaired(pairs_of(name, count)), count))
+    rows = data.gsm8k_labels()
+    if rows is None:
+        raise SystemExit(f"{name}: the data is not here")
+    return list(itertools.islice(_short(rows), count))
+
+
+def _short(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    return (row for row in rows if len(json.dumps(row["prompt"])) < 3000)
+
+
+def _unpaired(rows: Iterable[Pair]) -> Iterator[Labelled]:
+    for row in rows:
+        for name, label in (("chosen", True), ("rejected", False)):
+            yield {"prompt": row["prompt"], "completion": row[name], "label": label}
+
+
+def written_out(rows: Iterable[Pair], tokenizer: Any) -> list[Pair]:
+    """Pairs as text, of which TRL's ORPO and CPO trainers make the same tokens as everyone else.
+
+    Those two begin every prompt with BOS and end every response with EOS, where the others begin as
+    the tokenizer does and end text alone with EOS. So messages become text here, and BOS is written
+    before the prompt. Where tokens merge across the end of a prompt they cut elsewhere, each
+    response for itself: spaces that end a prompt begin its responses instead.
+    """
+    bos = tokenizer.bos_token or ""
+    if bos and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+        bos = ""
+    written = []
+    for row in rows:
+        prompt, *responses = _as_text(row, tokenizer)
+        stem = prompt.rstrip(" ")
+        chosen, rejected = (prompt[len(stem) :] + response for response in responses)
+        start = "" if stem.startswith(bos) else bos
+        written.append({"prompt": start + stem, "chosen": chosen, "rejected": rejected})
+    return written
+
+
+def _as_text(row: Pair, tokenizer: Any) -> list[str]:
+    """Prompt, chosen and rejected; messages as the chat template renders them."""
+    texts = [row[name] for name in ("prompt", "chosen", "rejected")]
+    if isinstance(texts[0], str):
+        return texts
+    prompt = tokenizer.apply_chat_template(texts[0], tokenize=False, add_generation_prompt=True)
+    both = [tokenizer.apply_chat_template(texts[0] + text, tokenize=False) for text in texts[1:]]
+    return [prompt, *(text.removeprefix(prompt) for text in both)]
 
 
 def _synthetic(lengths: Lengths) -> Iterator[Pair]:

@@ -14,10 +14,12 @@ from bench import cli, workloads
 from bench.jsonl import read_rows
 from bench.report import record
 from bench.report.rows import agreed, read
+from bench.report.trainers import unit_of
+from bench.tokens import mismatched_tokens
 from bench.trainers import cases
 from bench.trainers import run as trainers
 from bench.trainers.clock import NotInstalled
-from bench.trainers.job import keys_of
+from bench.trainers.job import keys_of, loss_for, sizes_for
 from bench.trainers.process import reason
 from bench.trainers.providers import PROVIDERS
 
@@ -171,10 +173,72 @@ def test_options_reach_both_trainers() -> None:
     assert found["max_length"] == 9
 
 
+def test_a_loss_reaches_both_trainers() -> None:
+    options = trainers.parse(["--loss", "cpo_hinge", "--pairs_per_step", "8", "--batches", "2,4"])
+    assert options.providers == list(PROVIDERS)  # the peers that stand apart have DPO alone
+    case = {**vars(options), "reference": "precomputed", "gradient_checkpointing": False}
+    assert "precompute_ref_log_probs" not in keys_of(case)
+    assert loss_for("trl", "cpo_hinge") == {"trainer": "cpo", "loss_type": "hinge"}
+    assert loss_for("fastdpo", "kto") == {"loss_type": ["kto"]} and not loss_for("trl", None)
+    job = {"pairs_per_step": 8, "batch": 2, "loss": "cpo"}
+    assert sizes_for("trl", job) == {"per_step": 8, "batch": 2}
+    same = {"per_step": 2, "batch": 0, "gradient_accumulation_steps": 4}
+    assert sizes_for("fastdpo", job) == same
+    del job["loss"]
+    assert sizes_for("fastdpo", job) == {"per_step": 8, "batch": 2}
+
+
+def test_kto_has_no_batch_of_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert trainers.parse(["--loss", "kto"]).batches == [2, 4, 8]
+    with pytest.raises(SystemExit):
+        trainers.parse(["--loss", "kto", "--batches", "1"])
+    assert "two rows a batch" in capsys.readouterr().err
+
+
+def test_labelled_rows_of_a_case(tmp_path: Path) -> None:
+    words = "--loss kto --model_config nano --steps 3 --warm_up 1 --pairs_per_step 4 --batches 2"
+    (made,) = cases.workloads(trainers.parse([*words.split(), "--dtype", "fp32"]), tmp_path)
+    assert made.case["loss"] == "kto" and made.case["unit"] == unit_of(made.case) == "rows"
+    rows = read_rows(made.rows)
+    assert [row["label"] for row in rows] == [True, False] * 6
+    sizes = [(len(row["prompt"].split()), len(row["completion"].split()) + 1) for row in rows]
+    assert sum(made.useful_tokens) == sum(map(sum, sizes))
+    assert sum(made.response_tokens) == sum(length for _, length in sizes)
+
+
+def test_groups_as_pairs_and_as_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = [{"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 0, 1]}]
+    groups.append({"prompt": "q" * 3000, "responses": ["a", "b"], "scores": [1, 0]})
+    monkeypatch.setattr("bench.data.gsm8k_groups", lambda: groups)
+    assert workloads.pairs_of("gsm8k-groups", 9) == [
+        {"prompt": "p", "chosen": "a", "rejected": "b"},
+        {"prompt": "p", "chosen": "c", "rejected": "b"},
+    ]
+    assert workloads.labelled_of("gsm8k-groups", 2) == [
+        {"prompt": "p", "completion": "a", "label": True},
+        {"prompt": "p", "completion": "b", "label": False},
+    ]
+
+
 def test_a_peer_that_cannot_run_here_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: False)
     with pytest.raises(NotInstalled, match="flash-attn"):
         PROVIDERS["trl-flash"]([], Path("m"), 1, 1, 1)
+
+
+def test_tokens_of_the_mismatched_pairs() -> None:
+    p, q, a, b, c = (1, 1, 1), (2, 2), (3,), (4, 4), (5, 5, 5, 5)
+    rows = [(p, a), (p, b), (q, c), (q, a), (q, b)]
+
+    def count(batch: int, per_step: int) -> list[int]:
+        return list(mismatched_tokens(rows, batch, per_step).values())
+
+    # In batches of two: p with b and a; q with a and c; q with b.
+    assert count(2, 2) == [9 + 9 + 4, 10 + 12 + 4, 6 + 7 + 4, 0]
+    # In one of five: p with b and a; q with b, c and a.
+    assert count(5, 5) == [22, 30, 5 + 10, 0]
+    # In batches of three, two in a step: p with c and a, q with b; q with b and a.
+    assert count(3, 6) == [22, 21 + 8, 5 + 8, 4]
 
 
 @pytest.mark.slow

@@ -63,7 +63,14 @@ def trainer_label(case: Row) -> str:
     """Model, data and what is not as usual, in words."""
     words = [text for key, (usual, text) in _USUAL.items() if case[key] != usual]
     names = [Path(case[key]).name for key in ("model", "data")]
-    return ", ".join([*names, case["dtype"], *words])
+    loss = [case["loss"]] if "loss" in case else []
+    return ", ".join([*names, *loss, case["dtype"], *words])
+
+
+def unit_of(case: Row) -> str:
+    """What a step of this case counts."""
+    unit: str = case.get("unit", "pairs")
+    return unit
 
 
 def trainer_tables(rows: Iterable[Row]) -> str:
@@ -88,8 +95,10 @@ def _table(run: Run) -> str:
         else:
             cells = [*_figures(part, theirs), *agreement]
         lines.append([name, _settings(part), *cells])
-    title = f"**{trainer_label(case)}, {case['pairs_per_step']} pairs a step, "
-    table = f"{title}{first(run)['device']}**\n\n{markdown(_COLUMNS, lines, 2)}"
+    unit = unit_of(case)
+    title = f"**{trainer_label(case)}, {case['pairs_per_step']} {unit} a step, "
+    columns = [name.replace("pairs/s", f"{unit}/s") for name in _COLUMNS]
+    table = f"{title}{first(run)['device']}**\n\n{markdown(columns, lines, 2)}"
     doubt = vacuous(right) if right else None
     return f"{table}\n\nLoss: {doubt}; see the gradient norm." if doubt else table
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from fastdpo.data.groups import make_groups
 from fastdpo.data.tokenize import tokenize_dataset
 
 from ..jsonl import write_rows
-from ..workloads import Pair, lengths_named, model_path, pairs_of
+from ..workloads import labelled_of, lengths_named, model_path, pairs_of, written_out
 from .clock import device
+from .with_trl import LABELLED, REFERENCE_FREE, Rows, trl_keys
 
 SWITCH = {"off": False, "on": True}
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -40,13 +40,14 @@ def workloads(options: argparse.Namespace, folder: Path) -> Iterator[Workload]:
     """The cases of a command line, on the same rows."""
     name = options.model_name_or_path or options.model_config
     path = model_path(name, options.data, TORCH_DTYPES[options.dtype], device())
-    rows = pairs_of(options.data, options.steps * options.pairs_per_step)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    rows = rows_for(options.loss, options.data, options.steps * options.pairs_per_step, tokenizer)
     if len(rows) < options.steps * options.pairs_per_step:
         raise SystemExit(f"{options.data}: {len(rows)} rows are too few for {options.steps} steps")
     file = folder / "rows.jsonl"
     write_rows(file, rows)
     length = options.max_length or (None if lengths_named(options.data) else 1024)
-    useful, response = _tokens(rows, path, length, options.pairs_per_step)
+    useful, response = _tokens(rows, tokenizer, length, options.pairs_per_step)
     for checkpointing, reference in itertools.product(
         options.gradient_checkpointing, options.reference
     ):
@@ -63,22 +64,33 @@ def workloads(options: argparse.Namespace, folder: Path) -> Iterator[Workload]:
             "learning_rate": options.learning_rate,
             "max_length": length,
         }
-        if options.keys:  # and no such field otherwise: rows of a case are compared with older ones
+        # No such fields otherwise: rows of a case are compared with older ones.
+        if options.loss != "sigmoid":
+            case["loss"] = options.loss
+            case["unit"] = "rows" if options.loss in LABELLED else "pairs"
+        if options.keys:
             case["keys"] = options.keys
         if options.limit_gib:
             case["limit_gib"] = options.limit_gib
         yield Workload(case, path, file, useful, response, *_weights(path))
 
 
+def rows_for(loss: str, data: str, count: int, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """So many rows of the layout that a loss has, of which TRL and fastdpo make the same tokens."""
+    if loss in LABELLED:
+        return labelled_of(data, count)
+    rows = pairs_of(data, count)
+    return written_out(rows, tokenizer) if trl_keys(loss)["trainer"] in REFERENCE_FREE else rows
+
+
 def _tokens(
-    rows: list[Pair], path: Path, max_length: int | None, per_step: int
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int | None, per_step: int
 ) -> tuple[list[int], list[int]]:
-    """Tokens of each step: of two whole sequences a comparison, and of the responses alone."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    tokens, _ = tokenize_dataset(Dataset.from_list(rows), tokenizer, max_length=max_length)
-    groups = make_groups(tokens, group_prompts=False)
-    responses = [sum(map(len, group.responses)) for group in groups]
-    useful = [2 * len(g.prompt) + length for g, length in zip(groups, responses, strict=True)]
+    """Tokens of each step: of a whole sequence a response, and of the responses alone."""
+    tokens, _ = tokenize_dataset(Dataset.from_list(list(rows)), tokenizer, max_length=max_length)
+    responses = [sum(map(len, row["response_ids"])) for row in tokens]
+    prompts = [len(row["prompt_ids"]) * len(row["response_ids"]) for row in tokens]
+    useful = [prompt + length for prompt, length in zip(prompts, responses, strict=True)]
 
     def of_steps(counts: list[int]) -> list[int]:
         return [sum(counts[i : i + per_step]) for i in range(0, len(counts), per_step)]

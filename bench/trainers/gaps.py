@@ -21,7 +21,7 @@ from ..report.trainers import gap_table
 from . import run
 from .cases import workloads
 from .clock import device
-from .job import keys_of
+from .job import keys_of, loss_for
 from .providers import run_fastdpo
 
 TRACED = 4
@@ -89,6 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
                 options.steps,
                 options.pairs_per_step,
                 0,
+                **loss_for("fastdpo", workload.case.get("loss")),
                 **{**keys_of(workload.case), "profile_steps": TRACED, "logging_steps": TRACED},
             )
             for step in gaps(clock.trace["traceEvents"]):

@@ -7,9 +7,13 @@ Every run is a process of its own; providers take turns, A B A B. They get the s
 rows in the same order and the same number of comparisons a step; the first steps warm up. TRL first
 tries batches of 1, 2, 4, ... pairs as far as memory goes, and the fastest is taken for all trainers
 that need one. Rows go to bench/results/trainers-<device>.jsonl, those of one long pair to
-memory-<device>.jsonl, one a run, runs that failed included.
+memory-<device>.jsonl, those of `--loss` to losses-<device>.jsonl, one a run, runs that failed
+included.
 
-`useful_tokens_per_s` counts, for each comparison, its prompt twice and both responses, which is
+`--loss` names any loss that TRL has too. Whose rows are labelled responses counts those where pairs
+are counted otherwise, and fastdpo has batches of as many as TRL.
+
+`useful_tokens_per_s` counts a prompt for each of the responses of a comparison, and these, which is
 what a trainer without sharing and padding computes; `computed_tokens_per_s` what went through the
 policy, padding included. The definition of `mfu` is printed under the tables.
 """
@@ -28,7 +32,7 @@ from ..cli import Parser, split_lists
 from ..report import record
 from ..report.memory import memory_table
 from ..report.rows import Row
-from ..report.trainers import trainer_tables
+from ..report.trainers import trainer_tables, unit_of
 from ..workloads import LENGTHS, MODEL_CONFIGS, TEXTS
 from . import peers
 from .cases import SWITCH, Workload, workloads
@@ -50,7 +54,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--model_name_or_path", help="a directory, in place of random weights")
     names = ", ".join([*LENGTHS, "pair-N", *TEXTS])
     add("--data", default="hh-rlhf", help=f"of {names}, or a JSONL file")
-    add("--providers", default=",".join([*PROVIDERS, *peers.PEERS]), metavar="A,B")
+    add("--loss", default="sigmoid", help="as loss_type has it: kto, orpo, simpo, cpo, ...")
+    add("--providers", metavar="A,B", help="default: all that have the loss")
     add("--steps", type=int, default=6, help="optimizer steps, warm-up included")
     add("--warm_up", type=int, default=2, help="steps that are not counted")
     add("--pairs_per_step", type=int, default=8)
@@ -70,10 +75,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(given)
     if options.quick:
         options = parser.parse_args([*QUICK.split(), *given])
-    known = {"providers": [*PROVIDERS, *peers.PEERS], "gradient_checkpointing": list(SWITCH)}
+    able = [*PROVIDERS, *(peers.PEERS if options.loss == "sigmoid" else ())]
+    options.providers = options.providers or ",".join(able)
+    known = {"providers": able, "gradient_checkpointing": list(SWITCH)}
     known["reference"] = ["precomputed", "online"]
     split_lists(parser, options, known)
     options.batches = [int(batch) for batch in options.batches.split(",")]
+    if options.loss == "kto":  # has no estimate in a batch of one
+        options.batches = [batch for batch in options.batches if batch > 1]
+    if not options.batches:
+        parser.error("--batches: kto needs two rows a batch at least")
     if any(options.pairs_per_step % batch for batch in options.batches):
         parser.error("--batches: each has to divide --pairs_per_step")
     if options.steps <= options.warm_up:
@@ -139,18 +150,20 @@ def measure(options: argparse.Namespace, results: record.Results) -> list[Row]:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for workload in workloads(options, Path(scratch)):
-            wants = any(name != "fastdpo" for name in options.providers)
+            others = any(name != "fastdpo" for name in options.providers)
+            wants = others or "loss" in workload.case
             batch = fastest_batch(workload, options, results) if wants else 0
             missing: set[str] = set()
             for repetition in range(options.repetitions):
                 for name in (name for name in options.providers if name not in missing):
-                    size = 0 if name == "fastdpo" else batch
+                    size = 0 if name == "fastdpo" and "loss" not in workload.case else batch
                     done = run(workload, name, size, options.timeout)
                     keys = {"kind": "measurement", "case": workload.case, "provider": name}
                     rows.append(results.add(**keys, repetition=repetition, **done))
                     if "error" in done:
                         missing.add(name)
-                    speed = done.get("error") or f"{done['pairs_per_s']:.4g} pairs/s"
+                    unit = unit_of(workload.case)
+                    speed = done.get("error") or f"{done['pairs_per_s']:.4g} {unit}/s"
                     print(f"{name}, {workload.case['data']}: {speed}", flush=True)
     return rows
 
@@ -159,5 +172,6 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the cases, write rows, print the tables."""
     options = parse(arguments)
     long = options.data.startswith("pair-")
-    rows = measure(options, record.Results("memory" if long else "trainers", options, device()))
+    subject = "losses" if options.loss != "sigmoid" else "memory" if long else "trainers"
+    rows = measure(options, record.Results(subject, options, device()))
     print("\n" + (memory_table(rows) if long else trainer_tables(rows)))

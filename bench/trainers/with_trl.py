@@ -25,6 +25,9 @@ _MODULES = {
 REFERENCE_FREE = ("orpo", "cpo")
 """Trainers without a reference model."""
 
+LABELLED = ("kto", "apo_zero_unpaired")
+"""Losses whose rows are prompt, completion and label."""
+
 _NO_LIMIT = 1 << 30
 
 
@@ -32,7 +35,7 @@ def trl_keys(loss: str) -> dict[str, Any]:
     """The trainer of TRL that has this loss of ours, and what the loss is called there."""
     if loss == "orpo":
         return {"trainer": "orpo"}
-    if loss in ("kto", "apo_zero_unpaired"):
+    if loss in LABELLED:
         return {"trainer": "kto", "loss_type": loss}
     if loss in ("simpo", "cpo", "cpo_hinge", "cpo_ipo"):
         name = "sigmoid" if loss == "cpo" else loss.removeprefix("cpo_")
