@@ -168,7 +168,8 @@ def written_out(rows: Iterable[Pair], tokenizer: Any) -> list[Pair]:
     Those two begin every prompt with BOS and end every response with EOS, where the others begin as
     the tokenizer does and end text alone with EOS. So messages become text here, and BOS is written
     before the prompt. Where tokens merge across the end of a prompt they cut elsewhere, each
-    response for itself: spaces that end a prompt begin its responses instead.
+    response for itself: spaces that end a prompt begin its responses instead (words that run on
+    from one to the other stay apart in the two).
     """
     bos = tokenizer.bos_token or ""
     if bos and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:

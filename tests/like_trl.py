@@ -1,5 +1,6 @@
 """What TRL makes of rows, run beside ours."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,7 +8,21 @@ from data_samples import tokenize_rows
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer
+from trl.data_utils import maybe_apply_chat_template
 from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from bench.trainers.providers import run_trl
+from bench.trainers.with_trl import Rows, trl_keys
+
+
+def trl_metrics(
+    loss: str, rows: Rows, model: Path, steps: int, per_step: int, batch: int, **keys: Any
+) -> list[dict[str, Any]]:
+    """What the trainer of TRL that has this loss of ours logs of every step, batches of `batch`
+    rows accumulated to `per_step`. For those without a reference, rows are to be `written_out`.
+    """
+    clock = run_trl(rows, model, steps, per_step, batch, **trl_keys(loss), **keys)
+    return [dict(metrics) for metrics in clock.metrics]
 
 
 def trl_rows(
@@ -38,6 +53,26 @@ def trl_pairs(
             sequences.append(batch["input_ids"][i][real & answer].tolist())
             prompt = batch["input_ids"][i][real & ~answer].tolist()
         pairs.append({"prompt_ids": prompt, "response_ids": sequences})
+    return pairs
+
+
+def reference_free_pairs(
+    rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, trainer: Any
+) -> list[dict[str, Any]]:
+    """What TRL's ORPO or CPO trainer makes of rows; the prompt of each response, which may differ,
+    in place of `prompt_ids`.
+    """
+    bare = trainer.__new__(trainer)
+    bare.processing_class, bare.is_encoder_decoder, bare.max_length = tokenizer, False, 1 << 30
+    pairs = []
+    for row in rows:
+        made = bare.tokenize_row(maybe_apply_chat_template(dict(row), tokenizer))
+        prompts, responses = [], []
+        for name in ("chosen", "rejected"):
+            cut = made[f"{name}_labels"].count(-100)
+            prompts.append(made[f"{name}_input_ids"][:cut])
+            responses.append(made[f"{name}_input_ids"][cut:])
+        pairs.append({"prompts": prompts, "response_ids": responses})
     return pairs
 
 

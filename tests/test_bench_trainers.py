@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from data_samples import CHATML, make_tokenizer, tokenize_rows
+from like_trl import reference_free_pairs, trl_metrics
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from trl.experimental.cpo import CPOTrainer
+from trl.experimental.orpo import ORPOTrainer
 
 from bench import cli, workloads
 from bench.jsonl import read_rows
@@ -22,6 +26,7 @@ from bench.trainers.clock import NotInstalled
 from bench.trainers.job import keys_of, loss_for, sizes_for
 from bench.trainers.process import reason
 from bench.trainers.providers import PROVIDERS
+from bench.trainers.with_trl import LABELLED
 
 
 @pytest.fixture(autouse=True)
@@ -218,6 +223,53 @@ def test_groups_as_pairs_and_as_labels(monkeypatch: pytest.MonkeyPatch) -> None:
         {"prompt": "p", "completion": "a", "label": True},
         {"prompt": "p", "completion": "b", "label": False},
     ]
+
+
+@pytest.mark.parametrize("trainer", [ORPOTrainer, CPOTrainer])
+@pytest.mark.parametrize("kind", ["text", "spaced", "messages"])
+@pytest.mark.parametrize("bos", [False, True])
+def test_written_out_rows_have_the_same_tokens_in_every_trainer(
+    trainer: Any, kind: str, bos: bool, pairs_file: Path
+) -> None:
+    tokenizer = make_tokenizer(CHATML, bos=bos)
+    rows = read_rows(pairs_file)
+    if kind == "text":
+        starts = {"prompt": "", "chosen": " ", "rejected": " "}
+        rows = [{name: start + row[name].strip() for name, start in starts.items()} for row in rows]
+    if kind == "messages":
+        roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+        rows = [
+            {name: [{"role": roles[name], "content": text}] for name, text in row.items()}
+            for row in rows
+        ]
+    written = workloads.written_out(rows, tokenizer)
+    ours = tokenize_rows(written, tokenizer)
+    theirs = reference_free_pairs(written, tokenizer, trainer)
+    for a, b in zip(ours, theirs, strict=True):
+        assert b["prompts"] == [a["prompt_ids"]] * 2
+        assert b["response_ids"] == a["response_ids"]
+    untouched = reference_free_pairs(rows, tokenizer, trainer)
+    whole = [(p + r) for row in untouched for p, r in zip(*row.values(), strict=True)]
+    assert whole == [row["prompt_ids"] + ids for row in ours for ids in row["response_ids"]]
+
+
+LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+
+
+@pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired", "orpo", "simpo", "cpo_hinge"])
+@pytest.mark.parametrize("adapter", [{}, {**LORA, "lora_target_modules": "all-linear"}])
+def test_the_trainer_of_a_loss(
+    loss: str, adapter: dict[str, Any], still_model: Path, pairs_file: Path
+) -> None:
+    rows: Any = read_rows(pairs_file)
+    if loss in LABELLED:
+        rows = workloads.labelled_of(str(pairs_file), 24)
+    got = trl_metrics(loss, rows, still_model, 2, 8, 4, learning_rate=1e-2, **adapter)
+    assert len(got) == 2 and got[0]["loss"] != got[1]["loss"]
+    wanted = {"loss", "grad_norm", "rewards/chosen", "logps/rejected", "rewards/margins"}
+    wanted |= {"kl"} if loss in LABELLED else {"nll_loss", "rewards/accuracies"}
+    wanted |= {"log_odds_chosen", "log_odds_ratio"} if loss == "orpo" else set()
+    assert wanted <= got[1].keys()
 
 
 def test_a_peer_that_cannot_run_here_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
