@@ -20,6 +20,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from fastdpo.data.groups import count_comparisons, make_groups
+from fastdpo.data.needs import Needs
 from fastdpo.data.packing import part_tokens
 from fastdpo.data.plan import make_plan
 from fastdpo.data.tokenize import tokenize_dataset
@@ -75,7 +76,8 @@ def kto() -> None:
     labelled = data.gsm8k_labels()
     if labelled is None:
         return
-    tokens, _ = tokenize_dataset(Dataset.from_list(labelled), tokenizer, max_length=1024)
+    needs, dataset = Needs(("label",)), Dataset.from_list(labelled)
+    tokens, _ = tokenize_dataset(dataset, tokenizer, max_length=1024, needs=needs)
     rows = [(tuple(row["prompt_ids"]), tuple(row["response_ids"][0])) for row in tokens]
     for batches in (1, 2, 4):
         counts = mismatched_tokens(rows, BATCH, BATCH * batches)

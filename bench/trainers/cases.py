@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from fastdpo.data.needs import COMPARISONS, Needs
 from fastdpo.data.tokenize import tokenize_dataset
 
 from ..jsonl import write_rows
@@ -87,7 +88,9 @@ def _tokens(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int | None, per_step: int
 ) -> tuple[list[int], list[int]]:
     """Tokens of each step: of a whole sequence a response, and of the responses alone."""
-    tokens, _ = tokenize_dataset(Dataset.from_list(list(rows)), tokenizer, max_length=max_length)
+    needs = Needs(("label",)) if "label" in rows[0] else COMPARISONS
+    dataset = Dataset.from_list(list(rows))
+    tokens, _ = tokenize_dataset(dataset, tokenizer, max_length=max_length, needs=needs)
     responses = [sum(map(len, row["response_ids"])) for row in tokens]
     prompts = [len(row["prompt_ids"]) * len(row["response_ids"]) for row in tokens]
     useful = [prompt + length for prompt, length in zip(prompts, responses, strict=True)]
