@@ -106,9 +106,8 @@ class TrainingLoss:
             terms = [w * part(scored) for w, part in zip(self.weights, parts, strict=True)]
             return torch.stack(terms).sum(0)
 
-        return Loss(
-            mix, None, kind=kind, ld_alpha=of_all["ld_alpha"], use_weighting=bool(of_all["use_weighting"])
-        )
+        weighted = bool(of_all["use_weighting"])
+        return Loss(mix, kind=kind, ld_alpha=of_all["ld_alpha"], use_weighting=weighted)
 
     def measure(self, scored: Scored) -> dict[str, Tensor]:
         """What is reported of every unit, by TRL's names."""

@@ -164,7 +164,9 @@ def fill_reference(
     by_tokens: bool = False,
 ) -> ReferenceReport:
     """Set `ref_logps` of every group, or `by_tokens` its `ref_token_logps`, from the store where
-    they are known, computing and keeping the others. Processes that fill the same store do so one after the other, each taking over what
+    they are known, computing and keeping the others.
+
+    Processes that fill the same store do so one after the other, each taking over what
     is there.
     """
     digests = [[g.digest(r) for r in range(len(g.responses))] for g in groups]

@@ -76,9 +76,7 @@ class Real:
         rng = np.random.default_rng(0)
         prompt, *responses = (rng.integers(3, 1000, n).astype(np.int32) for n in (200, 100, 117))
         group = Group(prompt, responses, [(0, 1, 1.0)], np.array([-3.0, -4.0]))
-        steps = make_plan(
-            [group] * pairs, units_per_step=pairs, max_tokens=10**6, layout=layout
-        )
+        steps = make_plan([group] * pairs, units_per_step=pairs, max_tokens=10**6, layout=layout)
         (row,) = steps[0].ranks[0]
         head = find_head(self.model)
         self.scorer = Scorer(

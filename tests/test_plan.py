@@ -37,7 +37,7 @@ def random_groups(count: int, seed: int = 0, longest: int = 40) -> list[Group]:
 def named(plan):
     """Every (group, comparison) of a plan, step by step."""
     return [
-        [(p.group, c) for rank in step.ranks for row in rank for p in row for c in p.comparisons]
+        [(p.group, c) for rank in step.ranks for row in rank for p in row for c in p.units]
         for step in plan
     ]
 
@@ -67,7 +67,7 @@ def test_a_plan_holds_every_comparison_once_within_the_budget(
     everything = [(g, c) for g, group in enumerate(groups) for c in range(len(group.comparisons))]
     assert sorted(itertools.chain.from_iterable(steps)) == everything
     assert [len(s) for s in steps[:-1]] == [size] * (len(steps) - 1)
-    assert [step.comparisons for step in plan] == [len(s) for s in steps]
+    assert [step.units for step in plan] == [len(s) for s in steps]
     for step in plan:
         assert len({len(rank) for rank in step.ranks}) == 1
         for row in (row for rank in step.ranks for row in rank):
@@ -79,9 +79,9 @@ def test_a_plan_holds_every_comparison_once_within_the_budget(
                     for r in p.responses
                 )
                 total = longest * sum(len(p.responses) for p in row)
-            assert total <= budget or len(row) == len(row[0].comparisons) == 1
+            assert total <= budget or len(row) == len(row[0].units) == 1
             for p in row:
-                used = {r for c in p.comparisons for r in groups[p.group].comparisons[c][:2]}
+                used = {r for c in p.units for r in groups[p.group].comparisons[c][:2]}
                 assert used == set(p.responses) and len(used) == len(p.responses)
 
 
@@ -147,7 +147,7 @@ def test_every_layout_scores_the_same_tokens_from_the_right_place(count, seed):
     (row,) = step.ranks[0]
     shared, packed, padded = (make_batch(groups, row, layout) for layout in LAYOUTS)
     for batch in (shared, packed, padded):
-        for name in ("targets", "response_ids", "comparisons", "weights", "response_lengths"):
+        for name in ("targets", "response_ids", "units", "weights", "response_lengths"):
             assert torch.equal(getattr(batch, name), getattr(shared, name)), name
         ids = batch.input_ids.flatten()
         if batch.position_ids is None:

@@ -120,6 +120,33 @@ class LossKeys:
         "Probability that a label is the wrong way round. Unlike TRL, sigmoid honours it.",
         BELOW_HALF,
     )
+    f_divergence_type: str = key("reverse_kl", "x")
+    f_alpha_divergence_coef: float = key(0.5, "x")
+    ld_alpha: float | None = key(None, "x")
+    use_weighting: bool = key(False, "x")
+    discopop_tau: float = key(0.05, "x")
+    desirable_weight: float = key(1.0, "x")
+    undesirable_weight: float = key(1.0, "x")
+    cpo_alpha: float | None = key(None, "x")
+    simpo_gamma: float = key(0.5, "x")
+    alpha: float = key(0.0, "x")
+    epsilon: float = key(0.2, "x")
+    epsilon_high: float | None = key(None, "x")
+    scale_rewards: str = key("group", "x")
+    importance_sampling_level: str = key("token", "x")
+    max_completion_length: int | None = key(None, "x")
+    convert: str | None = key(None, "x")
+
+    @property
+    def shuffles(self) -> bool:
+        return self.shuffle
+
+    @property
+    def precomputes(self) -> bool:
+        return self.precompute_ref_log_probs
+
+    def for_layout(self, kinds):
+        return self
 
 
 @section("own")

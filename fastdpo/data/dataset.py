@@ -57,7 +57,6 @@ def load_data(
         DataError: data that cannot be read or trained on.
     """
 
-
     def load(name: str, given: RowsInMemory | None, source: tuple[str, str]) -> _Rows:
         if given is not None:
             return _Rows(name, _in_memory(given, name))

@@ -73,6 +73,10 @@ class Group:
             return ((self.mismatched if mismatched else self.items)[unit],)
         return tuple(self.items[item] for item in self.lists[unit])
 
+    def rows_of_units(self) -> list[int]:
+        """The row that each unit stood in, of labelled or scored responses and of groups."""
+        return self.rows if self.unit == "response" else list(dict.fromkeys(self.rows))
+
     def weight(self, unit: int) -> float:
         """What a unit counts in the loss."""
         return self.comparisons[unit][2] if self.unit == "comparison" else 1.0

@@ -95,7 +95,7 @@ def make_plan(
 
     A group at the end of a step is split between two steps, and one that alone exceeds the budget
     between rows; its prompt is then computed in each. A single unit is never split, so it may make
-    a row longer than the budget. Groups with mismatched responses keep the order of the rows.
+    a row longer than the budget. Without a seed, units other than comparisons keep the order of the rows.
     """
 
     def packed(
@@ -175,13 +175,15 @@ def _only(part: Part, missing: Collection[tuple[int, int]]) -> Part | None:
     return Part(part.group, left) if left else None
 
 
-def _in_order(
-    groups: Sequence[Group], seed: int | None, epoch: int
-) -> Iterator[tuple[int, int]]:
+def _in_order(groups: Sequence[Group], seed: int | None, epoch: int) -> Iterator[tuple[int, int]]:
     """The group and the number of every unit, as an epoch takes them."""
-    if groups and groups[0].mismatched:
-        rows = sorted((row, g, u) for g, group in enumerate(groups) for u, row in enumerate(group.rows))
-        yield from ((index, unit) for _, index, unit in rows)
+    if seed is None and groups and groups[0].unit != "comparison":
+        for _, index, unit in sorted(
+            (row, index, unit)
+            for index, group in enumerate(groups)
+            for unit, row in enumerate(group.rows_of_units())
+        ):
+            yield index, unit
         return
     order = np.arange(len(groups))
     if seed is not None:

@@ -19,7 +19,7 @@ from ..config import TrainConfig
 from ..data.dataset import load_data
 from ..data.groups import Group, count_comparisons
 from ..data.packing import longest_unit
-from ..data.plan import units_per_step, epoch_plan, row_budget
+from ..data.plan import epoch_plan, row_budget, units_per_step
 from ..devices import Device
 from ..model import tiles
 from ..model.adapter import adopt_adapter

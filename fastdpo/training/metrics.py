@@ -70,9 +70,11 @@ class StepSums:
         found = {name: value / max(over, 1.0) for name, value, over in table if over}
         if self.names:
             found["loss"] = values[0]
-        if "rewards/margins" not in found and "rewards/chosen" in found:
-            if "rewards/rejected" in found:
-                found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+        if {
+            "rewards/chosen",
+            "rewards/rejected",
+        } <= found.keys() and "rewards/margins" not in found:
+            found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
         return found
 
 
@@ -138,8 +140,8 @@ def rates(
 ) -> dict[str, float]:
     """Throughput of steps that took `seconds`.
 
-    `tokens_per_second` counts the tokens that an unpadded sequence for each response of a unit holds, so
-    sharing shows in it. `mfu`, 6·parameters·tokens a second over the GPU's dense bf16 peak, is left
+    `tokens_per_second` counts the tokens that an unpadded sequence for each response of a unit
+    holds, so sharing shows in it. `mfu`, 6·parameters·tokens a second over the GPU's dense bf16 peak, is left
     out where that is not known.
     """
     found = {

@@ -37,7 +37,8 @@ def make_reference(
     config: TrainConfig, policy: Scorer, data: Data, loss: TrainingLoss, max_tokens: int
 ) -> tuple[OnlineReference | None, dict[str, str]]:
     """The reference that is evaluated while training, None where its log-probabilities are in the
-    groups now or the loss needs none; and digests of the models that the run begins with, by what they are.
+    groups now or the loss needs none; and digests of the models that the run begins with, by what
+    they are.
 
     With `use_peft` the policy has its adapter afterwards.
     """

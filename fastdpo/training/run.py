@@ -129,7 +129,7 @@ def precompute(config: TrainConfig) -> dict[str, Any]:
     with _surroundings(config), withheld():
         loaded = load(adopt_adapter(config), InMemory(), config.bf16, trains=False)
         report, _ = precompute_reference(
-            loaded.config, loaded.policy, loaded.data, loaded.max_tokens
+            loaded.config, loaded.policy, loaded.data, loaded.loss, loaded.max_tokens
         )
     return {"found": report.found, "computed": report.computed, "cache": str(report.directory)}
 

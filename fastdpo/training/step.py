@@ -5,6 +5,7 @@ whole evaluation.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from fastdpo_kernels.losses import Scored
 from fastdpo_kernels.problem import Problem, scored_units
@@ -73,7 +74,7 @@ class Objective:
         self,
         groups: Sequence[Group],
         row: PackedRow,
-        constants: Mapping[str, object],
+        constants: Mapping[str, np.ndarray],
         mismatched: bool = False,
     ) -> Batch:
         """A row on the host, ready to be copied to the device."""
