@@ -95,7 +95,8 @@ def make_plan(
 
     A group at the end of a step is split between two steps, and one that alone exceeds the budget
     between rows; its prompt is then computed in each. A single unit is never split, so it may make
-    a row longer than the budget. Without a seed, units other than comparisons keep the order of the rows.
+    a row longer than the budget. Without a seed, units other than comparisons keep the order of the
+    rows.
     """
 
     def packed(

@@ -141,8 +141,8 @@ def rates(
     """Throughput of steps that took `seconds`.
 
     `tokens_per_second` counts the tokens that an unpadded sequence for each response of a unit
-    holds, so sharing shows in it. `mfu`, 6·parameters·tokens a second over the GPU's dense bf16 peak, is left
-    out where that is not known.
+    holds, so sharing shows in it. `mfu`, 6·parameters·tokens a second over the GPU's dense bf16
+    peak, is left out where that is not known.
     """
     found = {
         "tokens_per_second": pair_tokens / seconds,
