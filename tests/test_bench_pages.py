@@ -13,6 +13,7 @@ from bench.report import heads, pages, trainers
 from bench.report.robustness import kill_block, soak_block
 from bench.report.rows import Row
 from bench.report.summary import summary_block, tokens_block
+from bench.report.trainers import losses_block
 
 KEEP = {name: row("trl")[name] for name in ("device", "commit", "date", "command", "versions")}
 
@@ -103,6 +104,11 @@ def test_what_else_reaches_a_page(tree: Path) -> None:
         [{"data": name, "epoch_over_padded": share, **options} for name, share in shares.items()],
     )
     assert "an epoch computes 32 % on `gsm8k`, 41 % on `texts`." in tokens_block(results)
+    kto = {"loss": "kto", "unit": "rows"}
+    write_rows(results / "losses-cpu.jsonl", [row("fastdpo", case=kto), row("trl", case=kto)])
+    assert "| run | fastdpo, pairs or rows/s |" in losses_block(results)
+    assert "| tiny-llama | gsm8k | kto, fp32 | 1.00 | 1.00 | 1.00× |" in losses_block(results)
+    assert "| rows/s (least–most) |" in pages.full_tables(results)
     kills = [{"phase": "saving"}, {"phase": "saving"}, {"phase": "training"}]
     trial = {"kind": "full", "kills": kills, "bit_for_bit": True, **KEEP}
     write_rows(results / "kill.jsonl", [trial, {**trial, "bit_for_bit": False}])

@@ -315,3 +315,19 @@ def test_trainers_side_by_side(results: Path, capsys: pytest.CaptureFixture[str]
     printed = capsys.readouterr().out
     assert "| trl-patched |" in printed and "model FLOPs utilisation" in printed
     assert json.loads((results / "trainers-cpu.jsonl").read_text().splitlines()[0])["commit"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss, unit", [("kto", "rows"), ("orpo", "pairs"), ("simpo", "pairs")])
+def test_losses_side_by_side(
+    loss: str, unit: str, results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = f"--loss {loss} --providers fastdpo,trl --repetitions 1 --batches 2"
+    trainers.main(["--quick", *flags.split()])
+    rows = read(results, "losses-*.jsonl")
+    assert agreed(rows) == {"fastdpo": None, "trl": None}
+    ours, theirs = rows
+    assert ours["case"]["loss"] == loss and ours["settings"]["batch"] == 2
+    assert ours["loss"][-1] != pytest.approx(ours["loss"][0], abs=1e-2)
+    assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    assert f"4 {unit} a step" in capsys.readouterr().out

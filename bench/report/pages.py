@@ -23,7 +23,7 @@ from .robustness import kill_block, soak_block
 from .rows import first, flat, newest_runs, origins
 from .summary import summary_block, tokens_block
 from .tables import NOTHING
-from .trainers import gaps_block, trainer_tables, trainers_block, trainers_chart
+from .trainers import gaps_block, losses_block, trainer_tables, trainers_block, trainers_chart
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/benchmarks.md", "docs/memory.md", "kernels/README.md")
@@ -35,6 +35,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "summary": summary_block,
     "tokens": tokens_block,
     "trainers": trainers_block,
+    "losses": losses_block,
     "heads": heads_block,
     "heads-all": heads_all_block,
     "convergence": convergence_block,
@@ -54,6 +55,7 @@ def full_tables(folder: Path) -> str:
     parts = ["# Results", "Written by `make readme` from the rows in this folder."]
     subjects = {
         "trainers": trainer_tables,
+        "losses": trainer_tables,
         "convergence": convergence_table,
         "heads": head_tables,
     }

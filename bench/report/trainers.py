@@ -125,11 +125,11 @@ def _settings(rows: list[Row]) -> str:
     return ", ".join(words)
 
 
-def beside_trl(folder: Path) -> list[Run]:
+def beside_trl(folder: Path, subject: str = "trainers") -> list[Run]:
     """Of each case and device the newest run of both."""
     last = {
         (case_key(first(run)), first(run)["device"]): run
-        for run in newest_runs(folder, "trainers")
+        for run in newest_runs(folder, subject)
         if {"fastdpo", "trl"} <= set(run)
     }
     return list(last.values())
@@ -143,13 +143,24 @@ def fastest_trl(run: Run, verdicts: dict[str, str | None]) -> str | None:
 
 def trainers_block(folder: Path) -> str:
     """A chart, and a table for each device: ours beside TRL's fastest."""
-    measured = beside_trl(folder)
-    columns = ("model", "data", "run", "fastdpo, pairs/s", "TRL, pairs/s", "speed", "peak memory")
-    parts = [image("trainers.svg", "Pairs per second of every trainer")]
+    chart = image("trainers.svg", "Pairs per second of every trainer")
+    tables = _beside(beside_trl(folder), "pairs/s")
+    return "\n\n".join([chart, *tables]) if tables else NOTHING
+
+
+def losses_block(folder: Path) -> str:
+    """A table for each device: other losses than DPO's, ours beside TRL's trainers of them."""
+    return "\n\n".join(_beside(beside_trl(folder, "losses"), "pairs or rows/s")) or NOTHING
+
+
+def _beside(measured: list[Run], unit: str) -> list[str]:
+    """A table for each device, and where it is from."""
+    columns = ("model", "data", "run", f"fastdpo, {unit}", f"TRL, {unit}", "speed", "peak memory")
+    parts = []
     for device in by_device(measured):
         parts.append(markdown(columns, map(_line, device), 3))
         parts.append("\n".join(origins(map(first, device))) + ".")
-    return "\n\n".join(parts) if measured else NOTHING
+    return parts
 
 
 def _line(run: Run) -> list[str]:
