@@ -328,6 +328,6 @@ def test_losses_side_by_side(
     assert agreed(rows) == {"fastdpo": None, "trl": None}
     ours, theirs = rows
     assert ours["case"]["loss"] == loss and ours["settings"]["batch"] == 2
-    assert ours["loss"][-1] != pytest.approx(ours["loss"][0], abs=1e-2)
+    assert max(ours["loss"]) - min(ours["loss"]) > 1e-3
     assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
     assert f"4 {unit} a step" in capsys.readouterr().out
