@@ -9,7 +9,7 @@ from ..errors import ConfigError
 from .adapters import AdapterKeys
 from .declare import default_of
 from .inputs import DataKeys, ModelKeys, OwnKeys
-from .losses import loss_of
+from .losses import traits_of
 from .memory import MemoryKeys
 from .objective import LossKeys, ReferenceKeys
 from .optimizer import OptimizerKeys
@@ -70,7 +70,7 @@ class Keys(
     @property
     def needs_reference(self) -> bool:
         """Whether a loss of the run compares with a reference; true of a loss nobody knows."""
-        losses = [loss_of(name) for name in self.loss_type]
+        losses = [traits_of(name) for name in self.loss_type]
         return any(loss is None or loss.reference for loss in losses)
 
     @property
@@ -90,7 +90,7 @@ class Keys(
     @property
     def mismatched_losses(self) -> list[str]:
         """The losses that pair prompts with completions of other rows, in the file's order."""
-        losses = {name: loss_of(name) for name in self.loss_type}
+        losses = {name: traits_of(name) for name in self.loss_type}
         return [name for name, loss in losses.items() if loss is not None and loss.mismatched]
 
     @property

@@ -10,8 +10,8 @@ from .losses import (
     UNITS,
     WITH_DIVERGENCE,
     WITHOUT_BETA,
-    LossNeeds,
-    loss_of,
+    LossTraits,
+    traits_of,
     unread,
 )
 from .values import show, show_short
@@ -41,13 +41,13 @@ def of_loss(keys: Keys) -> Problems:
         yield "undesirable_weight", "expected one of it and desirable_weight above 0"
 
 
-def _known(keys: Keys) -> dict[str, LossNeeds]:
+def _known(keys: Keys) -> dict[str, LossTraits]:
     """The losses of a run that are known: an unknown one is an error once all are registered."""
-    losses = {name: loss_of(name) for name in keys.loss_type}
+    losses = {name: traits_of(name) for name in keys.loss_type}
     return {name: loss for name, loss in losses.items() if loss is not None}
 
 
-def _mixed(losses: dict[str, LossNeeds]) -> Problems:
+def _mixed(losses: dict[str, LossTraits]) -> Problems:
     single = [name for name, loss in losses.items() if loss.unit != "comparison"]
     if single and len(losses) > 1:
         name = single[0]
@@ -81,7 +81,7 @@ def of_options(keys: Keys) -> Problems:
             yield "use_weighting", f"cannot go with {name}, which {why}"
 
 
-def _of_dpo(name: str, loss: LossNeeds) -> bool:
+def _of_dpo(name: str, loss: LossTraits) -> bool:
     return loss.unit == "comparison" and (loss.reference or name == "sft")
 
 

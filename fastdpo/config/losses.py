@@ -1,4 +1,4 @@
-"""What each loss needs, as far as the configuration depends on it.
+"""What each loss reads, as far as the configuration depends on it.
 
 The table is static so that reading a configuration imports no torch; a test compares it with the
 registry of `fastdpo_kernels`, whose fields these are. Losses that are registered before the
@@ -15,7 +15,7 @@ UNITS = {"comparison": "comparisons", "response": "single responses", "group": "
 
 
 @dataclass(frozen=True)
-class LossNeeds:
+class LossTraits:
     """What a loss reads.
 
     Attributes:
@@ -41,38 +41,38 @@ _CPO = ("cpo_alpha", "alpha")
 _LABEL_WEIGHTS = ("desirable_weight", "undesirable_weight")
 _GRPO = ("epsilon", "epsilon_high", "importance_sampling_level", "scale_rewards")
 
-LOSS_NEEDS = MappingProxyType(
+LOSS_TRAITS = MappingProxyType(
     {
-        "sigmoid": LossNeeds(options=_SMOOTHED),
-        "sigmoid_norm": LossNeeds(),
-        "spin": LossNeeds(),
-        "ipo": LossNeeds(),
-        "hinge": LossNeeds(),
-        "robust": LossNeeds(options=_SMOOTHED),
-        "exo_pair": LossNeeds(options=_SMOOTHED),
-        "nca_pair": LossNeeds(),
-        "bco_pair": LossNeeds(),
-        "sppo_hard": LossNeeds(),
-        "apo_zero": LossNeeds(),
-        "apo_down": LossNeeds(),
-        "discopop": LossNeeds(options=("discopop_tau",)),
-        "aot": LossNeeds("step", options=_SMOOTHED),
-        "aot_unpaired": LossNeeds("step", options=_SMOOTHED),
-        "sft": LossNeeds(reference=False),
-        "orpo": LossNeeds(reference=False),
-        "simpo": LossNeeds(reference=False, options=(*_SMOOTHED, "simpo_gamma", *_CPO)),
-        "cpo": LossNeeds(reference=False, options=(*_SMOOTHED, *_CPO)),
-        "cpo_hinge": LossNeeds(reference=False, options=_CPO),
-        "cpo_ipo": LossNeeds(reference=False, options=_CPO),
-        "kto": LossNeeds("response", options=_LABEL_WEIGHTS, mismatched=True),
-        "apo_zero_unpaired": LossNeeds("response", options=_LABEL_WEIGHTS),
-        "bco": LossNeeds("response", options=_LABEL_WEIGHTS),
-        "sppo": LossNeeds("response"),
-        "grpo": LossNeeds("tokens", options=_GRPO),
-        "bnpo": LossNeeds("tokens", options=_GRPO),
-        "dapo": LossNeeds("tokens", options=_GRPO),
-        "dr_grpo": LossNeeds("tokens", options=(*_GRPO, "max_completion_length")),
-        "listwise": LossNeeds("group"),
+        "sigmoid": LossTraits(options=_SMOOTHED),
+        "sigmoid_norm": LossTraits(),
+        "spin": LossTraits(),
+        "ipo": LossTraits(),
+        "hinge": LossTraits(),
+        "robust": LossTraits(options=_SMOOTHED),
+        "exo_pair": LossTraits(options=_SMOOTHED),
+        "nca_pair": LossTraits(),
+        "bco_pair": LossTraits(),
+        "sppo_hard": LossTraits(),
+        "apo_zero": LossTraits(),
+        "apo_down": LossTraits(),
+        "discopop": LossTraits(options=("discopop_tau",)),
+        "aot": LossTraits("step", options=_SMOOTHED),
+        "aot_unpaired": LossTraits("step", options=_SMOOTHED),
+        "sft": LossTraits(reference=False),
+        "orpo": LossTraits(reference=False),
+        "simpo": LossTraits(reference=False, options=(*_SMOOTHED, "simpo_gamma", *_CPO)),
+        "cpo": LossTraits(reference=False, options=(*_SMOOTHED, *_CPO)),
+        "cpo_hinge": LossTraits(reference=False, options=_CPO),
+        "cpo_ipo": LossTraits(reference=False, options=_CPO),
+        "kto": LossTraits("response", options=_LABEL_WEIGHTS, mismatched=True),
+        "apo_zero_unpaired": LossTraits("response", options=_LABEL_WEIGHTS),
+        "bco": LossTraits("response", options=_LABEL_WEIGHTS),
+        "sppo": LossTraits("response"),
+        "grpo": LossTraits("tokens", options=_GRPO),
+        "bnpo": LossTraits("tokens", options=_GRPO),
+        "dapo": LossTraits("tokens", options=_GRPO),
+        "dr_grpo": LossTraits("tokens", options=(*_GRPO, "max_completion_length")),
+        "listwise": LossTraits("group"),
     }
 )
 
@@ -108,18 +108,18 @@ OPTIONS = (
 """Keys that some losses read and others do not."""
 
 
-def loss_of(name: str) -> LossNeeds | None:
-    """What the loss of this name needs; None where nobody knows it."""
+def traits_of(name: str) -> LossTraits | None:
+    """What the loss of this name reads; None where nobody knows it."""
     registry: Any = sys.modules.get("fastdpo_kernels.losses.registry")
-    if name in LOSS_NEEDS or registry is None or name not in registry.LOSSES:
-        return LOSS_NEEDS.get(name)
+    if name in LOSS_TRAITS or registry is None or name not in registry.LOSSES:
+        return LOSS_TRAITS.get(name)
     loss = registry.get_loss(name)
-    return LossNeeds(loss.kind, loss.reference, loss.options, loss.mismatched)
+    return LossTraits(loss.kind, loss.reference, loss.options, loss.mismatched)
 
 
 def unread(names: Sequence[str]) -> list[str]:
     """Those of `OPTIONS` that no loss of the mix reads; none where a loss is unknown."""
-    losses = [loss_of(name) for name in names]
+    losses = [traits_of(name) for name in names]
     read = {option for loss in losses if loss for option in loss.options}
     return [option for option in OPTIONS if option not in read] if all(losses) else []
 

@@ -10,7 +10,7 @@ from .checks import check_together, idle_settings
 from .keys import IN_PYTHON, Keys
 from .loss_checks import how_loss_was_read
 from .losses import CPO_KEYS, CPO_ORIGIN, as_cpo
-from .source import Given, check_foreign_key, read_flags, read_yaml
+from .source import Given, check_foreign_key, meant_by_peers, read_flags, read_yaml
 from .text import as_yaml, table
 from .values import convert, limits, show_short
 
@@ -87,6 +87,7 @@ class TrainConfig(Keys):
         for name, entry in given.items():
             if name not in own:
                 check_foreign_key(name, entry, own)
+        given = {**meant_by_peers(given), **given}
         values = {name: entry.value for name, entry in given.items() if name in own}
         return cls(**values, origins={name: given[name].place for name in values})
 
@@ -121,14 +122,16 @@ class TrainConfig(Keys):
         """A copy with `values` that were decided at start-up; `reason` becomes their origin."""
         return replace(self, **values, origins={**self.origins, **dict.fromkeys(values, reason)})
 
-    def for_layout(self, kind: str) -> "TrainConfig":
-        """This configuration for rows of the layout that was found: labelled ones are for kto
-        where no `loss_type` was given.
+    def for_layout(self, kinds: Sequence[str]) -> "TrainConfig":
+        """This configuration for the rows that were found: labelled ones are for kto where no
+        `loss_type` was given.
 
         Args:
-            kind: of the layout; "label" is the one of labelled responses.
+            kinds: the layouts that the rows hold: "pair", "group", "label".
         """
-        if kind != "label" or "loss_type" in self.origins:
+        converted = {"unpair": ("label",), "pair": ("group",)}
+        labelled = tuple(converted.get(self.convert or "", kinds)) == ("label",)
+        if not labelled or "loss_type" in self.origins:
             return self
         return self.choose("the data's layout", loss_type=["kto"])
 
