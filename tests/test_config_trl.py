@@ -29,7 +29,12 @@ NOT_IN_TRL = {
     "eval_dataset_name",
     "skip_bad_rows",
     "max_comparisons_per_group",
+    "convert",
     "shuffle",
+    "epsilon",
+    "epsilon_high",
+    "scale_rewards",
+    "importance_sampling_level",
     "group_prompts",
     "share_prefix",
     "max_tokens_per_batch",
@@ -83,18 +88,39 @@ output_dir: Qwen2-0.5B-DPO
 """
 
 
-@pytest.fixture(scope="module")
-def trl_defaults() -> dict[str, Any]:
-    """Every key of TRL's DPO command line with its default, read from the installed release."""
-    from trl import DPOConfig, ModelConfig, ScriptArguments
+OTHER_DEFAULTS_OF_A_TRAINER = {
+    "DPOConfig": {},
+    "KTOConfig": {"loss_type": "kto", "train_sampling_strategy": "sequential"},
+    "ORPOConfig": {},
+    "CPOConfig": {"loss_type": "sigmoid", "cpo_alpha": 1.0},
+}
+"""Where TRL's trainers differ from each other, or in how they say what a list of ours says."""
+
+
+def defaults_of(trainer: str) -> dict[str, Any]:
+    """Every key of a TRL command line with its default, read from the installed release."""
+    import trl
+    from trl import ModelConfig, ScriptArguments
+    from trl.experimental import cpo, orpo
     from trl.scripts.utils import DatasetMixtureConfig
 
+    kinds = {"CPOConfig": cpo, "ORPOConfig": orpo}
+    own = getattr(kinds.get(trainer, trl), trainer)
     found: dict[str, Any] = {}
-    for kind in (DPOConfig, ModelConfig, ScriptArguments, DatasetMixtureConfig):
+    for kind in (own, ModelConfig, ScriptArguments, DatasetMixtureConfig):
         for item in fields(kind):
             made = item.default_factory() if item.default_factory is not MISSING else item.default
             found[item.name] = made
     return found
+
+
+@pytest.fixture(scope="module")
+def trl_defaults() -> dict[str, Any]:
+    """Every key of TRL's command lines with its default, that of DPO where they differ."""
+    found: dict[str, Any] = {}
+    for trainer in reversed(OTHER_DEFAULTS_OF_A_TRAINER):
+        found |= defaults_of(trainer)
+    return found | {"cpo_alpha": None}
 
 
 SINCE_TRANSFORMERS_5_23 = {"activation_checkpointing", "activation_checkpointing_kwargs"}
@@ -127,6 +153,21 @@ def test_shared_keys_have_trl_defaults_but_for_the_named_ones(trl_defaults):
         if name in OWN_DEFAULTS and OWN_DEFAULTS[name] != default
     }
     assert differing == OTHER_DEFAULT_THAN_TRL
+
+
+@pytest.mark.parametrize("trainer", OTHER_DEFAULTS_OF_A_TRAINER)
+def test_every_key_of_every_trainer_is_accepted_at_its_default(trainer):
+    defaults = defaults_of(trainer)
+    peers = {name: peer.default for name, peer in PEER_KEYS.items()}
+    expected = OWN_DEFAULTS | peers | OTHER_DEFAULT_THAN_TRL | OTHER_DEFAULTS_OF_A_TRAINER[trainer]
+    assert defaults == {name: expected[name] for name in defaults}
+    del defaults["output_dir"]
+    config = TrainConfig.from_dict(defaults)
+    assert config.loss_type == {
+        "KTOConfig": ["kto"],
+        "CPOConfig": ["cpo"],
+    }.get(trainer, ["sigmoid"])
+    assert config.idle_settings() == []
 
 
 def test_choices_are_names_that_transformers_knows():
@@ -186,11 +227,13 @@ def test_peer_key_is_accepted_at_its_default_alone(name):
 
 
 def test_peer_flags_may_go_without_a_value():
-    accepted = "--no_remove_unused_columns --no-fp16 --padding_free --discopop_tau 5e-2 --fsdp none"
+    accepted = (
+        "--no_remove_unused_columns --no-fp16 --padding_free --dataloader_pin_memory 1 --fsdp none"
+    )
     assert TrainConfig.parse(accepted.split()) == TrainConfig()
     assert "its default, false" in fails("--fp16")
     assert "bf16" in fails("--fp16", "true")
-    assert "its default, 0.05" in fails("--discopop_tau", "0.5")
+    assert "its default, 0.0" in fails("--label_smoothing_factor", "0.5")
     assert "max_tokens_per_batch" in fails("--precompute_ref_batch_size", "16")
 
 
@@ -198,14 +241,13 @@ def test_peer_flags_may_go_without_a_value():
     ("name", "replacement"),
     [
         ("rpo_alpha", "loss_type: [sigmoid, sft]"),
-        ("reference_free", "always has a reference"),
-        ("generate_during_eval", "saved model"),
+        ("reference_free", "loss_type: cpo"),
         ("ref_model_init_kwargs", "options of the model"),
         ("model_adapter_name", "switched off"),
         ("ref_adapter_name", "switched off"),
         ("label_pad_token_id", "Nothing is padded"),
         ("max_prompt_length", "max_length"),
-        ("max_completion_length", "max_length"),
+        ("max_target_length", "max_length"),
         ("tools", "tools column"),
         ("warmup_ratio", "warmup_steps"),
         ("evaluation_strategy", "eval_strategy"),

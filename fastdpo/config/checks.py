@@ -8,6 +8,7 @@ from typing import Any
 from .adapters import AdapterKeys
 from .declare import Rule
 from .keys import ONE_FILE, Keys
+from .loss_checks import idle_options, of_loss, of_options, of_order, of_reference
 from .optimizer import OFFLOADED, TORCHAO
 from .schedule import SCHEDULE_OPTIONS, SCHEDULERS
 from .values import show, show_short
@@ -21,31 +22,17 @@ _ONLY_WHERE: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("attn_implementation", None, ("attention_backend",)),
     ("eval_strategy", "steps", ("eval_steps",)),
     ("save_strategy", "steps", ("save_steps",)),
-    ("precompute_ref_log_probs", True, ("reference_cache_dir",)),
+    ("sync_ref_model", True, ("ref_model_mixup_alpha", "ref_model_sync_steps")),
 )
 """Keys, the value that each must have, and the keys that do nothing where it has another."""
 
 
 def check_together(keys: Keys) -> None:
     """Raise `ConfigError` for values that are right one by one and wrong together."""
-    for conflicts in (_loss, _schedule, _optimizer, _layers, _files):
+    of_losses = (of_loss, of_options, of_reference, of_order)
+    for conflicts in (*of_losses, _schedule, _optimizer, _layers, _files):
         for name, problem in conflicts(keys):
             raise keys.error(name, problem)
-
-
-def _loss(keys: Keys) -> Iterator[tuple[str, str]]:
-    losses, weights = keys.loss_type, keys.loss_weights
-    if not losses:
-        yield "loss_type", "expected at least one loss"
-    if weights is not None and len(weights) != len(losses):
-        yield (
-            "loss_weights",
-            f"expected one weight for each entry of loss_type, {len(losses)}, got {len(weights)}",
-        )
-    if weights is not None and not any(weights):
-        yield "loss_weights", "expected at least one weight above 0"
-    if "exo_pair" in losses and keys.label_smoothing == 0:
-        yield "loss_type", "exo_pair needs a label_smoothing above 0; its paper recommends 1e-3"
 
 
 def _schedule(keys: Keys) -> Iterator[tuple[str, str]]:
@@ -144,6 +131,7 @@ def idle_settings(keys: Keys) -> list[str]:
         if getattr(keys, other) != needed
         for name in names
     }
+    idle |= idle_options(keys)
     if not keys.evaluates:
         idle["eval_dataset_name"] = "nothing is evaluated (eval_strategy is no)"
     packed = "evaluation is packed by max_tokens_per_batch, with the same result"

@@ -54,6 +54,7 @@ NOT_NEGATIVE = Rule("a number of at least 0", lambda v: v >= 0)
 AT_LEAST_ONE = Rule("a whole number of at least 1", lambda v: v >= 1 and v == int(v))
 AT_LEAST_TWO = Rule("a whole number of at least 2", lambda v: v >= 2)
 SHARE = Rule("a number of at least 0 and less than 1", lambda v: 0 <= v < 1)
+FRACTION = Rule("a number from 0 to 1", lambda v: 0 <= v <= 1)
 BELOW_HALF = Rule("a number of at least 0 and less than 0.5", lambda v: 0 <= v < 0.5)
 SEED = Rule("a whole number from 0 to 4294967295", lambda v: 0 <= v < 2**32)
 STEPS_OR_UNSET = Rule(

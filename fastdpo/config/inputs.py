@@ -1,12 +1,10 @@
-"""What is trained on what: the keys of model, data, reference and loss, and our own."""
+"""What is trained on what: the keys of model and data, and our own."""
 
 from .declare import (
     AT_LEAST_ONE,
     AT_LEAST_TWO,
-    BELOW_HALF,
     NOT_BLANK,
     NOT_NEGATIVE,
-    POSITIVE,
     key,
     one_of,
     section,
@@ -84,71 +82,6 @@ class DataKeys:
     )
 
 
-@section("reference")
-class ReferenceKeys:
-    """The policy's starting point, which the loss compares it with."""
-
-    ref_model_name_or_path: str | None = key(
-        None,
-        "A reference other than the model's own starting weights: a directory or a hub name.",
-        NOT_BLANK,
-        path=True,
-    )
-    precompute_ref_log_probs: bool = key(
-        True,
-        "Compute the reference's log-probabilities once, before training, and cache "
-        "them on disk, so that no reference is in memory while training. TRL's default "
-        "is false.",
-    )
-
-
-@section("loss")
-class LossKeys:
-    """The preference loss."""
-
-    loss_type: list[str] = key(
-        ["sigmoid"], "The loss, or several that are added up with loss_weights.", NOT_BLANK
-    )
-    loss_weights: list[float] | None = key(
-        None, "One weight for each entry of loss_type; unset weighs each with 1.", NOT_NEGATIVE
-    )
-    beta: float = key(
-        0.1, "Strength of the pull towards the reference; for ipo it is the paper's tau.", POSITIVE
-    )
-    label_smoothing: float = key(
-        0.0,
-        "Probability that a label is the wrong way round. Unlike TRL, sigmoid honours it.",
-        BELOW_HALF,
-    )
-    f_divergence_type: str = key("reverse_kl", "x")
-    f_alpha_divergence_coef: float = key(0.5, "x")
-    ld_alpha: float | None = key(None, "x")
-    use_weighting: bool = key(False, "x")
-    discopop_tau: float = key(0.05, "x")
-    desirable_weight: float = key(1.0, "x")
-    undesirable_weight: float = key(1.0, "x")
-    cpo_alpha: float | None = key(None, "x")
-    simpo_gamma: float = key(0.5, "x")
-    alpha: float = key(0.0, "x")
-    epsilon: float = key(0.2, "x")
-    epsilon_high: float | None = key(None, "x")
-    scale_rewards: str = key("group", "x")
-    importance_sampling_level: str = key("token", "x")
-    max_completion_length: int | None = key(None, "x")
-    convert: str | None = key(None, "x")
-
-    @property
-    def shuffles(self) -> bool:
-        return self.shuffle
-
-    @property
-    def precomputes(self) -> bool:
-        return self.precompute_ref_log_probs
-
-    def for_layout(self, kinds):
-        return self
-
-
 @section("own")
 class OwnKeys:
     """What TRL has no key for."""
@@ -167,7 +100,17 @@ class OwnKeys:
         "Sample at most this many comparisons for a prompt with scored responses; unset takes all.",
         AT_LEAST_ONE,
     )
-    shuffle: bool = key(True, "Shuffle the groups at each epoch; false keeps the file's order.")
+    convert: str | None = key(
+        None,
+        "Turn rows into those that the loss needs: unpair makes labelled responses of comparisons, "
+        "pair makes comparisons of the labelled responses of a prompt.",
+        one_of("unpair", "pair", unset="to take the rows as they are"),
+    )
+    shuffle: bool | None = key(
+        None,
+        "Shuffle the groups at each epoch; false keeps the file's order. Unset is true, but false "
+        "for kto, which pairs each prompt with the completion of the row before in the file.",
+    )
     group_prompts: bool = key(
         True, "Put rows with the same prompt into one group, so that it is computed once."
     )

@@ -8,13 +8,18 @@ from typing import Any
 from ..errors import ConfigError
 from .adapters import AdapterKeys
 from .declare import default_of
-from .inputs import DataKeys, LossKeys, ModelKeys, OwnKeys, ReferenceKeys
+from .inputs import DataKeys, ModelKeys, OwnKeys
+from .losses import traits_of
 from .memory import MemoryKeys
+from .objective import LossKeys, ReferenceKeys
 from .optimizer import OptimizerKeys
 from .schedule import EvaluationKeys, LoggingKeys, SavingKeys, TrainingKeys
 
 ONE_FILE = (".jsonl", ".json", ".parquet", ".csv", ".arrow", ".gz")
 """How the name of a data set ends that is one file; all its rows are the split "train"."""
+
+IN_PYTHON = "given"
+"""The origin of a key that was given to `TrainConfig` itself, which has no place to name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +54,7 @@ class Keys(
 
     def error(self, name: str, problem: str) -> ConfigError:
         """A `ConfigError` about one key, which says where the key was given."""
-        place = self.origins.get(name, "")
+        place = self.origins.get(name, "").replace(IN_PYTHON, "")
         if place == f"--{name}":
             return ConfigError(f"{place}: {problem}")
         return ConfigError(f"{place}: {name}: {problem}" if place else f"{name}: {problem}")
@@ -61,6 +66,32 @@ class Keys(
                 what = self.key_fields()[name].metadata["help"].split(". ")[0]
                 expected = f"expected a value (--{name}, or {name}: in the file)"
                 raise self.error(name, f"{expected}. {what}")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a loss of the run compares with a reference; true of a loss nobody knows."""
+        losses = [traits_of(name) for name in self.loss_type]
+        return any(loss is None or loss.reference for loss in losses)
+
+    @property
+    def precomputes(self) -> bool:
+        """Whether the log-probabilities of a reference are computed before training."""
+        if self.precompute_ref_log_probs is None:
+            return not self.sync_ref_model
+        return self.precompute_ref_log_probs
+
+    @property
+    def shuffles(self) -> bool:
+        """Whether the groups are shuffled at each epoch."""
+        if self.shuffle is None:
+            return not self.mismatched_losses
+        return self.shuffle
+
+    @property
+    def mismatched_losses(self) -> list[str]:
+        """The losses that pair prompts with completions of other rows, in the file's order."""
+        losses = {name: traits_of(name) for name in self.loss_type}
+        return [name for name, loss in losses.items() if loss is not None and loss.mismatched]
 
     @property
     def evaluates(self) -> bool:

@@ -4,7 +4,8 @@ The table is static so that reading a configuration imports neither library; a t
 the installed ones.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -12,27 +13,28 @@ from typing import Any
 class PeerKey:
     """A key of TRL 1.16 that is not ours.
 
-    TRL's command line reads `DPOConfig`, `ModelConfig`, `ScriptArguments`, `DatasetMixtureConfig`.
+    TRL's command lines read `ModelConfig`, `ScriptArguments`, `DatasetMixtureConfig` and one of
+    `DPOConfig`, `KTOConfig`, `ORPOConfig` and `CPOConfig`.
 
     Attributes:
         default: its default there; that value asks for nothing and is accepted.
         instead: what to do for the effect it has there, one sentence.
         also: further values that describe what fastdpo does anyway, accepted too.
+        means: further values, each with the key of ours and its value that mean the same.
     """
 
     default: Any
     instead: str
     also: tuple[Any, ...] = ()
+    means: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
 
 
 _LOADER = "Rows are packed before the run, so there is no data loader to set up."
 _HUB = "Upload output_dir after the run with the hf command."
-_SYNC = "The reference stays the starting policy: there is no TR-DPO synchronisation."
 _COMPILE = "torch_compile: true compiles the layers with torch's default backend and mode."
 _METRICS = "Evaluation reports the metrics of the loss and no others."
 _BEST = "Pick the best checkpoint from the eval lines of metrics.jsonl."
 _DEVICES = "A run takes one process and one device."
-_DIVERGENCE = "Only the reverse KL divergence is available."
 _REPORT = "Set it in the tracker's own environment variables."
 _NODES = "The one process logs and saves."
 _DATASETS = "Name one data set with dataset_name; join several into one file first."
@@ -62,6 +64,8 @@ PEER_KEYS: dict[str, PeerKey] = {
     # Data
     "padding_free": PeerKey(False, "Nothing is ever padded.", also=(True,)),
     "pad_to_multiple_of": PeerKey("auto", "Nothing is padded.", also=(None,)),
+    "padding_value": PeerKey(None, "Nothing is padded."),
+    "is_encoder_decoder": PeerKey(None, "Only causal language models are trained.", also=(False,)),
     "datasets": PeerKey([], _DATASETS),
     "streaming": PeerKey(False, "The data is read whole, since rows are packed before the run."),
     "dataset_streaming": PeerKey(
@@ -72,7 +76,9 @@ PEER_KEYS: dict[str, PeerKey] = {
         True, "Columns that are not needed are never read.", also=(False,)
     ),
     "train_sampling_strategy": PeerKey(
-        "random", "Use shuffle: false for the file's order; packing balances lengths by itself."
+        "random",
+        "Use shuffle: false for the file's order; packing balances lengths by itself.",
+        means={"sequential": ("shuffle", False)},
     ),
     "length_column_name": PeerKey("length", "Lengths are measured, not read."),
     "label_names": PeerKey(None, "Labels are made from the responses."),
@@ -88,14 +94,6 @@ PEER_KEYS: dict[str, PeerKey] = {
     "precompute_ref_batch_size": PeerKey(
         None, "The reference pass is packed by tokens: use max_tokens_per_batch."
     ),
-    "sync_ref_model": PeerKey(False, _SYNC),
-    "ref_model_mixup_alpha": PeerKey(0.6, _SYNC),
-    "ref_model_sync_steps": PeerKey(512, _SYNC),
-    "ld_alpha": PeerKey(None, "Length desensitisation (LD-DPO) is not available."),
-    "f_divergence_type": PeerKey("reverse_kl", _DIVERGENCE),
-    "f_alpha_divergence_coef": PeerKey(0.5, _DIVERGENCE),
-    "use_weighting": PeerKey(False, "WPO's weights are not available."),
-    "discopop_tau": PeerKey(0.05, "The discopop loss keeps to its paper's 0.05."),
     "label_smoothing_factor": PeerKey(0.0, "Use label_smoothing."),
     # Training
     "fp16": PeerKey(False, "Use bf16: half precision would need a loss scale."),
@@ -135,6 +133,9 @@ PEER_KEYS: dict[str, PeerKey] = {
     "ddp_timeout": PeerKey(1800, _DEVICES),
     "ignore_bias_buffers": PeerKey(False, _DEVICES),
     # Evaluation
+    "generate_during_eval": PeerKey(
+        False, "Evaluation does not generate: sample from the saved model."
+    ),
     "eval_delay": PeerKey(0, "Use eval_steps."),
     "prediction_loss_only": PeerKey(False, _METRICS),
     "eval_do_concat_batches": PeerKey(True, _METRICS),

@@ -13,24 +13,20 @@ _GPU_BF16 = "Use bf16."
 REPLACED_KEYS = MappingProxyType(
     {
         # TRL's DPOConfig, ModelConfig and ScriptArguments
-        "rpo_alpha": "TRL now writes loss_type: [sigmoid, sft], and sft is not available here yet.",
-        "reference_free": "The loss always has a reference: remove the key.",
-        "generate_during_eval": "Evaluation does not generate: sample from the saved model.",
+        "rpo_alpha": "Use loss_type: [sigmoid, sft] with loss_weights: [1, rpo_alpha].",
+        "reference_free": "Use a loss without a reference, such as loss_type: cpo.",
         "ref_model_init_kwargs": "The reference is loaded with the options of the model.",
         "model_adapter_name": _ONE_ADAPTER,
         "ref_adapter_name": _ONE_ADAPTER,
         "force_use_ref_model": "Use ref_model_name_or_path, with adapters too.",
         "label_pad_token_id": _NOT_PADDED,
-        "padding_value": _NOT_PADDED,
         "max_prompt_length": _SIDE,
-        "max_completion_length": _SIDE,
         "max_target_length": _SIDE,
         "tools": "Give each row a tools column.",
         "use_liger_loss": "The head is always fused: remove the key.",
         "use_logits_to_keep": _ALWAYS,
         "use_num_logits_to_keep": _ALWAYS,
         "base_model_attribute_name": "The head is found by itself: remove the key.",
-        "is_encoder_decoder": "Only causal language models are trained: remove the key.",
         "torch_dtype": "Use dtype.",
         "gradient_checkpointing_use_reentrant": "It is never re-entrant: remove the key.",
         # transformers' TrainingArguments

@@ -151,12 +151,24 @@ def check_foreign_key(name: str, given: Given, known: Iterable[str]) -> None:
         nearest = OTHER_NAMES.get(name) or get_close_matches(name, candidates, n=1, cutoff=0.0)[0]
         raise ConfigError(f"{given.place}: unknown key {name}; the nearest known key is {nearest}")
     peer = PEER_KEYS[name]
-    if not any(_same(given.value, accepted) for accepted in (peer.default, *peer.also)):
+    accepted = (peer.default, *peer.also, *peer.means)
+    if not any(_same(given.value, value) for value in accepted):
         default = yaml.safe_dump(peer.default, default_flow_style=True).split("\n")[0]
         raise ConfigError(
             f"{given.place}: {name} is a key of TRL's that fastdpo does not honour, so only its "
             f"default, {default}, is accepted. {peer.instead}"
         )
+
+
+def meant_by_peers(given: Mapping[str, Given]) -> dict[str, Given]:
+    """Keys of ours that keys of TRL's stand for, with the place of those."""
+    meant = {}
+    for name, entry in given.items():
+        peer = PEER_KEYS.get(name)
+        if peer is not None and str(entry.value) in peer.means:
+            own, value = peer.means[str(entry.value)]
+            meant[own] = Given(value, f"{entry.place} ({name})")
+    return meant
 
 
 def _same(value: Any, accepted: Any) -> bool:

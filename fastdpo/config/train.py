@@ -7,8 +7,10 @@ from typing import Any
 
 from ..errors import ConfigError
 from .checks import check_together, idle_settings
-from .keys import Keys
-from .source import Given, check_foreign_key, read_flags, read_yaml
+from .keys import IN_PYTHON, Keys
+from .loss_checks import how_loss_was_read
+from .losses import CPO_KEYS, CPO_ORIGIN, as_cpo
+from .source import Given, check_foreign_key, meant_by_peers, read_flags, read_yaml
 from .text import as_yaml, table
 from .values import convert, limits, show_short
 
@@ -27,12 +29,32 @@ class TrainConfig(Keys):
         for name in values.keys() - {*own, "origins"}:
             check_foreign_key(name, Given(values[name], cls.__name__), own)
             raise ConfigError(f"{cls.__name__}: {name} does nothing here; leave it out")
-        return super().__new__(cls)
+        made = super().__new__(cls)
+        if "origins" not in values:
+            named = [name for name in ("loss_type", *CPO_KEYS) if name in values]
+            object.__setattr__(made, "_named", named)
+        return made
 
     def __post_init__(self) -> None:
+        # That a default was written down matters for these keys, in Python too.
+        named = vars(self).get("_named", ())
+        self._set(origins={**dict.fromkeys(named, IN_PYTHON), **self.origins})
         for name, declared in self.key_fields().items():
-            object.__setattr__(self, name, self._checked(name, declared))
+            self._set(**{name: self._checked(name, declared)})
+        self._read_as_cpo()
         check_together(self)
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def _read_as_cpo(self) -> None:
+        """Rename the loss where the other keys are those of TRL's CPO trainer."""
+        given = [name for name in CPO_KEYS if name in self.origins]
+        if "cpo_alpha" in given and self.cpo_alpha is None:  # as in what `save` writes
+            given = []
+        if changed := as_cpo(self.loss_type, given):
+            self._set(**changed, origins={**self.origins, **dict.fromkeys(changed, CPO_ORIGIN)})
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> "TrainConfig":
@@ -65,6 +87,7 @@ class TrainConfig(Keys):
         for name, entry in given.items():
             if name not in own:
                 check_foreign_key(name, entry, own)
+        given = {**meant_by_peers(given), **given}
         values = {name: entry.value for name, entry in given.items() if name in own}
         return cls(**values, origins={name: given[name].place for name in values})
 
@@ -99,6 +122,19 @@ class TrainConfig(Keys):
         """A copy with `values` that were decided at start-up; `reason` becomes their origin."""
         return replace(self, **values, origins={**self.origins, **dict.fromkeys(values, reason)})
 
+    def for_layout(self, kinds: Sequence[str]) -> "TrainConfig":
+        """This configuration for the rows that were found: labelled ones are for kto where no
+        `loss_type` was given.
+
+        Args:
+            kinds: the layouts that the rows hold: "pair", "group", "label".
+        """
+        converted = {"unpair": ("label",), "pair": ("group",)}
+        labelled = tuple(converted.get(self.convert or "", kinds)) == ("label",)
+        if not labelled or "loss_type" in self.origins:
+            return self
+        return self.choose("the data's layout", loss_type=["kto"])
+
     def to_yaml(self) -> str:
         """The whole configuration, by sections; reading it gives an equal one."""
         return as_yaml(self)
@@ -118,3 +154,7 @@ class TrainConfig(Keys):
     def idle_settings(self) -> list[str]:
         """One line for each key that was set and has no effect in this combination."""
         return idle_settings(self)
+
+    def notes(self) -> list[str]:
+        """What a run says first: how the loss was read, and the keys that have no effect."""
+        return [*how_loss_was_read(self), *self.idle_settings()]

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import datasets
 
@@ -15,7 +15,7 @@ from .columns import FIELDS, LINE_COLUMN, PROBLEM_COLUMN, may_hold_prompt, row_k
 from .groups import Group, check_agreement, count_units, make_groups
 from .load import load_rows
 from .messages import unreadable
-from .needs import Known, Needs
+from .needs import Convert, Known, Needs
 from .readers import stored, stored_types
 from .tokenize import tokenize_dataset
 
@@ -124,7 +124,7 @@ def _groups(
         vocab_size=vocab_size,
         source=rows.name,
         needs=_needs(loss),
-        convert=config.convert,
+        convert=cast(Convert | None, config.convert),
     )
     groups = make_groups(
         tokens,

@@ -100,7 +100,7 @@ def estimate(run: Run) -> Estimate:
         moments += [forward(run, row), head(run, row), *backward(run, row), embedding(run, row)]
         if second_model(run.config):
             moments.append(reference_row(run, row))
-    if run.config.precompute_ref_log_probs:
+    if run.config.precomputes:
         moments.append(precompute(run))
     return max(moments, key=lambda moment: moment.peak)
 
@@ -115,7 +115,7 @@ def largest_rows(steps: Sequence[Sequence[RowShape]]) -> list[RowShape]:
 def second_model(config: TrainConfig) -> bool:
     """Whether a reference model is in memory while training."""
     other = bool(config.ref_model_name_or_path) or not config.use_peft
-    return not config.precompute_ref_log_probs and other
+    return not config.precomputes and other
 
 
 # What is there all the time

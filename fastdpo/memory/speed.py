@@ -88,7 +88,7 @@ def head_work(run: Run, row: RowShape) -> float:
 def reference_work(run: Run, row: RowShape) -> float:
     """A forward more: 2·S·n for the layers, 2·T·V·H for the head; 0 where it is precomputed."""
     model, config = run.model, run.config
-    if config.precompute_ref_log_probs or not (second_model(config) or config.use_peft):
+    if config.precomputes or not (second_model(config) or config.use_peft):
         return 0.0
     pairs = 4.0 * model.heads * model.head_dim * row.pairs * model.layers
     return 2.0 * row.tokens * model.linear + pairs + 2.0 * row.scored * model.vocab * model.hidden

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import TrainConfig
+from ..config.losses import OPTIONS, unread
 from ..errors import CheckpointError
 
 ADAPTERS = (
@@ -21,7 +22,11 @@ ADAPTERS = (
 )
 """Keys that decide nothing where there are no adapters."""
 
+SYNCHRONISATION = ("ref_model_mixup_alpha", "ref_model_sync_steps")
+"""Keys that decide nothing where the reference stays as it is."""
+
 FIXED = (
+    "convert",
     "max_length",
     "truncation_mode",
     "max_comparisons_per_group",
@@ -33,7 +38,13 @@ FIXED = (
     "loss_type",
     "loss_weights",
     "beta",
-    "label_smoothing",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "ld_alpha",
+    "use_weighting",
+    *OPTIONS,
+    "sync_ref_model",
+    *SYNCHRONISATION,
     "optim",
     "stochastic_rounding",
     "use_peft",
@@ -75,7 +86,8 @@ tokens, the comparisons of each step, the precision.
 
 def deciding(config: TrainConfig) -> dict[str, Any]:
     """The value of every key that decides the trained weights."""
-    return {name: getattr(config, name) for name in (*FIXED, *FOLLOWED, *COMPARED)}
+    values = {name: getattr(config, name) for name in (*FIXED, *FOLLOWED, *COMPARED)}
+    return {**values, "shuffle": config.shuffles}
 
 
 def check_keys(path: Path, saved: Mapping[str, Any], config: TrainConfig) -> None:
@@ -112,7 +124,13 @@ def describe_changes(saved: Mapping[str, Any], config: TrainConfig) -> str | Non
 
 def _changed(saved: Mapping[str, Any], config: TrainConfig, names: Sequence[str]) -> list[str]:
     before, now = saved.get("config", {}), deciding(config)
-    idle = () if config.use_peft or before.get("use_peft") else ADAPTERS
+    idle = tuple(unread([*config.loss_type, *before.get("loss_type", ())]))
+    if not (config.use_peft or before.get("use_peft")):
+        idle += ADAPTERS
+    if not (config.sync_ref_model or before.get("sync_ref_model")):
+        idle += SYNCHRONISATION
+    if "alpha_divergence" not in (config.f_divergence_type, before.get("f_divergence_type")):
+        idle += ("f_alpha_divergence_coef",)
     if config.memory == "auto":  # it chooses the optimizer, for the device at hand
         idle = (*idle, "optim")
     same, other = _plain(now), _plain({**now, **before})
@@ -133,6 +151,14 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
         plain["data_seed"] = None
     if isinstance(weights := plain["loss_weights"], list) and all(w == 1 for w in weights):
         plain["loss_weights"] = None
+    unset = {
+        "cpo_alpha": 1.0,
+        "epsilon_high": plain["epsilon"],
+        "max_completion_length": plain["max_length"],
+    }
+    for name, meaning in unset.items():
+        if plain[name] is None:
+            plain[name] = meaning
     return plain
 
 

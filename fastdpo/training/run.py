@@ -137,7 +137,7 @@ def precompute(config: TrainConfig) -> dict[str, Any]:
 @contextmanager
 def _surroundings(config: TrainConfig) -> Iterator[None]:
     """Terminal, network and memory, each of which may be less than what libraries expect."""
-    for line in config.idle_settings():
+    for line in config.notes():
         logger.warning(f"note: {line}")
     with progress_bars(config.disable_tqdm), reached(config), enough_memory():
         yield
