@@ -4,7 +4,7 @@
     python docs/generate.py --check    # exit status 1 where a page differs from the declarations
 
 In a page, what stands between `<!-- keys:NAME -->` and `<!-- /keys -->` is replaced. NAME is a
-section of keys, or one of `LISTS`.
+section of keys, one of `LISTS`, or "loss_table".
 """
 
 import re
@@ -24,7 +24,6 @@ from fastdpo.training import changes
 FOLDER = Path(__file__).resolve().parent
 KEYS = TrainConfig.key_fields()
 LISTS = {
-    "losses": tuple(LOSSES),
     "fixed": changes.FIXED,
     "followed": changes.FOLLOWED,
     "compared": changes.COMPARED,
@@ -34,8 +33,41 @@ _BLOCK = re.compile(r"(<!-- keys:(\w+) -->\n).*?(<!-- /keys -->)", re.DOTALL)
 _NAMED = re.compile(rf"\b({'|'.join(name for name in KEYS if '_' in name)})\b")
 
 
+ROWS = {
+    "label": "prompt, completion, label",
+    "advantage": "prompt, responses, scores",
+    "win_rate": "prompt, responses, scores or comparisons",
+    "rank": "prompt, responses, rankings or scores",
+}
+"""What the rows of a loss hold that is not one of comparisons, by what it needs of them."""
+
+
+def _loss_table() -> str:
+    """Every registered loss in a line."""
+    lines = ["| loss | equation | rows | reference | passes | paper |", "|---|---|---|---|---|---|"]
+    for name, loss in LOSSES.items():
+        rows = ROWS[loss.columns[0]] if loss.columns else "pairs"
+        passes = "one, 6TVH"
+        if loss.mismatched:
+            passes = "6TVH, after scoring mismatched pairs"
+        elif loss.kind == "step" or loss.terms is not None:
+            passes = "6TVH, after scoring the step"
+        cells = (
+            f"`{name}`",
+            loss.equation,
+            rows,
+            "yes" if loss.reference else "no",
+            passes,
+            f"[{loss.paper}](https://arxiv.org/abs/{loss.paper})" if loss.paper else "TRL",
+        )
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def block(name: str) -> str:
     """The Markdown of a block."""
+    if name == "loss_table":
+        return _loss_table()
     if name in LISTS:
         return ", ".join(f"`{key}`" for key in LISTS[name]) + ".\n"
     if name not in GROUPS:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..cli import Parser
 from .convergence import convergence_block, convergence_chart, convergence_table
+from .demo import demo_block
 from .heads import head_tables, heads_all_block, heads_block, heads_chart
 from .memory import memory_block
 from .robustness import kill_block, soak_block
@@ -26,7 +27,7 @@ from .tables import NOTHING
 from .trainers import gaps_block, losses_block, trainer_tables, trainers_block, trainers_chart
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/benchmarks.md", "docs/memory.md", "kernels/README.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/losses.md", "docs/memory.md", "kernels/README.md")
 RESULTS = Path("bench/results")
 FULL = RESULTS / "README.md"
 _BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
@@ -39,6 +40,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "heads": heads_block,
     "heads-all": heads_all_block,
     "convergence": convergence_block,
+    "demo": demo_block,
     "memory": memory_block,
     "kill": kill_block,
     "soak": soak_block,

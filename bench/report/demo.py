@@ -1,0 +1,39 @@
+"""What the pages show of the demo's model under several losses."""
+
+from pathlib import Path
+
+from .rows import origins, read
+from .tables import NOTHING, markdown, number
+
+
+def demo_block(folder: Path) -> str:
+    """Held-out pairs before training and after training with each loss."""
+    rows = {row["loss"]: row for row in read(folder, "demo.jsonl")}  # the newest of each
+    if not rows:
+        return NOTHING
+    lines = [
+        [
+            name,
+            ", ".join(f"{key} {value}" for key, value in row["keys"].items()),
+            number(row["accuracy"]),
+            number(row["likelier"]),
+            number(row["chosen"]),
+            number(row["rejected"]),
+        ]
+        for name, row in rows.items()
+    ]
+    columns = (
+        "loss",
+        "keys beside the demo's",
+        "gained on the other",
+        "likelier a token",
+        "preferred, nats",
+        "other, nats",
+    )
+    pairs = next(iter(rows.values()))["pairs"]
+    said = (
+        f"Of {pairs} held-out pairs: the share in which the preferred response has gained on the "
+        "other since before training (a tie is one half), the share in which it is the likelier one "
+        "a token, and by how much the log-probabilities of both have changed."
+    )
+    return "\n\n".join([markdown(columns, lines, 2), said, *origins(list(rows.values()))])
