@@ -1,8 +1,8 @@
-"""The demo's model trained with several losses on the demo's data: what each does to held-out pairs.
+"""The demo's model trained with several losses: what each does to held-out pairs.
 
     python -m bench.demo --losses sigmoid kto orpo simpo grpo
 
-Every loss sees the same 221 pairs once, in steps of 8 pairs or 16 responses, at the demo's learning
+Every loss sees the demo's 221 pairs once, in steps of 8 pairs or 16 responses, at the demo's learning
 rate: KTO the two responses of each with a label, GRPO with the scores 1 and 0. Two figures of the
 50 held-out pairs do not depend on the loss: in how many the log-probability of the chosen response
 has grown more than that of the rejected one, and in how many it is the higher one a token.
@@ -44,7 +44,7 @@ KEYS: dict[str, dict[str, Any]] = {
 
 
 def rows_for(loss: str, pairs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The pairs in the layout that a loss needs: two labelled rows each, or two scored responses."""
+    """The pairs as a loss needs them: two labelled rows each, or two scored responses."""
     if loss == "kto":
         return [
             {"prompt": pair["prompt"], "completion": pair[name], "label": name == "chosen"}

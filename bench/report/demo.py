@@ -33,7 +33,7 @@ def demo_block(folder: Path) -> str:
     pairs = next(iter(rows.values()))["pairs"]
     said = (
         f"Of {pairs} held-out pairs: the share in which the preferred response has gained on the "
-        "other since before training (a tie is one half), the share in which it is the likelier one "
-        "a token, and by how much the log-probabilities of both have changed."
+        "other since before training (a tie is one half), the share in which it is the likelier "
+        "one a token, and by how much the log-probabilities of both have changed."
     )
     return "\n\n".join([markdown(columns, lines, 2), said, *origins(list(rows.values()))])
