@@ -2,7 +2,7 @@
 
     python -m bench.demo --losses sigmoid kto orpo simpo grpo
 
-Every loss sees the demo's 221 pairs once, in steps of 8 pairs or 16 responses, at the demo's learning
+Every loss sees the demo's 221 pairs once, in steps of 8 pairs or 16 responses, at its learning
 rate: KTO the two responses of each with a label, GRPO with the scores 1 and 0. Two figures of the
 50 held-out pairs do not depend on the loss: in how many the log-probability of the chosen response
 has grown more than that of the rejected one, and in how many it is the higher one a token.
