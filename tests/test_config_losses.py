@@ -277,7 +277,7 @@ def test_files_of_trls_trainers_run_as_they_are(tmp_path, text, flags, loss):
 def test_sequential_sampling_is_the_files_order():
     config = TrainConfig.parse(["--train_sampling_strategy", "sequential"])
     assert config.shuffle is False
-    assert config.origins["shuffle"] == "--train_sampling_strategy (train_sampling_strategy)"
+    assert config.origins["shuffle"] == "--train_sampling_strategy"
     both = TrainConfig.from_dict({"train_sampling_strategy": "sequential", "shuffle": True})
     assert both.shuffle is True
     assert TrainConfig.from_dict({"train_sampling_strategy": "random"}) == TrainConfig()

@@ -227,9 +227,8 @@ def test_peer_key_is_accepted_at_its_default_alone(name):
 
 
 def test_peer_flags_may_go_without_a_value():
-    accepted = (
-        "--no_remove_unused_columns --no-fp16 --padding_free --dataloader_pin_memory 1 --fsdp none"
-    )
+    accepted = "--no_remove_unused_columns --no-fp16 --padding_free --label_smoothing_factor 0e-2"
+    accepted += " --fsdp none"
     assert TrainConfig.parse(accepted.split()) == TrainConfig()
     assert "its default, false" in fails("--fp16")
     assert "bf16" in fails("--fp16", "true")

@@ -167,7 +167,7 @@ def meant_by_peers(given: Mapping[str, Given]) -> dict[str, Given]:
         peer = PEER_KEYS.get(name)
         if peer is not None and str(entry.value) in peer.means:
             own, value = peer.means[str(entry.value)]
-            meant[own] = Given(value, f"{entry.place} ({name})")
+            meant[own] = Given(value, entry.place)
     return meant
 
 
