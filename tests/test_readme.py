@@ -18,6 +18,7 @@ from fastdpo_kernels import LOSSES, Comparisons, linear_dpo_loss, linear_logprob
 from training import metrics, run
 from transformers import AutoModelForCausalLM
 
+from bench.jsonl import read_rows, write_rows
 from fastdpo import TrainConfig, train
 from fastdpo.cli import COMMANDS
 from fastdpo.config.declare import GROUPS
@@ -54,8 +55,8 @@ def spans(page: str) -> list[str]:
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(page))]
 
 
-def explained_metrics() -> set[str]:
-    table = text_of("docs/runs.md").split("| metric |")[1].split("\n\n")[0]
+def explained_metrics(page: str = "docs/runs.md") -> set[str]:
+    table = text_of(page).split("| metric |")[1].split("\n\n")[0]
     return set(re.findall(r"`([\w/]+)`", table))
 
 
@@ -251,6 +252,32 @@ def test_pages_say_what_the_configuration_declares() -> None:
 def test_every_metric_is_explained(tiny_model: Path, pairs_file: Path, tmp_path: Path) -> None:
     run(tiny_model, pairs_file, tmp_path / "out", max_steps=1)
     assert set(metrics(tmp_path / "out")[0]) == explained_metrics() - {"mfu"}
+
+
+def test_every_metric_of_other_losses_is_explained(
+    tiny_model: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    pairs = read_rows(pairs_file)
+    labelled = [
+        {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
+        for row in pairs
+        for name in ("chosen", "rejected")
+    ]
+    scored = [
+        {"prompt": r["prompt"], "responses": [r["chosen"], r["rejected"]], "scores": [1.0, 0.0]}
+        for r in pairs
+    ]
+    explained, found = explained_metrics() | explained_metrics("docs/losses.md"), set()
+    layouts = {"kto": labelled, "bco": labelled, "orpo": pairs, "grpo": scored, "listwise": scored}
+    for loss, rows in layouts.items():
+        out, path = tmp_path / loss, tmp_path / f"{loss}.jsonl"
+        write_rows(path, rows)
+        evaluates = {"do_eval": True, "eval_dataset_name": str(path)}
+        run(tiny_model, path, out, loss_type=loss, max_steps=1, **evaluates)
+        found |= set().union(*metrics(out))
+    held_out = {name.removeprefix("eval_") for name in found if name.startswith("eval_")}
+    assert explained_metrics("docs/losses.md") <= found
+    assert held_out | {name for name in found if not name.startswith("eval_")} <= explained
 
 
 def test_every_command_is_explained() -> None:
