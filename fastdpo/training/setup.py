@@ -38,7 +38,7 @@ from .checkpoint import read_state
 from .loop import Trainer
 from .optimizer import optimizer_path
 from .output import Output
-from .references import make_reference
+from .references import make_reference, needs_reference
 from .step import Objective
 from .trackers import require_trackers
 
@@ -147,7 +147,13 @@ def set_up(
     _change_layers(config, policy.model, policy.device, output)
     trainer = Trainer(
         config=config,
-        objective=Objective(policy, loss, config.per_device_train_batch_size, reference),
+        objective=Objective(
+            policy,
+            loss,
+            config.per_device_train_batch_size,
+            reference,
+            compares=needs_reference(loss, data),
+        ),
         tokenizer=loaded.tokenizer,
         data=data,
         max_tokens=loaded.max_tokens,

@@ -49,6 +49,7 @@ class Objective:
         batch_size: units of a batch, see `fastdpo.losses`.
         reference: evaluated at every step; None where its log-probabilities are in the groups, or
             none are needed.
+        compares: whether reference log-probabilities are read.
         running: means over all batches so far, with their number, of what the loss wants so.
     """
 
@@ -56,6 +57,7 @@ class Objective:
     loss: TrainingLoss
     batch_size: int
     reference: OnlineReference | None = None
+    compares: bool = True
     running: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
     _next_running: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
 
@@ -179,7 +181,7 @@ class Objective:
         """The reference's log-probabilities of responses (R,), or of tokens (T,) where the loss
         asks for those.
         """
-        if not self.loss.reference:
+        if not self.compares:
             return None, None
         if self.reference is not None:
             if self.loss.by_tokens:

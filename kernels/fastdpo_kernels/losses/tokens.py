@@ -58,7 +58,7 @@ def _metrics(
     assert tokens is not None
     lengths = responses.lengths.clamp(min=1)
     return {
-        "rewards": responses.logratios,
+        "rewards": responses.logps - responses.given.get("logp", responses.ref_logps),
         "logps": responses.logps,
         "kl": tokens.sums(kl, count) / lengths,
         "clip_ratio/region_mean": tokens.sums(is_clipped, count) / lengths,
