@@ -378,9 +378,9 @@ def test_a_registered_loss_is_known_by_its_name(monkeypatch):
 
     monkeypatch.setattr(Problem, "loss_and_coefficients", spy)
     expected = linear_dpo_loss(*inputs[:2], *rest, loss_type="ipo", beta=0.3, label_smoothing=0.2)
-    loss = make_loss(["ipo"], beta=0.3, label_smoothing=0.2)
+    loss = make_loss(["ipo"], beta=0.3, label_smoothing=0.2).loss
     torch.testing.assert_close(linear_dpo_loss(*inputs[:2], *rest, loss_function=loss), expected)
-    half = make_loss(["ipo"], beta=0.3, loss_weights=[0.5])
+    half = make_loss(["ipo"], beta=0.3, loss_weights=[0.5]).loss
     torch.testing.assert_close(
         linear_dpo_loss(*inputs[:2], *rest, loss_function=half)[0], expected[0] / 2
     )

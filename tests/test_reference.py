@@ -93,7 +93,7 @@ def test_two_processes_share_the_work(tiny_model, tmp_path, monkeypatch, caplog)
         assert waiting.wait(30)
         for group in groups[:3]:
             digests = [group.digest(r) for r in range(3)]
-            first.add(digests, [-float(len(r)) for r in group.responses])
+            first.add(digests, [np.array([-float(len(r))]) for r in group.responses])
     thread.join(30)
     assert reports[0].found == 9 and reports[0].computed == 3
     assert [g.ref_logps.tolist() for g in groups[:3]] == [

@@ -38,8 +38,8 @@ def short_of_memory(monkeypatch):
     score, failed = Objective.score, []
 
     def limit(tokens: int, error: type[BaseException] = torch.OutOfMemoryError) -> list[int]:
-        def limited(self, batch, comparisons, sums):
-            loss = score(self, batch, comparisons, sums)
+        def limited(self, batch, units, sums, *rest):
+            loss = score(self, batch, units, sums, *rest)
             if torch.is_grad_enabled() and batch.computed_tokens > tokens:
                 failed.append(batch.computed_tokens)
                 loss.backward()
@@ -82,8 +82,8 @@ def test_a_later_step_is_repeated_too(go, tmp_path, monkeypatch):
     go(tmp_path / "undisturbed", **KEYS)
     score, calls = Objective.score, []
 
-    def fails_once(self, batch, comparisons, sums):
-        loss = score(self, batch, comparisons, sums)
+    def fails_once(self, batch, units, sums, *rest):
+        loss = score(self, batch, units, sums, *rest)
         calls.append(batch.computed_tokens)
         if len(calls) == 3:
             raise torch.OutOfMemoryError("no")
@@ -101,11 +101,11 @@ def test_switches_follow_when_rows_cannot_be_shorter(go, tmp_path, monkeypatch, 
     go(tmp_path / "undisturbed", **KEYS)
     score, calls = Objective.score, []
 
-    def fails(self, batch, comparisons, sums):
+    def fails(self, batch, units, sums, *rest):
         calls.append(1)
         if len(calls) <= 9:
             raise torch.OutOfMemoryError("no")
-        return score(self, batch, comparisons, sums)
+        return score(self, batch, units, sums, *rest)
 
     monkeypatch.setattr(Objective, "score", fails)
     keys = KEYS | {"gradient_checkpointing": False, "memory": "auto"}
@@ -124,11 +124,11 @@ def test_random_states_are_put_back(go, tmp_path, monkeypatch, no_advice):
     """Without dropout nothing reads them, so a step does here; gradients are gone too."""
     score, drawn, gradients = Objective.score, [], []
 
-    def fails_once(self, batch, comparisons, sums):
+    def fails_once(self, batch, units, sums, *rest):
         weight = next(self.policy.model.parameters())
         gradients.append(None if weight.grad is None else weight.grad.abs().sum().item())
         drawn.append(torch.rand(()).item())
-        loss = score(self, batch, comparisons, sums)
+        loss = score(self, batch, units, sums, *rest)
         if len(drawn) == 1:
             loss.backward()
             raise torch.OutOfMemoryError("no")
@@ -166,7 +166,7 @@ def test_what_counts_as_out_of_memory():
 def test_compiled_layers_are_not_tiled(go, tmp_path, monkeypatch, no_advice):
     monkeypatch.setattr("fastdpo.training.setup.compile_layers", lambda model: 2)
 
-    def fails(self, batch, comparisons, sums):
+    def fails(self, batch, units, sums, *rest):
         raise torch.OutOfMemoryError("no")
 
     monkeypatch.setattr(Objective, "score", fails)

@@ -107,7 +107,7 @@ class Counted(TorchTiles):
 
 
 def passes(rows, needs, responses=9, longest=8):
-    """Share of the tokens that each method projects in `dpo_loss`."""
+    """Share of the tokens that each method projects in `preference_loss`."""
     case = packed(responses, longest=longest)
     x, w, _, y, ids, pairs, ref = case
     pairs = torch.tensor([[a, a + 1] for a in range(0, responses - 1, 2)])
@@ -116,7 +116,7 @@ def passes(rows, needs, responses=9, longest=8):
     problem = Problem.build(y.clamp(min=-1), ids, pairs, ref, weights, None, loss)
     tiles = Counted(Head(w), rows)
     dtypes = Dtypes(x.dtype, w.dtype, w.dtype)
-    regimes.dpo_loss(tiles, x, problem, (), needs, dtypes)
+    regimes.preference_loss(tiles, x, problem, (), needs, dtypes)
     return {name: count / len(x) for name, count in tiles.seen.items()}
 
 

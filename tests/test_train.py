@@ -195,7 +195,7 @@ def test_unpaired_rows_are_refused_with_a_reason(go, tmp_path):
     file = tmp_path / "kto.jsonl"
     file.write_text('{"prompt": "a", "completion": "b", "label": true}\n', encoding="utf-8")
     with pytest.raises(DataError, match="needs rows of prompt, chosen, rejected"):
-        go(tmp_path / "out", dataset_name=str(file))
+        go(tmp_path / "out", dataset_name=str(file), loss_type=["sigmoid"])
 
 
 def test_models_that_cannot_be_trained_are_named(go, tmp_path, tiny_model):

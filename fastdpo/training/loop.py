@@ -167,9 +167,9 @@ class Trainer:
         """
         values = self.pending.read(partial(metrics.rates, self.model))
         self.bar.set_postfix_str(metrics.show(values), refresh=False)
-        expected = self.objective.loss.at_reference()
-        same = self.config.ref_model_name_or_path is None and expected is not None
-        if self.step == 1 and same:
+        if self.step != 1 or self.config.ref_model_name_or_path is not None:
+            return
+        if (expected := self.objective.loss.at_reference()) is not None:
             logger.info(f"first loss {values['loss']:.7f}, with policy = reference {expected:.7f}")
 
     def _write_metrics(self) -> dict[str, float]:

@@ -99,7 +99,10 @@ def _options(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _taken(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the options that a function takes."""
+    """Those of the options that a function takes: all of them where it has `**options`."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(options)
     return {name: options[name] for name in _options(function) if name in options}
 
 
