@@ -1,10 +1,11 @@
 """The peak memory of a run before it runs: what is held at each moment of a step, by component.
 
-A step forwards and backwards its rows one after the other and then updates the weights. The moments
-at which most is alive are few: the end of the layers' forward, the head, the backward of each
-layer, the embedding's gradient, the optimizer's step; and before training, the reference pass. Each
-function here is one component or one moment; the largest moment is the peak. All sizes are bytes, S
-is the tokens of a row, T those that are scored, H the hidden size, V the vocabulary.
+A step forwards and backwards its rows one after the other and then updates the weights; for some
+losses it scores responses without gradients before. The moments at which most is alive are few: the
+end of the layers' forward, the head, the backward of each layer, the embedding's gradient, the
+optimizer's step, that scoring pass; and before training, the reference pass. Each function here is
+one component or one moment; the largest moment is the peak. All sizes are bytes, S is the tokens of
+a row, T those that are scored, H the hidden size, V the vocabulary.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fastdpo_kernels.head import WorkspaceBytes
 
 from ..config import TrainConfig
 from ..data.plan import reference_budget
+from ..losses import TrainingLoss
 from ..model.scorer import TOKEN_STATS
 from .layer import Bytes, LayerBytes, LayerProbe
 from .shapes import ModelShape, RowShape, scaled
@@ -57,9 +59,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Run:
-    """What is estimated: a configuration, its model and its rows, on a kind of device."""
+    """What is estimated: a configuration, its loss, model and rows, on a kind of device."""
 
     config: TrainConfig
+    loss: TrainingLoss
+    compares: bool
+    """Whether reference log-probabilities are read."""
     model: ModelShape
     probe: LayerProbe
     steps: Sequence[Sequence[RowShape]]
@@ -67,6 +72,39 @@ class Run:
     """"cuda" or "cpu"."""
     autocast: torch.dtype | None
     max_tokens: int
+    mismatched: Sequence[Sequence[RowShape]] = ()
+    """Of every step, the rows of mismatched responses."""
+
+    @property
+    def first(self) -> Sequence[Sequence[RowShape]]:
+        """Of every step, the rows that are scored before its own are trained on, those included
+        that are the same; none where the loss asks for no such pass.
+        """
+        if not self.loss.scores_first:
+            return ()
+        return self.mismatched if self.loss.mismatched else self.steps
+
+    @property
+    def precomputes(self) -> bool:
+        """Whether there is a reference pass before training."""
+        return self.compares and self.config.precomputes
+
+    @property
+    def online(self) -> bool:
+        """Whether a reference is evaluated at every step."""
+        return self.compares and not self.config.precomputes
+
+    @property
+    def second_model(self) -> bool:
+        """Whether a reference model is in memory while training."""
+        other = bool(self.config.ref_model_name_or_path) or not self.config.use_peft
+        return self.online and other
+
+    @cached_property
+    def outputs(self) -> tuple[str, ...]:
+        """What the head measures of every token that is trained on."""
+        weighted = ("log_sum_sq_prob",) if self.loss.loss.use_weighting else ()
+        return (*TOKEN_STATS, *weighted)
 
     @cached_property
     def accumulates(self) -> bool:
@@ -98,9 +136,13 @@ def estimate(run: Run) -> Estimate:
     moments = [optimizer_step(run)]
     for row in largest_rows(run.steps):
         moments += [forward(run, row), head(run, row), *backward(run, row), embedding(run, row)]
-        if second_model(run.config):
+        if run.second_model:
             moments.append(reference_row(run, row))
-    if run.config.precomputes:
+    for row in largest_rows(run.first):
+        moments += scoring(run, row)
+        if run.second_model:
+            moments.append(reference_row(run, row))
+    if run.precomputes:
         moments.append(precompute(run))
     return max(moments, key=lambda moment: moment.peak)
 
@@ -108,24 +150,20 @@ def estimate(run: Run) -> Estimate:
 def largest_rows(steps: Sequence[Sequence[RowShape]]) -> list[RowShape]:
     """The rows with most tokens, most gathered keys, most scored tokens and the largest masks."""
     rows = [row for step in steps for row in step]
-    names = ("tokens", "keys", "scored", "masked")
+    names = ("tokens", "keys", "scored", "masked") if rows else ()
     return list(dict.fromkeys(max(rows, key=lambda row: getattr(row, n)) for n in names))
-
-
-def second_model(config: TrainConfig) -> bool:
-    """Whether a reference model is in memory while training."""
-    other = bool(config.ref_model_name_or_path) or not config.use_peft
-    return not config.precomputes and other
 
 
 # What is there all the time
 
 
 def constant(run: Run) -> Bytes:
-    """Weights, the online reference's weights (as many; precomputed: none) and optimizer states."""
+    """Weights, the online reference's weights (as many; precomputed, or not needed: none) and
+    optimizer states.
+    """
     return {
         "weights": run.model.weights,
-        "reference": run.model.weights if second_model(run.config) else 0,
+        "reference": run.model.weights if run.second_model else 0,
         "optimizer": optimizer_states(run.model, run.config),
     }
 
@@ -181,10 +219,12 @@ def head_weight(model: ModelShape) -> int:
 
 def row_tensors(run: Run, row: RowShape) -> int:
     """Index tensors of a row: ids, positions and places of S tokens, three of T, one of the
-    gathered keys, 8 bytes each; and, where attention goes segment by segment, boolean masks.
+    gathered keys, 8 bytes each; as many for the reference's log-probabilities of T tokens, where
+    the loss reads those; and, where attention goes segment by segment, boolean masks.
     """
     masks = 0 if run.probe.flash else row.masked
-    return 8 * (3 * row.tokens + 3 * row.scored + row.keys) + masks
+    of_tokens = 4 if run.compares and run.loss.by_tokens else 3
+    return 8 * (3 * row.tokens + of_tokens * row.scored + row.keys) + masks
 
 
 def kept_workspace(run: Run, row: RowShape) -> int:
@@ -201,7 +241,7 @@ def head_workspace(run: Run, row: RowShape) -> WorkspaceBytes:
         run.head_dtype,
         torch.device(run.kind),
         workspace_mib=run.config.head_workspace_mib,
-        outputs=TOKEN_STATS,
+        outputs=run.outputs,
         softcap=run.model.softcap,
     )
 
@@ -231,10 +271,7 @@ def forward(run: Run, row: RowShape) -> Estimate:
     themselves).
     """
     model, layer = run.model, run.layer(row)
-    copies = 0
-    if run.autocast is not None and run.autocast.itemsize < 4:
-        checkpointed = sum(run.checkpointed(number) for number in range(model.layers))
-        copies = checkpointed * model.cast * run.autocast.itemsize
+    copies = cast_weights(run, sum(run.checkpointed(number) for number in range(model.layers)))
     return _moment(
         "forward of the last layer",
         run,
@@ -245,12 +282,19 @@ def forward(run: Run, row: RowShape) -> Estimate:
     )
 
 
+def cast_weights(run: Run, layers: int) -> int:
+    """The copies that autocast keeps of the trained weights of so many layers."""
+    if run.autocast is None or run.autocast.itemsize >= 4:
+        return 0
+    return layers * run.model.cast * run.autocast.itemsize
+
+
 def head(run: Run, row: RowShape) -> Estimate:
     """The head: states and gradient of T tokens, the gradient of the weight, what is made beside a
     tile; and the tile itself, where it is not kept.
     """
     tile = head_workspace(run, row)
-    inside = head_states(run, row) + head_weights(run, row) + tile.beside
+    inside = head_states(run, row) + head_weights(run) + tile.beside
     inside += 0 if run.kind == "cpu" else tile.tile
     return _moment(
         "head",
@@ -265,24 +309,37 @@ def head_states(run: Run, row: RowShape) -> int:
     """T·H: the scored states, their rounded copy where the head computes in another type, and their
     gradient.
     """
+    gradient = row.scored * run.model.hidden * run.layer(row).states
+    return scored_states(run, row) + gradient
+
+
+def scored_states(run: Run, row: RowShape) -> int:
+    """T·H: the scored states, and their rounded copy where the head computes in another type."""
     size, compute = run.layer(row).states, run.head_dtype.itemsize
     rounded = compute if compute != size else 0
-    return row.scored * run.model.hidden * (2 * size + rounded)
+    return row.scored * run.model.hidden * (size + rounded)
 
 
-def head_weights(run: Run, row: RowShape) -> int:
-    """V·H: the weight rounded to the type of the computation (on a CPU widened again to fp32), and
-    its gradient, in fp32 while more than one tile is added up.
+def head_weights(run: Run) -> int:
+    """V·H: the weight rounded to the type of the computation, and its gradient, in fp32 while more
+    than one tile is added up.
     """
-    model, compute = run.model, run.head_dtype.itemsize
-    elements, total = model.vocab * model.hidden, 0
-    if compute != model.head_dtype.itemsize:
-        total += elements * compute
-    if run.kind == "cpu" and compute < 4:
-        total += elements * 4
+    model, total = run.model, rounded_head(run)
+    elements = model.vocab * model.hidden
     if model.head_trained:
         total += elements * 4
         total += elements * model.head_dtype.itemsize if model.head_dtype.itemsize < 4 else 0
+    return total
+
+
+def rounded_head(run: Run) -> int:
+    """V·H: the weight rounded to the type of the computation, on a CPU widened again to fp32."""
+    compute = run.head_dtype.itemsize
+    elements, total = run.model.vocab * run.model.hidden, 0
+    if compute != run.model.head_dtype.itemsize:
+        total += elements * compute
+    if run.kind == "cpu" and compute < 4:
+        total += elements * 4
     return total
 
 
@@ -338,19 +395,37 @@ def reference_row(run: Run, row: RowShape) -> Estimate:
     return _moment("forward of the reference", run, row, inside, run.layer(row).forward)
 
 
+def scoring(run: Run, row: RowShape) -> list[Estimate]:
+    """The pass over a row before the step's own: a forward that keeps nothing for a backward, with
+    the copies that autocast keeps of all trained weights, then the head without gradients. A GPU
+    holds no gradients yet.
+    """
+    layer, tile = run.layer(row), head_workspace(run, row)
+    there = {"gradients": held_gradients(run, 0, head=False) if run.kind == "cpu" else 0}
+    copies = {"layer": cast_weights(run, run.model.layers)}
+    states = {"activations": layer.rest + layer.input}
+    inside = scored_states(run, row) + rounded_head(run) + tile.beside
+    inside += 0 if run.kind == "cpu" else tile.tile
+    return [
+        _moment("forward of the scoring pass", run, row, there, copies, states, layer.forward),
+        _moment("head of the scoring pass", run, row, there, {"head": inside}),
+    ]
+
+
 def precompute(run: Run) -> Estimate:
     """The reference pass before training: rows without a backward, four times as long on a GPU;
-    neither gradients nor states are there.
+    neither gradients nor states are there, and no prompts are scored.
     """
-    everything = sum(row.tokens for rows in run.steps for row in rows)
-    largest = max((row for rows in run.steps for row in rows), key=lambda row: row.tokens)
+    rows = [row for step in (*run.steps, *run.mismatched) for row in step]
+    everything = sum(row.tokens for row in rows)
+    largest = max(rows, key=lambda row: row.tokens)
     wanted = min(everything, max(largest.tokens, reference_budget(run.max_tokens, run.kind)))
     row = scaled(largest, wanted // largest.sequences * largest.sequences)
     layer = run.layer(row)
     inside = {
         "weights": run.model.weights,
         "activations": layer.rest + layer.input,
-        "head": row.scored * run.model.hidden * layer.states,
+        "head": (row.scored - row.prompts) * run.model.hidden * layer.states,
         "rows": row_tensors(run, row),
     }
     return _joined("reference pass", row, inside, layer.forward)
