@@ -29,7 +29,8 @@ from ..model.layout import expected_layout
 from ..model.load import load_model_config, load_tokenizer
 from ..model.precision import choose_precision
 from .assumed import assumed_data
-from .estimate import Estimate, Run, estimate
+from .components import Run
+from .estimate import Estimate, estimate
 from .layer import LayerProbe
 from .shapes import (
     ModelShape,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from ..devices import Device
-from .estimate import Run, optimizer_states
+from .components import Run, optimizer_states
 from .shapes import RowShape
 
 UTILISATION = 0.45
