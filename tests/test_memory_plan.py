@@ -1,16 +1,16 @@
 """What a plan predicts, beside what is counted on real runs of small models."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from counted import Saved, peak_bytes
-from fastdpo_kernels.tiles import release_workspace
+from planned import FAMILIES, Real, plan_of
 from training import heard, run, settings
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from bench.workloads import MODEL_CONFIGS
 from fastdpo import TrainConfig, train
@@ -19,114 +19,12 @@ from fastdpo.data.groups import Group
 from fastdpo.data.plan import epoch_plan, make_plan
 from fastdpo.devices import GIB, GPUS, Device, named
 from fastdpo.errors import ConfigError
-from fastdpo.losses import make_loss
-from fastdpo.memory import estimate, switches
+from fastdpo.memory import components, switches
 from fastdpo.memory import planner as planning
 from fastdpo.memory.report import as_json, as_text
-from fastdpo.memory.shapes import ModelShape, meta_model, row_shape, step_shapes, weight_bytes
-from fastdpo.model.adapter import add_adapter
-from fastdpo.model.attention import NAME, register
-from fastdpo.model.head import find_head
-from fastdpo.model.layers import recompute_layers
-from fastdpo.model.layout import Layout, beyond_positions
-from fastdpo.model.scorer import Scorer
-from fastdpo.model.tiles import tile_layers
-from fastdpo.training.metrics import StepSums
+from fastdpo.memory.shapes import row_shape, step_shapes, weight_bytes
+from fastdpo.model.layout import beyond_positions
 from fastdpo.training.optimizer import make_optimizer
-from fastdpo.training.step import Objective
-
-SIZES = {
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"vocab_size": 2000, "tie_word_embeddings": False},
-    "qwen2": {"vocab_size": 3000, "tie_word_embeddings": True},
-    "gemma3_text": {
-        "vocab_size": 2500,
-        "head_dim": 32,
-        "query_pre_attn_scalar": 32,
-        "sliding_window": 128,
-    },
-}
-
-
-class Real:
-    """A model with random weights, a packed row of pairs on it, and the plan of the same."""
-
-    def __init__(
-        self, family: str = "llama", *, pairs: int = 4, layout: str = "shared", **keys: Any
-    ) -> None:
-        model_config = AutoConfig.for_model(family, **SIZES, **FAMILIES[family])
-        keys = {"bf16": False, "lora_dropout": 0.0, "model_name_or_path": "m", **keys}
-        self.config = config = TrainConfig.from_dict(keys | {"use_cpu": True})
-        self.pairs, self.autocast = pairs, torch.bfloat16 if config.bf16 else None
-        torch.manual_seed(0)
-        dtype = getattr(torch, config.dtype)
-        self.model: Any = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
-        register()
-        self.model.set_attn_implementation(NAME)
-        if config.use_peft:
-            self.model = add_adapter(self.model, config)
-        self.model.train()
-        rng = np.random.default_rng(0)
-        prompt, *responses = (rng.integers(3, 1000, n).astype(np.int32) for n in (200, 100, 117))
-        group = Group(prompt, responses, [(0, 1, 1.0)], np.array([-3.0, -4.0]))
-        steps = make_plan([group] * pairs, units_per_step=pairs, max_tokens=10**6, layout=layout)
-        (row,) = steps[0].ranks[0]
-        head = find_head(self.model)
-        self.scorer = Scorer(
-            self.model, head, Layout(layout, ""), self.autocast, config.head_workspace_mib
-        )
-        if config.layer_tile_tokens is not None:
-            with self.scorer.precision():
-                tile_layers(self.model, config.layer_tile_tokens)
-        if config.gradient_checkpointing:
-            recompute_layers(self.model, every=config.gradient_checkpointing_every)
-        loss = make_loss(["sigmoid"], beta=0.1, label_smoothing=0.0, loss_weights=None)
-        self.objective = Objective(self.scorer, loss, 0.1)
-        self.batch = self.objective.batch([group] * pairs, row)
-        meta = meta_model(config, model_config)
-        self.shape = ModelShape.of(meta, config)
-        probe = planning.probe_of(config, meta, "cpu", self.autocast)
-        shapes = step_shapes([group] * pairs, steps, layout)
-        self.row = shapes[0][0]
-        self.run = estimate.Run(config, self.shape, probe, shapes, "cpu", self.autocast, 1024)
-
-    def step(self) -> None:
-        """Forward and backward of the row."""
-        sums = StepSums(torch.device("cpu"))
-        self.objective.score(self.batch, self.pairs, sums).backward()
-
-    def held(self) -> int:
-        """Bytes that autograd keeps of the decoder's forward, without weights and indices."""
-        saved = Saved([*self.model.parameters(), self.batch.score_index])
-        with saved.watching():
-            states = self.scorer.scored_states(self.batch)
-            del states
-        return saved.total
-
-    def peak(self) -> int:
-        """Most bytes alive in a row after the first one, weights and gradients included."""
-        release_workspace()
-        self.step()
-        there = [p.grad for p in self.model.parameters() if p.grad is not None]
-        there += list(self.model.parameters())
-        return peak_bytes(self.step) + sum(tensor.nbytes for tensor in there)
-
-    def predicted_peak(self) -> int:
-        """What is predicted for that, without optimizer states and the row's own tensors."""
-        found = estimate.estimate(self.run)
-        return (
-            found.peak
-            - found.components["optimizer"]
-            - 8 * (3 * self.row.tokens + 3 * self.row.scored + self.row.keys)
-        )
-
 
 # Every component beside what is counted
 
@@ -135,7 +33,7 @@ class Real:
 @pytest.mark.parametrize("bf16", [False, True])
 def test_kept_activations_are_those_that_autograd_keeps(family, bf16):
     real = Real(family, bf16=bf16, gradient_checkpointing=False)
-    held = estimate.held_by_layers(real.run, real.row, real.shape.layers)
+    held = components.held_by_layers(real.run, real.row, real.shape.layers)
     assert held["checkpoints"] == 0
     assert sum(held.values()) == pytest.approx(real.held(), rel=1e-5)
 
@@ -143,7 +41,7 @@ def test_kept_activations_are_those_that_autograd_keeps(family, bf16):
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_checkpoints_are_the_inputs_of_recomputed_layers(every):
     plain, real = Real(), Real(gradient_checkpointing_every=every)
-    held = estimate.held_by_layers(real.run, real.row, 4)
+    held = components.held_by_layers(real.run, real.row, 4)
     inputs = real.row.tokens * 128 * 4
     assert held["checkpoints"] == len(range(0, 4, every)) * inputs
     # A recomputed layer's rotary tables hang on its recomputation and are not seen as saved.
@@ -160,11 +58,11 @@ def test_weights_gradients_and_states_are_exact(keys):
     assert shape.weights == sum(p.nbytes for p in model.parameters())
     real.step()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    assert estimate.gradients(shape) == sum(grad.nbytes for grad in grads)
+    assert components.gradients(shape) == sum(grad.nbytes for grad in grads)
     optimizer = make_optimizer(model, real.config)
     optimizer.step()
     moments = [v for s in optimizer.state.values() for k, v in s.items() if k != "step"]
-    assert estimate.optimizer_states(shape, real.config) == sum(m.nbytes for m in moments)
+    assert components.optimizer_states(shape, real.config) == sum(m.nbytes for m in moments)
 
 
 def test_states_in_8_bits_are_exact():
@@ -179,7 +77,7 @@ def test_states_in_8_bits_are_exact():
                 inner = getattr(value, "tensor_attrs", None)
                 parts = [value] if inner is None else [getattr(value, n) for n in inner]
                 total += sum(part.nbytes for part in parts)
-    assert estimate.optimizer_states(real.shape, real.config) == total
+    assert components.optimizer_states(real.shape, real.config) == total
 
 
 def test_weights_in_4_bits():
@@ -234,29 +132,10 @@ def test_the_peak_is_within_a_tenth(family, keys):
 # Devices, switches and reports
 
 
-CONFIG = {
-    "model_type": "qwen2",
-    "vocab_size": 100000,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "tie_word_embeddings": True,
-}
-
-
 @pytest.fixture
 def planner(tmp_path):
     """A model of 1.5B parameters that is nowhere, and pairs of assumed lengths."""
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-
-    def make(device: Device | str, **keys: Any) -> planning.Planner:
-        config = TrainConfig.from_dict({"model_name_or_path": str(tmp_path), **keys})
-        device = named(device) if isinstance(device, str) else device
-        return planning.make_planner(config, device)
-
-    return make
+    return partial(plan_of, tmp_path)
 
 
 def test_the_least_that_fits(planner):

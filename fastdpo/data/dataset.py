@@ -43,6 +43,15 @@ class Data:
         return max(len(g.prompt) + len(response) for g in self.train for response in g.responses)
 
 
+def needs_reference(loss: TrainingLoss, data: Data) -> bool:
+    """Whether reference log-probabilities are read: not where GRPO has no penalty, and the data the
+    log-probabilities of the policy that sampled it.
+    """
+    given = all("logp" in group.given for group in [*data.train, *data.evaluation])
+    unread = loss.losses[0].kind == "tokens" and loss.options.get("beta") == 0 and given
+    return loss.reference and not unread
+
+
 def load_data(
     config: TrainConfig,
     tokenizer: Any,

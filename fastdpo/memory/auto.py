@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ..config import TrainConfig
 from ..config.values import show
-from ..data.groups import Group
+from ..data.dataset import Data
 from ..devices import GIB, at_hand
 from .planner import Planner
 from .report import changes
@@ -24,7 +23,7 @@ REASON = "memory: auto"
 
 def fit(
     config: TrainConfig,
-    groups: Sequence[Group],
+    data: Data,
     model_config: Any,
     device: torch.device,
     autocast: torch.dtype | None,
@@ -38,7 +37,7 @@ def fit(
     start = config
     if "gradient_checkpointing" not in config.origins and not config.activation_offloading:
         start = config.choose(REASON, gradient_checkpointing=False)
-    planner = Planner(start, groups, at_hand(device), autocast, model_config)
+    planner = Planner(start, data, at_hand(device), autocast, model_config)
     prediction = least(planner, exact=True, without=_missing())
     if prediction is None:
         prediction = planner.predict(strongest(planner, without=_missing()))

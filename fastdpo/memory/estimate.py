@@ -1,27 +1,36 @@
 """The peak memory of a run before it runs: what is held at each moment of a step, by component.
 
-A step forwards and backwards its rows one after the other and then updates the weights. The moments
-at which most is alive are few: the end of the layers' forward, the head, the backward of each
-layer, the embedding's gradient, the optimizer's step; and before training, the reference pass. Each
-function here is one component or one moment; the largest moment is the peak. All sizes are bytes, S
-is the tokens of a row, T those that are scored, H the hidden size, V the vocabulary.
+A step forwards and backwards its rows one after the other and then updates the weights; for some
+losses it scores responses without gradients before. The moments at which most is alive are few: the
+end of the layers' forward, the head, the backward of each layer, the embedding's gradient, the
+optimizer's step, that scoring pass; and before training, the reference pass. Each function here is
+one moment, made of what `components` gives; the largest moment is the peak. All sizes are bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
-import torch
-from fastdpo_kernels import workspace_bytes
-from fastdpo_kernels.head import WorkspaceBytes
-
-from ..config import TrainConfig
 from ..data.plan import reference_budget
-from ..model.scorer import TOKEN_STATS
-from .layer import Bytes, LayerBytes, LayerProbe
-from .shapes import ModelShape, RowShape, scaled
+from .components import (
+    Run,
+    cast_weights,
+    constant,
+    dequantised,
+    gradients,
+    head_states,
+    head_weights,
+    head_workspace,
+    held_by_layers,
+    held_gradients,
+    kept_workspace,
+    rounded_head,
+    row_tensors,
+    scored_states,
+)
+from .layer import Bytes
+from .shapes import RowShape, scaled
 
 COMPONENTS = {
     "weights": "weights",
@@ -36,9 +45,6 @@ COMPONENTS = {
     "rows": "index tensors",
 }
 """Every component, in the order in which reports show them, and what it is called there."""
-
-_OFFLOADED_BUFFERS = 2
-_SMALL_STATE, _STATE_BLOCK, _LOOKUP = 4096, 256, 2048
 
 
 @dataclass(frozen=True)
@@ -55,52 +61,18 @@ class Estimate:
         return sum(self.components.values())
 
 
-@dataclass(frozen=True)
-class Run:
-    """What is estimated: a configuration, its model and its rows, on a kind of device."""
-
-    config: TrainConfig
-    model: ModelShape
-    probe: LayerProbe
-    steps: Sequence[Sequence[RowShape]]
-    kind: str
-    """"cuda" or "cpu"."""
-    autocast: torch.dtype | None
-    max_tokens: int
-
-    @cached_property
-    def accumulates(self) -> bool:
-        """Whether rows find gradients from before: of other rows or, on a CPU, zeros."""
-        return self.kind == "cpu" or any(len(rows) > 1 for rows in self.steps)
-
-    @cached_property
-    def head_dtype(self) -> torch.dtype:
-        """What the head computes in."""
-        return self.autocast or self.model.head_dtype
-
-    @cached_property
-    def offloads(self) -> bool:
-        """Whether checkpoints go to the host."""
-        return self.config.activation_offloading
-
-    def layer(self, row: RowShape) -> LayerBytes:
-        """The bytes of a row in one layer."""
-        return self.probe.of_row(row, self.accumulates or self.config.optimizer_in_backward)
-
-    def checkpointed(self, number: int) -> bool:
-        """Whether a layer is recomputed in the backward."""
-        config = self.config
-        return config.gradient_checkpointing and number % config.gradient_checkpointing_every == 0
-
-
 def estimate(run: Run) -> Estimate:
     """The largest moment of a step over the rows that can be the largest."""
     moments = [optimizer_step(run)]
     for row in largest_rows(run.steps):
         moments += [forward(run, row), head(run, row), *backward(run, row), embedding(run, row)]
-        if second_model(run.config):
+        if run.second_model:
             moments.append(reference_row(run, row))
-    if run.config.precomputes:
+    for row in largest_rows(run.first):
+        moments += scoring(run, row)
+        if run.second_model:
+            moments.append(reference_row(run, row))
+    if run.precomputes:
         moments.append(precompute(run))
     return max(moments, key=lambda moment: moment.peak)
 
@@ -108,121 +80,11 @@ def estimate(run: Run) -> Estimate:
 def largest_rows(steps: Sequence[Sequence[RowShape]]) -> list[RowShape]:
     """The rows with most tokens, most gathered keys, most scored tokens and the largest masks."""
     rows = [row for step in steps for row in step]
-    names = ("tokens", "keys", "scored", "masked")
+    names = ("tokens", "keys", "scored", "masked") if rows else ()
     return list(dict.fromkeys(max(rows, key=lambda row: getattr(row, n)) for n in names))
 
 
-def second_model(config: TrainConfig) -> bool:
-    """Whether a reference model is in memory while training."""
-    other = bool(config.ref_model_name_or_path) or not config.use_peft
-    return not config.precomputes and other
-
-
-# What is there all the time
-
-
-def constant(run: Run) -> Bytes:
-    """Weights, the online reference's weights (as many; precomputed: none) and optimizer states."""
-    return {
-        "weights": run.model.weights,
-        "reference": run.model.weights if second_model(run.config) else 0,
-        "optimizer": optimizer_states(run.model, run.config),
-    }
-
-
-def optimizer_states(model: ModelShape, config: TrainConfig) -> int:
-    """Two moments of the type of each weight (AdamW: 2·itemsize·n); sgd none; offloaded only those
-    of weights under 4096 elements. With 8 bits 1 byte each, 4 for every 256 of them, and lookup
-    tables of 2 KiB (torchao: for each weight) for weights of 4096 elements and more; but torchao
-    leaves those that are no multiple of 256 as they are, bitsandbytes embeddings, and smaller ones,
-    in fp32.
-    """
-    if config.optim == "sgd":
-        return 0
-    if config.optimizer_offload:
-        return sum(2 * size * count for count, size in model.trained if count < _SMALL_STATE)
-    if "8bit" not in config.optim:
-        return sum(2 * size * count for count, size in model.trained)
-    torchao, embeddings, total = "torch" in config.optim, list(model.embeddings), 0
-    for weight in model.trained:
-        count, size = weight
-        wide = count < _SMALL_STATE or (torchao and count % _STATE_BLOCK)
-        if not torchao and weight in embeddings:
-            embeddings.remove(weight)
-            wide = True
-        if wide:
-            total += 2 * (size if torchao else 4) * count
-        else:
-            total += 2 * (count + 4 * -(-count // _STATE_BLOCK)) + (_LOOKUP if torchao else 0)
-    return total if torchao else total + _LOOKUP
-
-
-def gradients(model: ModelShape) -> int:
-    """One number of the weight's own type for each trained weight: itemsize·n."""
-    return sum(size * count for count, size in model.trained)
-
-
-def held_gradients(run: Run, layers_done: int, *, head: bool = True) -> int:
-    """Gradients at a moment of the backward when that of the last `layers_done` layers is over: all
-    of them in a row after the first one, else those so far; none with `optimizer_in_backward`.
-    """
-    if run.config.optimizer_in_backward:
-        return 0
-    if run.accumulates:
-        return gradients(run.model)
-    own = head_weight(run.model) if head and run.model.head_trained else 0
-    return own + layers_done * run.model.layer_trained
-
-
-def head_weight(model: ModelShape) -> int:
-    """V·H·itemsize."""
-    return model.vocab * model.hidden * model.head_dtype.itemsize
-
-
-def row_tensors(run: Run, row: RowShape) -> int:
-    """Index tensors of a row: ids, positions and places of S tokens, three of T, one of the
-    gathered keys, 8 bytes each; and, where attention goes segment by segment, boolean masks.
-    """
-    masks = 0 if run.probe.flash else row.masked
-    return 8 * (3 * row.tokens + 3 * row.scored + row.keys) + masks
-
-
-def kept_workspace(run: Run, row: RowShape) -> int:
-    """On a CPU the head's tile is kept from one call to the next."""
-    return head_workspace(run, row).tile if run.kind == "cpu" else 0
-
-
-def head_workspace(run: Run, row: RowShape) -> WorkspaceBytes:
-    """The head's tile, and what is made beside it."""
-    return workspace_bytes(
-        row.scored,
-        run.model.vocab,
-        run.model.hidden,
-        run.head_dtype,
-        torch.device(run.kind),
-        workspace_mib=run.config.head_workspace_mib,
-        outputs=TOKEN_STATS,
-        softcap=run.model.softcap,
-    )
-
-
 # The moments of a step
-
-
-def held_by_layers(run: Run, row: RowShape, layers: int) -> Bytes:
-    """What the first `layers` layers hold for their backward: a checkpointed one its input (S·H),
-    with offloading two of them in all; any other one its activations.
-    """
-    layer = run.layer(row)
-    checkpoints = [layer.input for number in range(layers) if run.checkpointed(number)]
-    if run.offloads:
-        checkpoints = checkpoints[-_OFFLOADED_BUFFERS:]
-    plain = layers - sum(run.checkpointed(number) for number in range(layers))
-    return {
-        "checkpoints": sum(checkpoints),
-        "activations": plain * layer.kept.get("layer", 0) + (layer.rest if layers else 0),
-        "attention": plain * layer.kept.get("attention", 0),
-    }
 
 
 def forward(run: Run, row: RowShape) -> Estimate:
@@ -231,10 +93,7 @@ def forward(run: Run, row: RowShape) -> Estimate:
     themselves).
     """
     model, layer = run.model, run.layer(row)
-    copies = 0
-    if run.autocast is not None and run.autocast.itemsize < 4:
-        checkpointed = sum(run.checkpointed(number) for number in range(model.layers))
-        copies = checkpointed * model.cast * run.autocast.itemsize
+    copies = cast_weights(run, sum(run.checkpointed(number) for number in range(model.layers)))
     return _moment(
         "forward of the last layer",
         run,
@@ -250,7 +109,7 @@ def head(run: Run, row: RowShape) -> Estimate:
     tile; and the tile itself, where it is not kept.
     """
     tile = head_workspace(run, row)
-    inside = head_states(run, row) + head_weights(run, row) + tile.beside
+    inside = head_states(run, row) + head_weights(run) + tile.beside
     inside += 0 if run.kind == "cpu" else tile.tile
     return _moment(
         "head",
@@ -259,31 +118,6 @@ def head(run: Run, row: RowShape) -> Estimate:
         {"gradients": held_gradients(run, 0, head=False), "head": inside},
         held_by_layers(run, row, run.model.layers),
     )
-
-
-def head_states(run: Run, row: RowShape) -> int:
-    """T·H: the scored states, their rounded copy where the head computes in another type, and their
-    gradient.
-    """
-    size, compute = run.layer(row).states, run.head_dtype.itemsize
-    rounded = compute if compute != size else 0
-    return row.scored * run.model.hidden * (2 * size + rounded)
-
-
-def head_weights(run: Run, row: RowShape) -> int:
-    """V·H: the weight rounded to the type of the computation (on a CPU widened again to fp32), and
-    its gradient, in fp32 while more than one tile is added up.
-    """
-    model, compute = run.model, run.head_dtype.itemsize
-    elements, total = model.vocab * model.hidden, 0
-    if compute != model.head_dtype.itemsize:
-        total += elements * compute
-    if run.kind == "cpu" and compute < 4:
-        total += elements * 4
-    if model.head_trained:
-        total += elements * 4
-        total += elements * model.head_dtype.itemsize if model.head_dtype.itemsize < 4 else 0
-    return total
 
 
 def backward(run: Run, row: RowShape) -> list[Estimate]:
@@ -303,11 +137,6 @@ def backward(run: Run, row: RowShape) -> list[Estimate]:
         name = f"backward of layer {number + 1} of {model.layers}"
         moments.append(_moment(name, run, row, grads, held, own))
     return moments
-
-
-def dequantised(run: Run) -> int:
-    """The largest matrix of a layer, unpacked from 4 bits to 2 bytes an element while in use."""
-    return 2 * run.model.largest_linear if run.config.load_in_4bit else 0
 
 
 def embedding(run: Run, row: RowShape) -> Estimate:
@@ -338,19 +167,37 @@ def reference_row(run: Run, row: RowShape) -> Estimate:
     return _moment("forward of the reference", run, row, inside, run.layer(row).forward)
 
 
+def scoring(run: Run, row: RowShape) -> list[Estimate]:
+    """The pass over a row before the step's own: a forward that keeps nothing for a backward, with
+    the copies that autocast keeps of all trained weights, then the head without gradients. A GPU
+    holds no gradients yet.
+    """
+    layer, tile = run.layer(row), head_workspace(run, row, measures=False)
+    there = {"gradients": held_gradients(run, 0, head=False) if run.kind == "cpu" else 0}
+    copies = {"layer": cast_weights(run, run.model.layers)}
+    states = {"activations": layer.rest + layer.input}
+    inside = scored_states(run, row) + rounded_head(run) + tile.beside
+    inside += 0 if run.kind == "cpu" else tile.tile
+    return [
+        _moment("forward of the scoring pass", run, row, there, copies, states, layer.forward),
+        _moment("head of the scoring pass", run, row, there, {"head": inside}),
+    ]
+
+
 def precompute(run: Run) -> Estimate:
     """The reference pass before training: rows without a backward, four times as long on a GPU;
-    neither gradients nor states are there.
+    neither gradients nor states are there, and no prompts are scored.
     """
-    everything = sum(row.tokens for rows in run.steps for row in rows)
-    largest = max((row for rows in run.steps for row in rows), key=lambda row: row.tokens)
+    rows = [row for step in (*run.steps, *run.mismatched) for row in step]
+    everything = sum(row.tokens for row in rows)
+    largest = max(rows, key=lambda row: row.tokens)
     wanted = min(everything, max(largest.tokens, reference_budget(run.max_tokens, run.kind)))
     row = scaled(largest, wanted // largest.sequences * largest.sequences)
     layer = run.layer(row)
     inside = {
         "weights": run.model.weights,
         "activations": layer.rest + layer.input,
-        "head": row.scored * run.model.hidden * layer.states,
+        "head": (row.scored - row.prompts) * run.model.hidden * layer.states,
         "rows": row_tensors(run, row),
     }
     return _joined("reference pass", row, inside, layer.forward)

@@ -9,25 +9,28 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..config import TrainConfig
-from ..data.dataset import load_data
-from ..data.groups import Group, count_comparisons
+from ..data.dataset import Data, load_data, needs_reference
+from ..data.groups import Group, count_units
 from ..data.packing import longest_unit
-from ..data.plan import epoch_plan, row_budget, units_per_step
+from ..data.plan import epoch_plan, row_budget
 from ..devices import Device
+from ..losses import TrainingLoss, loss_of
 from ..model import tiles
 from ..model.adapter import adopt_adapter
 from ..model.head import base_causal_lm
 from ..model.layout import expected_layout
 from ..model.load import load_model_config, load_tokenizer
 from ..model.precision import choose_precision
-from .estimate import Estimate, Run, estimate
+from .assumed import assumed_data
+from .components import Run
+from .estimate import Estimate, estimate
 from .layer import LayerProbe
 from .shapes import (
     ModelShape,
@@ -36,12 +39,12 @@ from .shapes import (
     is_base_linear,
     linears,
     meta_model,
+    mismatched_shapes,
     step_shapes,
 )
 from .speed import Seconds, step_seconds
 
 _SHAPING = ("dtype", "use_peft", "load_in_4bit", "use_bnb_nested_quant", "layer_tile_tokens")
-_ASSUMED_LENGTH = 1024
 
 
 @dataclass(frozen=True)
@@ -55,18 +58,41 @@ class Prediction:
 
 
 @dataclass
+class _Rows:
+    """Of every step the rows that are trained on, and those of mismatched responses."""
+
+    steps: list[list[RowShape]]
+    mismatched: list[list[RowShape]]
+
+
+@dataclass
 class Planner:
-    """Predicts configurations that differ in memory keys, for one model, data and device."""
+    """Predicts configurations that differ in memory keys, for one model, loss, data and device."""
 
     config: TrainConfig
-    groups: Sequence[Group]
+    data: Data
     device: Device
     autocast: torch.dtype | None
     model_config: Any
     assumed: str | None = None
     """What was assumed in place of data, in words."""
     _models: dict[Any, tuple[ModelShape, LayerProbe]] = field(default_factory=dict)
-    _rows: dict[int, list[list[RowShape]]] = field(default_factory=dict)
+    _rows: dict[int, _Rows] = field(default_factory=dict)
+
+    @property
+    def groups(self) -> Sequence[Group]:
+        """What is trained on."""
+        return self.data.train
+
+    @cached_property
+    def loss(self) -> TrainingLoss:
+        """What is trained with."""
+        return loss_of(self.config)
+
+    @cached_property
+    def compares(self) -> bool:
+        """Whether the loss reads log-probabilities of a reference."""
+        return needs_reference(self.loss, self.data)
 
     @property
     def layout(self) -> str:
@@ -75,16 +101,30 @@ class Planner:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest single comparison: no row budget makes rows shorter."""
+        """Tokens of the longest unit: no row budget makes rows shorter."""
         return longest_unit(self.groups, self.layout)
 
     def predict(self, config: TrainConfig) -> Prediction:
         """Peak and time of a configuration."""
-        max_tokens = row_budget(config, self.device.kind)
+        run = self.run(config)
+        return Prediction(config, estimate(run), step_seconds(run, self.device), run.max_tokens)
+
+    def run(self, config: TrainConfig) -> Run:
+        """What is estimated of a configuration."""
         model, probe = self._model(config)
-        steps = self.steps(config)
-        run = Run(config, model, probe, steps, self.device.kind, self.autocast, max_tokens)
-        return Prediction(config, estimate(run), step_seconds(run, self.device), max_tokens)
+        rows = self._rows_of(config)
+        return Run(
+            config=config,
+            loss=self.loss,
+            compares=self.compares,
+            model=model,
+            probe=probe,
+            steps=rows.steps,
+            kind=self.device.kind,
+            autocast=self.autocast,
+            max_tokens=row_budget(config, self.device.kind),
+            mismatched=rows.mismatched,
+        )
 
     def fits(self, prediction: Prediction) -> bool:
         """Whether the peak is within the device's budget."""
@@ -100,10 +140,16 @@ class Planner:
 
     def steps(self, config: TrainConfig) -> list[list[RowShape]]:
         """The rows of every step of the first epoch."""
+        return self._rows_of(config).steps
+
+    def _rows_of(self, config: TrainConfig) -> _Rows:
         max_tokens = row_budget(config, self.device.kind)
         if max_tokens not in self._rows:
             steps = epoch_plan(config, self.groups, layout=self.layout, max_tokens=max_tokens)
-            self._rows[max_tokens] = step_shapes(self.groups, steps, self.layout)
+            self._rows[max_tokens] = _Rows(
+                step_shapes(self.groups, steps, self.layout, prompt=self.loss.prompt),
+                mismatched_shapes(self.groups, steps, self.layout),
+            )
         return self._rows[max_tokens]
 
 
@@ -135,29 +181,18 @@ def _tile(model: Any, tokens: int) -> None:
             tiles.run_in_tiles(module, tokens)
 
 
-def assumed_groups(config: TrainConfig) -> tuple[list[Group], str]:
-    """Groups for one step where there is no data: pairs whose sequences have `max_length` tokens,
-    half of them the prompt's; and these words.
-    """
-    length = config.max_length or _ASSUMED_LENGTH
-    prompt = np.zeros(length // 2, np.int32)
-    response = np.zeros(length - length // 2, np.int32)
-    group = Group(prompt, [response, response], [(0, 1, 1.0)])
-    how = f"no data given: pairs of {length} tokens each are assumed, half of them the prompt's"
-    return [group] * units_per_step(config), how
-
-
 def make_planner(config: TrainConfig, device: Device) -> Planner:
     """A planner with the data that the configuration names, or with assumed lengths."""
     config.require("model_name_or_path")
     config = adopt_adapter(config)
     model_config, assumed = load_model_config(config), None
     if config.dataset_name is None:
-        groups, assumed = assumed_groups(config)
+        data, assumed = assumed_data(config, loss_of(config))
     else:
         vocab_size = getattr(model_config.get_text_config(), "vocab_size", None)
-        groups = load_data(config, load_tokenizer(config), vocab_size).train
-    return Planner(config, groups, device, planned_precision(config, device), model_config, assumed)
+        data = load_data(config, load_tokenizer(config), vocab_size)
+    precision = planned_precision(config, device)
+    return Planner(data.config, data, device, precision, model_config, assumed)
 
 
 def planned_precision(config: TrainConfig, device: Device) -> torch.dtype | None:
@@ -168,7 +203,7 @@ def planned_precision(config: TrainConfig, device: Device) -> torch.dtype | None
 
 
 def describe_data(planner: Planner) -> str:
-    """Comparisons, groups and lengths in one line."""
+    """Units of the loss, groups and lengths in one line."""
     if planner.assumed:
         return planner.assumed
     lengths = [
@@ -176,7 +211,11 @@ def describe_data(planner: Planner) -> str:
         for group in planner.groups
         for response in group.responses
     ]
+    unit, count = planner.loss.unit, count_units(planner.groups)
+    where = f"in {len(planner.groups)} groups"
+    if unit == "group":
+        where = f"of {len(lengths)} responses in all"
     return (
-        f"{count_comparisons(list(planner.groups))} comparisons in {len(planner.groups)} groups; "
+        f"{count} {unit}s {where}; "
         f"sequences of {math.floor(np.median(lengths))} tokens (median), {max(lengths)} (longest)"
     )

@@ -49,6 +49,7 @@ def _described(
         "fits": planner.fits(prediction),
         "max_tokens_per_batch": prediction.max_tokens,
         "step_seconds": None if seconds is None else seconds.total,
+        "scoring_seconds": None if seconds is None else seconds.scoring,
     }
     if now is not None:
         described["changes"] = changes(now.config, prediction.config)
@@ -119,9 +120,11 @@ def _verdict(facts: dict[str, Any]) -> list[str]:
         f"{HEADROOM:.0%} stay free for the allocator"
     ]
     if facts["step_seconds"] is not None:
+        before = facts["scoring_seconds"]
+        said = f", {before:.3g} s of it for the pass that scores responses first" if before else ""
         lines.append(
             f"a step takes {facts['step_seconds']:.3g} s at {UTILISATION:.0%} of the device's peak "
-            "(assumed, not measured)"
+            f"(assumed, not measured){said}"
         )
     else:
         lines.append("the time of a step is not known for this device")

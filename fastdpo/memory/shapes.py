@@ -47,11 +47,17 @@ class RowShape:
     """Most keys of a segment."""
     sequences: int = 1
     """Lines of the tensor of tokens: more than 1 in padded rows."""
+    prompts: int = 0
+    """Scored tokens that are a prompt's own."""
 
 
-def row_shape(groups: Sequence[Group], row: PackedRow, layout: str) -> RowShape:
-    """The sizes of a row of the plan in a layout ("shared", "packed" or "padded")."""
-    tokens = keys = scored = segments = pairs = masked = rectangles = longest = lines = 0
+def row_shape(
+    groups: Sequence[Group], row: PackedRow, layout: str, *, prompt: bool = False
+) -> RowShape:
+    """The sizes of a row of the plan in a layout ("shared", "packed" or "padded"); with `prompt`
+    the tokens of each part's prompt are scored too, but for the first, which nothing precedes.
+    """
+    tokens = keys = scored = segments = pairs = masked = rectangles = longest = lines = prompts = 0
     widest = max(
         len(groups[p.group].prompt) + len(groups[p.group].responses[r])
         for p in row
@@ -59,36 +65,59 @@ def row_shape(groups: Sequence[Group], row: PackedRow, layout: str) -> RowShape:
     )
     for part in row:
         group = groups[part.group]
-        prompt = len(group.prompt)
+        before = len(group.prompt)
+        scored += max(0, before - 1) * prompt
+        prompts += max(0, before - 1) * prompt
         for number, r in enumerate(part.responses):
             response = len(group.responses[r])
             alone = layout != "shared" or number == 0
-            queries, seen = prompt * alone + response, prompt + response
-            scored += response if prompt else max(response - 1, 0)
+            queries, seen = before * alone + response, before + response
+            scored += response if before else max(response - 1, 0)
             if layout == "padded":
                 queries = seen = widest
                 masked += queries * seen
-            elif not alone and prompt:
+            elif not alone and before:
                 masked += queries * seen
             tokens, keys, lines = tokens + queries, keys + seen, lines + 1
             rectangles, longest = rectangles + queries * seen, max(longest, seen)
             segments += bool(queries)
             pairs += queries * seen - queries * (queries - 1) // 2
     sequences = lines if layout == "padded" else 1
-    return RowShape(tokens, keys, scored, segments, pairs, masked, rectangles, longest, sequences)
+    return RowShape(
+        tokens=tokens,
+        keys=keys,
+        scored=scored,
+        segments=segments,
+        pairs=pairs,
+        masked=masked,
+        rectangles=rectangles,
+        longest=longest,
+        sequences=sequences,
+        prompts=prompts,
+    )
 
 
 def step_shapes(
-    groups: Sequence[Group], steps: Iterable[Step], layout: str
+    groups: Sequence[Group], steps: Iterable[Step], layout: str, *, prompt: bool = False
 ) -> list[list[RowShape]]:
     """The rows of every step on one device; empty rows are left out."""
-    return [[row_shape(groups, row, layout) for row in step.ranks[0] if row] for step in steps]
+    return [
+        [row_shape(groups, row, layout, prompt=prompt) for row in step.ranks[0] if row]
+        for step in steps
+    ]
+
+
+def mismatched_shapes(
+    groups: Sequence[Group], steps: Iterable[Step], layout: str
+) -> list[list[RowShape]]:
+    """The rows of mismatched responses that are scored before every step's own (KTO)."""
+    return [[row_shape(groups, row, layout) for row in step.first] for step in steps]
 
 
 def scaled(row: RowShape, tokens: int) -> RowShape:
     """A row of `tokens` tokens that is made of the same parts as `row`."""
     factor = tokens / row.tokens
-    names = ("keys", "scored", "segments", "pairs", "masked", "rectangles")
+    names = ("keys", "scored", "segments", "pairs", "masked", "rectangles", "prompts")
     return replace(
         row, tokens=tokens, **{name: math.ceil(getattr(row, name) * factor) for name in names}
     )

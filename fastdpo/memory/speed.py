@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from ..devices import Device
-from .estimate import Run, optimizer_states, second_model
+from .components import Run, optimizer_states
 from .shapes import RowShape
 
 UTILISATION = 0.45
@@ -29,6 +29,8 @@ class Seconds:
     attention: float = 0.0
     head: float = 0.0
     reference: float = 0.0
+    scoring: float = 0.0
+    """Of the pass over responses that comes before the step's own rows."""
     transfers: float = 0.0
     update: float = 0.0
 
@@ -44,9 +46,7 @@ def step_seconds(run: Run, device: Device) -> Seconds | None:
     if peak is None or device.bandwidth is None or device.host_link is None:
         return None
     rate, steps = peak * UTILISATION, len(run.steps)
-    sums = dict.fromkeys(
-        ("layers", "recomputed", "attention", "head", "reference", "transfers"), 0.0
-    )
+    sums = dict.fromkeys((f.name for f in fields(Seconds) if f.name != "update"), 0.0)
     for row in (row for step in run.steps for row in step):
         layers, recomputed, attention = layer_work(run, row)
         waits = transferred(run, row) / device.host_link * rate - layers - recomputed - attention
@@ -56,6 +56,8 @@ def step_seconds(run: Run, device: Device) -> Seconds | None:
         sums["head"] += head_work(run, row) / rate
         sums["reference"] += reference_work(run, row) / rate
         sums["transfers"] += max(0.0, waits) / rate
+    for row in (row for step in run.first for row in step):
+        sums["scoring"] += (forward_work(run, row) + reference_work(run, row)) / rate
     means = {name: value / steps for name, value in sums.items()}
     return Seconds(**means, update=update_seconds(run, device))
 
@@ -86,10 +88,13 @@ def head_work(run: Run, row: RowShape) -> float:
 
 
 def reference_work(run: Run, row: RowShape) -> float:
-    """A forward more: 2·S·n for the layers, 2·T·V·H for the head; 0 where it is precomputed."""
-    model, config = run.model, run.config
-    if config.precomputes or not (second_model(config) or config.use_peft):
-        return 0.0
+    """A forward more; 0 where it is precomputed, or none is needed."""
+    return forward_work(run, row) if run.online else 0.0
+
+
+def forward_work(run: Run, row: RowShape) -> float:
+    """2·S·n for the layers, 4·heads·head_dim for each query-key pair, 2·T·V·H for the head."""
+    model = run.model
     pairs = 4.0 * model.heads * model.head_dim * row.pairs * model.layers
     return 2.0 * row.tokens * model.linear + pairs + 2.0 * row.scored * model.vocab * model.hidden
 

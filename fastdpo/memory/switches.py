@@ -30,7 +30,7 @@ class Demand:
     largest: int
     """Tokens of the largest row."""
     longest: int
-    """Tokens of the longest comparison, below which no row budget makes a row shorter."""
+    """Tokens of the longest unit of the loss, below which no row budget makes a row shorter."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..config import TrainConfig
-from ..data.dataset import Data
+from ..data.dataset import Data, needs_reference
 from ..data.packing import LAYOUTS
 from ..data.plan import reference_budget
 from ..errors import ModelError
@@ -60,15 +60,6 @@ def make_reference(
             reference = without
     logger.info(f"reference: {_describe(reference) if needed else 'none, the loss needs none'}")
     return reference, digests
-
-
-def needs_reference(loss: TrainingLoss, data: Data) -> bool:
-    """Whether reference log-probabilities are read: not where GRPO has no penalty, and the data the
-    log-probabilities of the policy that sampled it.
-    """
-    given = all("logp" in group.given for group in [*data.train, *data.evaluation])
-    unread = loss.losses[0].kind == "tokens" and loss.options.get("beta") == 0 and given
-    return loss.reference and not unread
 
 
 def precompute_reference(

@@ -1,7 +1,7 @@
 """Steps that run out of memory: repeated with less where `memory: auto` allows it, else explained.
 
 A step that fails while its rows are scored has changed nothing but gradients and random states:
-both are put back, something is made smaller, and the same comparisons are packed and computed anew.
+both are put back, something is made smaller, and the same units are packed and computed anew.
 The numbers are those of a run that was never disturbed, rounding apart. Where weights may have been
 stepped already there is nothing to go back to, and the run ends with the keys that would help.
 """
@@ -113,7 +113,7 @@ def _where(trainer: Trainer, step: StepBatches) -> str:
 
 
 def _largest(step: StepBatches) -> int:
-    return max(batch.computed_tokens for batch in step.batches)
+    return max(batch.computed_tokens for batch in (*(step.first or ()), *step.batches))
 
 
 def _clear(trainer: Trainer, state: Any) -> None:
@@ -179,9 +179,7 @@ def _planner(trainer: Trainer) -> Planner:
     config, policy = trainer.config, trainer.objective.policy
     given = config.model_name_or_path is None
     model_config = trainer.model.config if given else load_model_config(config)
-    return Planner(
-        config, trainer.data.train, at_hand(trainer.device), policy.autocast, model_config
-    )
+    return Planner(config, trainer.data, at_hand(trainer.device), policy.autocast, model_config)
 
 
 def _random_state(device: torch.device) -> tuple[Any, Any]:

@@ -116,7 +116,7 @@ def load(config: TrainConfig, given: InMemory, bf16: bool | None, *, trains: boo
     precision = "bf16 autocast" if autocast else config.dtype
     logger.info(f"precision: {precision} on {device.type} ({reason})")
     if trains and config.memory == "auto":
-        config = fit(config, data.train, model_config, device, autocast)
+        config = fit(config, data, model_config, device, autocast)
     policy = load_scorer(config, device, autocast, model=given.model)
     return Loaded(config, tokenizer, data, policy, loss, row_budget(config, device.type))
 
