@@ -99,6 +99,7 @@ def load(config: TrainConfig, given: InMemory, bf16: bool | None, *, trains: boo
     """Tokenizer, data and policy, made to fit the device if it `trains` and `memory` is auto;
     `bf16` as the configuration or a checkpoint has it.
     """
+    loss_of(config)  # an unknown one is an error before anything is read
     if given.model is None:
         check_model_files(config)
         model_config = load_model_config(config)
@@ -161,14 +162,7 @@ def set_up(
         identity={"precision": str(policy.autocast), **digests},
         on_step=on_step,
     )
-    count, per_step = count_units(data.train), trainer.schedule.units
-    logger.info(
-        f"training: {count} {loss.unit}s, {per_step} a step, {trainer.total_steps} steps, rows of "
-        f"up to {loaded.max_tokens} tokens"
-    )
-    if loss.scores_first:
-        what = "each prompt with the row before's response" if loss.mismatched else "every response"
-        logger.info(f"loss: each step begins with a pass that scores {what}, without gradient")
+    _log_training(trainer, loaded)
     _keep_memory(loaded)
     if start is not None:
         trainer.resume(start, state)
@@ -177,6 +171,18 @@ def set_up(
             f"resume_from_checkpoint: {output.path} holds no checkpoint, starting at step 0"
         )
     return trainer
+
+
+def _log_training(trainer: Trainer, loaded: Loaded) -> None:
+    """How many units are trained on, and what precedes the rows of a step."""
+    loss, count = loaded.loss, count_units(loaded.data.train)
+    logger.info(
+        f"training: {count} {loss.unit}s, {trainer.schedule.units} a step, {trainer.total_steps} "
+        f"steps, rows of up to {loaded.max_tokens} tokens"
+    )
+    if loss.scores_first:
+        what = "each prompt with the row before's response" if loss.mismatched else "every response"
+        logger.info(f"loss: each step begins with a pass that scores {what}, without gradient")
 
 
 def _keep_memory(loaded: Loaded) -> None:
