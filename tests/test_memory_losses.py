@@ -216,6 +216,15 @@ def test_an_online_reference_is_there_and_takes_its_time(planner, name):
     assert found.seconds.scoring == pytest.approx(2 * precomputed.seconds.scoring)
 
 
+@pytest.mark.parametrize("name", ["sigmoid", "kto"])
+def test_a_reference_that_moves_is_a_second_model(planner, name):
+    made = planner(H100, loss_type=[name], sync_ref_model=True)
+    found, whole = made.predict(made.config), made.run(made.config)
+    assert whole.second_model and not whole.precomputes
+    assert found.estimate.components["reference"] == whole.model.weights
+    assert found.seconds.reference > 0
+
+
 # Time
 
 
@@ -299,10 +308,13 @@ def test_data_is_described_in_the_units_of_the_loss(planner):
         assert describe_data(made).startswith(words)
 
 
-def test_the_command_with_labelled_rows(tiny_model, labelled_file, capsys):
+@pytest.mark.parametrize("given", [[], ["--loss_type", "kto"], ["--loss_type", "bco"]])
+def test_the_command_with_labelled_rows(tiny_model, labelled_file, capsys, given):
+    """Which are for kto where no loss is given: its pass takes other rows than the step's."""
     words = ["plan", "--model_name_or_path", str(tiny_model), "--dataset_name", str(labelled_file)]
-    assert main([*words, "--loss_type", "kto", "--use_cpu", "--bf16", "false"]) == 0
-    assert "24 responses in 15 groups" in capsys.readouterr().out
+    assert main([*words, "--gpu", "h100-80gb", *given]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "24 responses in 15 groups" in said and "for the pass that scores responses" in said
 
 
 @pytest.mark.parametrize("name", ["kto", "bco"])

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..config import TrainConfig
 from ..config.inputs import DTYPES
-from ..data.dataset import Data, RowsInMemory, load_data
+from ..data.dataset import Data, RowsInMemory, load_data, needs_reference
 from ..data.groups import count_units
 from ..data.packing import longest_unit
 from ..data.plan import row_budget
@@ -38,7 +38,7 @@ from .checkpoint import read_state
 from .loop import Trainer
 from .optimizer import optimizer_path
 from .output import Output
-from .references import make_reference, needs_reference
+from .references import make_reference
 from .step import Objective
 from .trackers import require_trackers
 

@@ -74,7 +74,7 @@ class GradientNorms:
         if number in self.norms:
             raise ConfigError(
                 "optimizer_in_backward: a step took more than one backward pass; expected one row "
-                "a step (raise max_tokens_per_batch or take fewer pairs a step)"
+                "a step (raise max_tokens_per_batch or take smaller steps)"
             )
         assert parameter.grad is not None
         self.norms[number] = torch.linalg.vector_norm(parameter.grad)
@@ -181,7 +181,7 @@ def require_one_row(
                 raise ConfigError(
                     f"optimizer_in_backward: step {number} of epoch {epoch} takes {len(rows)} rows "
                     f"for its {step.units} units; expected one row a step (raise "
-                    f"max_tokens_per_batch to some {tokens}, or take fewer pairs a step: "
+                    f"max_tokens_per_batch to some {tokens}, or take smaller steps: "
                     f"per_device_train_batch_size {config.per_device_train_batch_size} x "
                     f"gradient_accumulation_steps {config.gradient_accumulation_steps})"
                 )
