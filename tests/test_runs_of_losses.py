@@ -1,0 +1,161 @@
+"""Runs of losses that score a step first, or that are not of pairs: resumed, repeated where memory
+runs out, stopped where a number is not finite.
+"""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training import assert_close_metrics, assert_resumes, assert_same_run, run
+
+from bench.jsonl import read_rows
+from fastdpo.errors import FastDPOError
+from fastdpo.model.scorer import Scorer
+from fastdpo.training.step import Objective
+
+LAYOUTS = {
+    **dict.fromkeys(("kto", "bco", "apo_zero_unpaired"), "labels"),
+    **dict.fromkeys(("grpo", "listwise", "sppo"), "groups"),
+}
+FIRST = ("kto", "bco", "aot")
+"""Losses of which a step is scored before its rows."""
+
+
+@pytest.fixture(scope="module")
+def files(pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same responses as pairs, as labelled ones and as scored groups."""
+    folder, pairs = tmp_path_factory.mktemp("layouts"), read_rows(pairs_file)
+    labels = [
+        {"prompt": pair["prompt"], "completion": pair[name], "label": name == "chosen"}
+        for pair in pairs
+        for name in ("chosen", "rejected")
+    ]
+    groups = [
+        {
+            "prompt": some[0]["prompt"],
+            "responses": [pair[name] for pair in some for name in ("chosen", "rejected")],
+            "scores": [1.0, 0.1, 0.8, 0.3, 0.9, 0.2],
+        }
+        for some in (pairs[i : i + 3] for i in range(0, len(pairs), 3))
+    ]
+    found = {"pairs": pairs_file}
+    for name, rows in (("labels", labels), ("groups", groups)):
+        found[name] = folder / f"{name}.jsonl"
+        found[name].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return found
+
+
+@pytest.fixture
+def go(tiny_model, files):
+    """Run a loss over the rows that it needs."""
+
+    def started(loss: str, output: Path, **keys: Any) -> tuple[dict[str, Any], list[str]]:
+        size = 2 if loss == "listwise" else 6
+        keys = {"per_device_train_batch_size": size, "max_steps": 5, **keys}
+        data = files[LAYOUTS.get(loss, "pairs")]
+        return run(tiny_model, data, output, loss_type=[loss], **keys)
+
+    return started
+
+
+@pytest.mark.parametrize("loss", ["kto", "bco", "aot", "orpo", "grpo", "listwise", "sppo", "cpo"])
+def test_a_resumed_run_has_the_same_bits(go, tmp_path, loss):
+    keys = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 3}
+    assert_resumes(partial(go, loss), tmp_path, 3, **keys)
+
+
+def test_running_means_are_in_the_checkpoint(go, tmp_path):
+    start = assert_resumes(partial(go, "bco"), tmp_path, 3, gradient_accumulation_steps=2)
+    state = json.loads((start / "trainer_state.json").read_text(encoding="utf-8"))
+    ((name, (mean, count)),) = state["running"].items()
+    assert name == "delta" and mean != 0 and count == 6, "one for each batch of 3 steps"
+
+
+KEYS: dict[str, Any] = {"max_tokens_per_batch": 300, "optim": "sgd", "learning_rate": 0.05}
+
+
+def fails_at(monkeypatch, kind: type, name: str, failing: int) -> list[int]:
+    """A method that runs out of memory once it is through, in that call."""
+    method, calls = getattr(kind, name), []
+
+    def short(self, *given, **named):
+        result = method(self, *given, **named)
+        calls.append(1)
+        if len(calls) == failing:
+            raise torch.OutOfMemoryError("no")
+        return result
+
+    monkeypatch.setattr(kind, name, short)
+    return calls
+
+
+@pytest.mark.parametrize("where", ["the scoring pass", "after it"])
+@pytest.mark.parametrize("loss", FIRST)
+def test_a_step_without_memory_is_repeated_with_the_same_numbers(
+    go, tmp_path, monkeypatch, loss, where
+):
+    go(loss, tmp_path / "undisturbed", **KEYS, save_strategy="steps", save_steps=3)
+    name = "_scored" if where == "the scoring pass" else "score"
+    fails_at(monkeypatch, Objective, name, 4)
+    keys = {**KEYS, "memory": "auto", "save_strategy": "steps", "save_steps": 3}
+    _, said = go(loss, tmp_path / "out", **keys)
+    assert sum("the step is repeated" in line for line in said) == 1
+    assert_close_metrics(tmp_path / "out", tmp_path / "undisturbed")
+    states = [
+        json.loads((tmp_path / run / "checkpoint-3/trainer_state.json").read_text(encoding="utf-8"))
+        for run in ("out", "undisturbed")
+    ]
+    ours, theirs = (state["running"] for state in states)
+    assert ours.keys() == theirs.keys() == ({"delta"} if loss == "bco" else set())
+    for term in ours:
+        assert ours[term][1] == theirs[term][1] == 3
+        assert ours[term][0] == pytest.approx(theirs[term][0], abs=1e-6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("loss", FIRST)
+def test_what_is_not_finite_in_the_scoring_pass_stops_the_run(
+    go, tmp_path, monkeypatch, loss, value
+):
+    score, calls = Objective._scored, []
+
+    def broken(self, batch):
+        places, seen = score(self, batch)
+        calls.append(1)
+        if len(calls) > 3:
+            found = seen.chosen_logps if loss == "aot" else seen.logps
+            found[0] = value
+        return places, seen
+
+    monkeypatch.setattr(Objective, "_scored", broken)
+    expected = r"step \d: (loss|grad_norm) is (nan|-?inf); stopped with the weights of step \d"
+    with pytest.raises(FastDPOError, match=expected):
+        go(loss, tmp_path / "out", max_tokens_per_batch=4000)
+
+
+@pytest.mark.parametrize("loss", [*FIRST, "orpo", "grpo", "listwise"])
+def test_logps_that_are_not_finite_stop_the_run(go, tmp_path, monkeypatch, loss):
+    fails, calls = Scorer.loss, []
+
+    def broken(self, batch, *given):
+        calls.append(1)
+        if len(calls) == 3:
+            with torch.no_grad():
+                next(self.model.parameters()).fill_(math.nan)
+        return fails(self, batch, *given)
+
+    monkeypatch.setattr(Scorer, "loss", broken)
+    with pytest.raises(FastDPOError, match=r"step 3: loss is nan; stopped with the weights of st"):
+        go(loss, tmp_path / "out", max_tokens_per_batch=4000)
+
+
+@pytest.mark.parametrize("loss", [*FIRST, "grpo"])
+def test_weights_stepped_in_the_backward_are_the_same(go, tmp_path, loss):
+    one_row = {"max_tokens_per_batch": 1 << 20, "max_grad_norm": 0}
+    go(loss, tmp_path / "plain", **one_row)
+    go(loss, tmp_path / "ours", **one_row, optimizer_in_backward=True)
+    assert_same_run(tmp_path / "ours", tmp_path / "plain")
