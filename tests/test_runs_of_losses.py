@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from training import assert_close_metrics, assert_resumes, assert_same_run, run
+from training import assert_close_metrics, assert_resumes, assert_same_run, fill, run
 
 from bench.jsonl import read_rows
-from fastdpo.errors import FastDPOError
+from fastdpo.errors import ConfigError, FastDPOError
 from fastdpo.model.scorer import Scorer
 from fastdpo.training.step import Objective
 
@@ -73,6 +73,52 @@ def test_running_means_are_in_the_checkpoint(go, tmp_path):
     state = json.loads((start / "trainer_state.json").read_text(encoding="utf-8"))
     ((name, (mean, count)),) = state["running"].items()
     assert name == "delta" and mean != 0 and count == 6, "one for each batch of 3 steps"
+
+
+@pytest.mark.parametrize(
+    ("keys", "layout", "values"),
+    [
+        ({"loss_type": ["kto"], "per_device_train_batch_size": 4}, "labels", 48 + 48),
+        ({"loss_type": ["bco"]}, "labels", 48),
+        ({"loss_type": ["sigmoid"], "ld_alpha": 0.5}, "pairs", 48),
+        ({"loss_type": ["grpo"]}, "groups", 48),
+        ({"loss_type": ["sigmoid", "sft"]}, "pairs", 48),
+    ],
+    ids=["kto, mismatched too", "bco", "by tokens", "grpo", "a mix"],
+)
+def test_a_run_finds_all_that_was_precomputed(tiny_model, files, tmp_path, keys, layout, values):
+    found, computed = fill(tiny_model, files[layout], tmp_path / "out", **keys)
+    least = values - 24 if keys["loss_type"] == ["kto"] else values
+    assert found == 0 and least <= computed <= values, "rows of one prompt are each other's"
+    _, said = run(tiny_model, files[layout], tmp_path / "out", **keys)
+    assert any(f"{computed} found, 0 computed" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"loss_type": ["orpo"]}, "loss_type: orpo takes no reference: nothing to precompute"),
+        ({"loss_type": ["simpo", "sft"]}, "loss_type: simpo and sft takes no reference: nothing"),
+        ({"sync_ref_model": True}, "sync_ref_model: the reference moves: nothing to precompute"),
+    ],
+)
+def test_nothing_is_precomputed_where_no_reference_is_read(
+    tiny_model, files, tmp_path, keys, expected
+):
+    with pytest.raises(ConfigError, match=expected):
+        fill(tiny_model, files["pairs"], tmp_path / "out", **keys)
+    assert not (tmp_path / "reference").exists()
+
+
+def test_nothing_is_precomputed_where_the_rows_have_all_that_is_read(tiny_model, files, tmp_path):
+    rows = [row | {"logps": [-1.0] * 6} for row in read_rows(files["groups"])]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    keys = {"loss_type": ["grpo"], "beta": 0.0, "importance_sampling_level": "sequence"}
+    with pytest.raises(ConfigError, match="beta: is 0 and every row has logps, so no reference"):
+        fill(tiny_model, file, tmp_path / "out", **keys)
+    _, said = run(tiny_model, file, tmp_path / "out", **keys)
+    assert "reference: none, the loss needs none" in said
 
 
 KEYS: dict[str, Any] = {"max_tokens_per_batch": 300, "optim": "sgd", "learning_rate": 0.05}
