@@ -97,8 +97,8 @@ def test_a_run_finds_all_that_was_precomputed(tiny_model, files, tmp_path, keys,
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ({"loss_type": ["orpo"]}, "loss_type: orpo takes no reference: nothing to precompute"),
-        ({"loss_type": ["simpo", "sft"]}, "loss_type: simpo and sft takes no reference: nothing"),
+        ({"loss_type": ["orpo"]}, "loss_type: orpo without a reference: nothing to precompute"),
+        ({"loss_type": ["simpo", "sft"]}, "loss_type: simpo and sft without a reference: nothing"),
         ({"sync_ref_model": True}, "sync_ref_model: the reference moves: nothing to precompute"),
     ],
 )
@@ -205,3 +205,23 @@ def test_weights_stepped_in_the_backward_are_the_same(go, tmp_path, loss):
     go(loss, tmp_path / "plain", **one_row)
     go(loss, tmp_path / "ours", **one_row, optimizer_in_backward=True)
     assert_same_run(tmp_path / "ours", tmp_path / "plain")
+
+
+@pytest.mark.parametrize("prompts", [("one ", "one "), ("one ", "two "), ("two ", "one ")])
+@pytest.mark.parametrize("loss", ["sppo", "listwise"])
+def test_rows_may_say_what_is_needed_in_different_ways(tiny_model, tmp_path, loss, prompts):
+    said = {"comparisons": [[0, 1], [0, 2]]} if loss == "sppo" else {"rankings": [1, 3, 2]}
+    some = {"responses": [" a cat", " a dog", " hills"]}
+    rows = [
+        {"prompt": prompts[0], **some, **said},
+        {"prompt": prompts[1], **some, "scores": [3.0, 1.0, 2.0]},
+    ]
+    scored = [{"prompt": prompt, **some, "scores": [3.0, 1.0, 2.0]} for prompt in prompts]
+    losses = []
+    for name, given in (("both", rows), ("scores", scored)):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in given), encoding="utf-8")
+        keys = {"loss_type": [loss], "max_steps": 1, "per_device_train_batch_size": 6}
+        losses.append(run(tiny_model, file, tmp_path / name, **keys)[0]["loss"])
+    assert math.isfinite(losses[0])
+    assert (losses[0] == losses[1]) == (loss == "listwise"), "win rates differ, ranks do not"

@@ -132,7 +132,7 @@ def precompute(config: TrainConfig) -> dict[str, Any]:
     config.require("model_name_or_path", "dataset_name")
     if not config.needs_reference:
         losses = " and ".join(config.loss_type)
-        raise config.error("loss_type", f"{losses} takes no reference: nothing to precompute")
+        raise config.error("loss_type", f"{losses} without a reference: nothing to precompute")
     if config.sync_ref_model:
         raise config.error("sync_ref_model", "the reference moves: nothing to precompute")
     with _surroundings(config), withheld():
