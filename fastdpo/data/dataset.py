@@ -12,7 +12,7 @@ from ..config import TrainConfig
 from ..errors import DataError
 from ..losses import TrainingLoss, loss_of
 from .columns import FIELDS, LINE_COLUMN, PROBLEM_COLUMN, may_hold_prompt, row_kind, row_kinds
-from .groups import Group, check_agreement, count_units, make_groups
+from .groups import Group, check_agreement, describe_units, make_groups
 from .labels import describe_labels
 from .load import load_rows
 from .messages import unreadable
@@ -148,7 +148,7 @@ def _groups(
         mismatch=config.per_device_train_batch_size if loss.mismatched else None,
     )
     _check_logps(config, loss, groups)
-    said = f"{count_units(groups)} {loss.unit}s"
+    said = describe_units(groups)
     if loss.unit == "comparison":
         said += str(check_agreement(groups))
     else:

@@ -210,6 +210,11 @@ def count_units(groups: Sequence[Group]) -> int:
     return sum(group.units for group in groups)
 
 
+def describe_units(groups: Sequence[Group]) -> str:
+    """How many units of which kind: "24 comparisons"."""
+    return f"{count_units(groups)} {groups[0].unit}s"
+
+
 def count_comparisons(groups: Sequence[Group]) -> int:
     """Number of comparisons in all groups."""
     return sum(len(group.comparisons) for group in groups)

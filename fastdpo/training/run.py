@@ -12,6 +12,7 @@ from typing import Any
 
 from ..config import TrainConfig
 from ..data.dataset import RowsInMemory
+from ..data.groups import describe_units
 from ..errors import ConfigError
 from ..hub import reached
 from ..model.adapter import adopt_adapter
@@ -110,7 +111,8 @@ def _finish(config: TrainConfig, given: InMemory, output: Output, trainer: Train
         )
         return TrainResult(output.step, {}, output.path)
     metrics = trainer.train(retried(trainer))
-    card = model_card(trainer.config, _base(config, given), metrics)
+    units = describe_units(trainer.data.train)
+    card = model_card(trainer.config, _base(config, given), metrics, units)
     output.finish(trainer.config, trainer.step, trainer.model, trainer.tokenizer, card)
     restore_attention(trainer.model)
     return TrainResult(trainer.step, metrics, output.path, trainer.model)
