@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from training import assert_close_metrics, assert_resumes, assert_same_run, fill, run
+from training import (
+    assert_close_metrics,
+    assert_resumes,
+    assert_same_run,
+    assert_same_weights,
+    fill,
+    run,
+)
 
 from bench.jsonl import read_rows
 from fastdpo.errors import ConfigError, FastDPOError
@@ -73,6 +80,16 @@ def test_running_means_are_in_the_checkpoint(go, tmp_path):
     state = json.loads((start / "trainer_state.json").read_text(encoding="utf-8"))
     ((name, (mean, count)),) = state["running"].items()
     assert name == "delta" and mean != 0 and count == 6, "one for each batch of 3 steps"
+
+
+@pytest.mark.parametrize("loss", FIRST)
+def test_an_evaluation_changes_nothing_of_the_run(go, files, tmp_path, loss):
+    data = str(files[LAYOUTS.get(loss, "pairs")])
+    keys = {"eval_dataset_name": data, "eval_strategy": "steps", "eval_steps": 2}
+    _, said = go(loss, tmp_path / "evaluated", **keys, eval_on_start=True)
+    assert sum(line.startswith("evaluation at step ") for line in said) == 3
+    go(loss, tmp_path / "plain")
+    assert_same_weights(tmp_path / "evaluated", tmp_path / "plain")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ def describe_labels(config: TrainConfig, groups: Sequence[Group], loss: Training
     KTO, Ethayarajh et al. 2024 (arXiv:2402.01306), eq. 8, recommends λ_D·n_D / (λ_U·n_U) from 1 to
     4/3, with the numbers n of desirable and undesirable responses and their weights λ.
     """
-    if not any("desirable_weight" in one.options for one in loss.losses):
+    weighed = any("desirable_weight" in one.options for one in loss.losses)
+    if not weighed or "label" not in groups[0].given:
         return None
     labels = [label for group in groups for label in group.given["label"]]
     good = sum(map(bool, labels))
