@@ -14,7 +14,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -221,61 +221,3 @@ def _compute(
             store.add(names, values)
             names, values, written = [], [], time.monotonic()
     store.add(names, values)
-
-
-@dataclass
-class OnlineReference:
-    """A reference that is evaluated at every step: a second model, or the policy with its adapter
-    switched off or as it was at the start.
-    """
-
-    scorer: Scorer
-    adapter_off: bool = False
-    start: dict[str, torch.Tensor] | None = None
-    """Trained parameters by name as they were, see `trained_parameters`."""
-
-    def response_logps(self, batch) -> torch.Tensor:
-        """Log-probability (R,) of every response of the batch, nats; no gradient."""
-        with self._model():
-            return self.scorer.response_logps(batch)
-
-    def token_logps(self, batch) -> torch.Tensor:
-        """Log-probability (T,) of every scored token of the batch, nats; no gradient."""
-        with self._model():
-            return self.scorer.token_logps(batch)
-
-    @contextmanager
-    def _model(self) -> Iterator[None]:
-        """The model as the reference is."""
-        model: Any = self.scorer.model
-        switched: AbstractContextManager[Any] = nullcontext()
-        if self.adapter_off:
-            switched = model.disable_adapter()
-        elif self.start is not None:
-            switched = _parameters_of(model, self.start)
-        training = model.training
-        model.eval()
-        try:
-            with switched:
-                yield
-        finally:
-            model.train(training)
-
-
-def trained_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the parameters that training will change, by name."""
-    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-
-
-@contextmanager
-def _parameters_of(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> Iterator[None]:
-    """`values` in place of the parameters' own; nothing is copied."""
-    own = {name: model.get_parameter(name) for name in values}
-    now = {name: parameter.data for name, parameter in own.items()}
-    try:
-        for name, parameter in own.items():
-            parameter.data = values[name]
-        yield
-    finally:
-        for name, parameter in own.items():
-            parameter.data = now[name]

@@ -166,6 +166,19 @@ CASES = [
         "--beta=0.2",
     ),
     checkpoint(
+        "a reference that moves now",
+        lambda out: None,
+        f"resume_from_checkpoint: {ONE} was made with sync_ref_model False (now True)",
+        "--sync_ref_model",
+    ),
+    checkpoint(
+        "a reference that moves now, allowed",
+        lambda out: None,
+        f"{ONE}: holds no reference.safetensors, which a run with sync_ref_model goes on from",
+        "--sync_ref_model",
+        "--resume_with_changes",
+    ),
+    checkpoint(
         "another seed",
         lambda out: None,
         f"resume_from_checkpoint: {ONE} was made with seed 42 (now 1)",

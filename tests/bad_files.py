@@ -257,6 +257,7 @@ COLUMNS = [
         lines(LABEL),
         ": …needs rows of prompt, chosen, rejected…; found prompt, completion, label; convert: p",
         "KTO",
+        "--loss_type=sigmoid",
     ),
     file(
         "rows.jsonl",

@@ -254,7 +254,7 @@ KEYS = [
     yaml("precompute_ref_batch_size: 4", "precompute_ref_batch_size is a key of TRL's"),
     yaml("neftune_noise_alpha: 5", "neftune_noise_alpha is a key of TRL's"),
     yaml("push_to_hub: true", "push_to_hub is a key of TRL's …the hf command"),
-    yaml("f_divergence_type: js_divergence", "f_divergence_type is a key of TRL's"),
+    yaml("f_divergence_type: js", "f_divergence_type: expected one of reverse_kl, forward_kl, js"),
     yaml("max_prompt_length: 128", "max_prompt_length does not exist any more. Use max_length"),
     yaml("warmup_ratio: 0.1", "warmup_ratio does not exist any more. Use warmup_steps"),
     yaml("torch_dtype: bfloat16", "torch_dtype does not exist any more. Use dtype"),

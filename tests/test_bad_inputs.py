@@ -12,6 +12,7 @@ from pathlib import Path
 import bad_checkpoints
 import bad_files
 import bad_inputs
+import bad_losses
 import bad_models
 import bad_places
 import pytest
@@ -20,7 +21,7 @@ from bad_inputs import CONFIG, Case
 
 from fastdpo.cli import main
 
-TABLES = (bad_inputs, bad_files, bad_models, bad_checkpoints, bad_places)
+TABLES = (bad_inputs, bad_files, bad_losses, bad_models, bad_checkpoints, bad_places)
 CASES = [case for table in TABLES for case in table.CASES]
 SHOWN = (UserWarning, FutureWarning, RuntimeWarning, ResourceWarning)
 

@@ -73,7 +73,7 @@ def test_steps_of_several_rows_are_refused_with_the_numbers(go, tmp_path):
         go(tmp_path / "out", **{**IN_BACKWARD, "max_tokens_per_batch": 90})
     message = str(caught.value)
     assert "optimizer_in_backward: step 1 of epoch 1 takes " in message
-    assert " rows for its 6 units; expected one row a step" in message
+    assert " rows for its 6 comparisons; expected one row a step" in message
     tokens = int(message.split("max_tokens_per_batch to some ")[1].split(",")[0])
     assert "per_device_train_batch_size 6 x gradient_accumulation_steps 1" in message
     # Another order of the data makes longer steps.

@@ -21,7 +21,8 @@ from fastdpo.errors import FastDPOError
 from fastdpo.model.head import find_head
 from fastdpo.model.layout import choose_layout
 from fastdpo.model.scorer import Scorer
-from fastdpo.reference import LogpStore, OnlineReference, fill_reference
+from fastdpo.reference import LogpStore, fill_reference
+from fastdpo.training.online import OnlineReference
 
 
 @pytest.fixture

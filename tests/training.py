@@ -101,8 +101,11 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert_same_weights(one, other)
     theirs = {row["step"]: row for row in metrics(other)}
     for row in metrics(one):
-        for name in ("loss", "grad_norm", "learning_rate", "rewards/margins"):
-            assert row[name] == theirs[row["step"]][name], name
+        same = theirs[row["step"]]
+        for name in ("loss", "grad_norm", "learning_rate"):
+            assert row[name] == same[name], name
+        for name in ("rewards/margins", "rewards/mean", "kl", "delta", "nll_loss"):
+            assert row.get(name) == same.get(name), name
 
 
 def assert_resumes(go: Callable[..., Any], folder: Path, step: int, **keys: Any) -> Path:

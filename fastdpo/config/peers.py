@@ -102,7 +102,9 @@ PEER_KEYS: dict[str, PeerKey] = {
     "optim_args": PeerKey(None, "Use adam_beta1, adam_beta2, adam_epsilon and weight_decay."),
     "optim_target_modules": PeerKey(None, "Use use_peft for training few parameters."),
     "average_tokens_across_devices": PeerKey(
-        True, "The loss is the mean over a step's comparisons.", also=(False,)
+        True,
+        "The loss is the mean over what a step holds, however long its responses are.",
+        also=(False,),
     ),
     "torch_compile_backend": PeerKey(None, _COMPILE),
     "torch_compile_mode": PeerKey(None, _COMPILE),

@@ -82,10 +82,13 @@ class TrainingKeys:
         STEPS_OR_UNSET,
     )
     per_device_train_batch_size: int = key(
-        8, "Preference pairs a device takes for one step, before accumulation.", AT_LEAST_ONE
+        8,
+        "What a device takes for one step, before accumulation: comparisons, responses or groups, "
+        "as the loss counts.",
+        AT_LEAST_ONE,
     )
     gradient_accumulation_steps: int = key(
-        1, "Multiplies the pairs of a step; the gradient is that of one large batch.", AT_LEAST_ONE
+        1, "Multiplies what a step takes; the gradient is that of one large batch.", AT_LEAST_ONE
     )
     learning_rate: float = key(1e-6, "Highest learning rate.", NOT_NEGATIVE)
     lr_scheduler_type: str = key(

@@ -12,7 +12,8 @@ from ..config import TrainConfig
 from ..errors import DataError
 from ..losses import TrainingLoss, loss_of
 from .columns import FIELDS, LINE_COLUMN, PROBLEM_COLUMN, may_hold_prompt, row_kind, row_kinds
-from .groups import Group, check_agreement, count_units, make_groups
+from .groups import Group, check_agreement, describe_units, make_groups
+from .labels import describe_labels
 from .load import load_rows
 from .messages import unreadable
 from .needs import Convert, Known, Needs
@@ -75,6 +76,8 @@ def load_data(
     config = config.for_layout(row_kinds(trained.dataset.column_names))
     make = partial(_groups, config, loss_of(config), tokenizer, vocab_size)
     groups = make(trained)
+    if note := describe_labels(config, groups, loss_of(config)):
+        logger.warning(f"note: {trained.name}: {note}")
     if not config.evaluates:
         return Data(groups, [], config)
     assert eval_rows is not None or config.eval_source is not None
@@ -144,16 +147,28 @@ def _groups(
         scale_rewards=config.scale_rewards,
         mismatch=config.per_device_train_batch_size if loss.mismatched else None,
     )
-    said = f"{count_units(groups)} {loss.unit}s"
+    _check_logps(config, loss, groups)
+    said = describe_units(groups)
     if loss.unit == "comparison":
         said += str(check_agreement(groups))
-    elif loss.unit == "response":
+    else:
         said = f"{said} to train on"
     logger.info(
         f"data: {report}; {len(groups)} groups, {sum(len(g.responses) for g in groups)} responses, "
         f"{said}"
     )
     return groups
+
+
+def _check_logps(config: TrainConfig, loss: TrainingLoss, groups: Sequence[Group]) -> None:
+    """Raise ConfigError for log-probabilities of whole responses where those of tokens are read."""
+    by_tokens = config.importance_sampling_level == "token" and loss.losses[0].kind == "tokens"
+    if by_tokens and "logp" in groups[0].given:
+        raise config.error(
+            "importance_sampling_level",
+            f"expected sequence, since the rows have logps, one for a whole response, for "
+            f"{loss.names[0]}, got token",
+        )
 
 
 def _in_memory(rows: RowsInMemory, name: str) -> datasets.Dataset:

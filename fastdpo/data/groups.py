@@ -149,11 +149,11 @@ def make_groups(
             before it in the batch, the first one that of the last (KTO).
 
     Raises:
-        DataError: no rows.
+        DataError: no rows, or some with logps and others without.
     """
     if len(dataset) == 0:
         raise DataError(f"{source}: has no rows left to train on")
-    builder = _Builder(unit, group_prompts)
+    builder, said = _Builder(unit, group_prompts), Counter[str]()
     labelled: list[tuple[int, np.ndarray]] = []
     for number, row in enumerate(dataset.with_format("numpy")):
         prompt = np.asarray(row["prompt_ids"], np.int32)
@@ -169,11 +169,25 @@ def make_groups(
         if unit != "comparison":
             group.items += places
             group.rows += [number] * len(places)
-            for name, values in constants_of_row(row, scale_rewards).items():
+            constants = constants_of_row(row, scale_rewards)
+            said.update(constants.keys())
+            for name, values in constants.items():
                 group.given.setdefault(name, []).extend(values)
+    _keep_common(builder.groups, said, len(dataset), source)
     if mismatch is not None:
         _add_mismatched(builder, labelled, mismatch, max_length)
     return builder.groups
+
+
+def _keep_common(groups: list[Group], said: Counter[str], count: int, source: str) -> None:
+    """Keep the constants that all of the `count` rows have; `said` tells how many have each."""
+    if 0 < said["logp"] < count:
+        raise DataError(
+            f"{source}: {said['logp']} of {count} rows have logps; expected them in every row, or "
+            "in none"
+        )
+    for group in groups:
+        group.given = {name: v for name, v in group.given.items() if said[name] == count}
 
 
 def _cut(response: np.ndarray, prompt: np.ndarray, max_length: int | None) -> np.ndarray:
@@ -194,6 +208,11 @@ def _add_mismatched(
 def count_units(groups: Sequence[Group]) -> int:
     """Number of units in all groups."""
     return sum(group.units for group in groups)
+
+
+def describe_units(groups: Sequence[Group]) -> str:
+    """How many units of which kind: "24 comparisons"."""
+    return f"{count_units(groups)} {groups[0].unit}s"
 
 
 def count_comparisons(groups: Sequence[Group]) -> int:

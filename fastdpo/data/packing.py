@@ -56,8 +56,9 @@ def part_tokens(group: Group, responses: Sequence[int], layout: str) -> int:
 def longest_unit(groups: Sequence[Group], layout: str) -> int:
     """Tokens of the longest unit, which is never split."""
     return max(
-        part_tokens(group, part_of(0, group, [(number, 0)]).responses, layout)
+        part_tokens(group, part_of(0, group, [(number, 0)], mismatched).responses, layout)
         for group in groups
+        for mismatched in ((False, True) if group.mismatched else (False,))
         for number in range(group.units)
     )
 

@@ -80,7 +80,7 @@ COMPARED = (
     "bf16",
 )
 """Keys that may change as long as what they lead to does not: the weights of the models, the
-tokens, the comparisons of each step, the precision.
+tokens, the units of each step, the precision.
 """
 
 

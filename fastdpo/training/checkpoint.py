@@ -2,9 +2,9 @@
 equal, bit for bit.
 
 `checkpoint-N/` holds the model or adapter (`save_pretrained`), the tokenizer,
-`optimizer.safetensors`, `rng.safetensors`, `trainer_state.json` and, written last, `manifest.json`
-with the size and digest of every file. It appears by one rename, so a killed process leaves it
-whole or not at all.
+`optimizer.safetensors`, `rng.safetensors`, `trainer_state.json`, `reference.safetensors` where the
+reference moves and, written last, `manifest.json` with the size and digest of every file. It
+appears by one rename, so a killed process leaves it whole or not at all.
 """
 
 import json
@@ -31,6 +31,7 @@ from . import optimizer_state
 logger = logging.getLogger(__name__)
 
 MANIFEST, STATE = "manifest.json", "trainer_state.json"
+_REFERENCE = "reference.safetensors"
 _STATE_TYPES = {
     "step": int,
     "num_tokens": int,
@@ -49,14 +50,19 @@ def save_checkpoint(
     tokenizer: Any,
     optimizer: Optimizer | None,
     state: Mapping[str, Any],
+    reference: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint; without an optimizer, one that cannot be resumed (`save_only_model`)."""
+    """Write a checkpoint; without an optimizer, one that cannot be resumed (`save_only_model`).
+    `reference` is the weights of one that moves, by name.
+    """
     with files.explain(path), files.temporary_directory(path) as temporary:
         save_model(temporary, model, tokenizer)
         if optimizer is not None:
             tensors, rest = optimizer_state.flatten(optimizer)
             save_file(tensors, temporary / "optimizer.safetensors")
             save_file(_rng_tensors(), temporary / "rng.safetensors")
+            if reference is not None:
+                save_file(reference, temporary / _REFERENCE)
             full = {**state, "optimizer": rest, "python_rng": random.getstate()}
             (temporary / STATE).write_text(json.dumps(full), encoding="utf-8")
         manifest = {name: _fingerprint(temporary / name) for name in files.names_below(temporary)}
@@ -142,6 +148,19 @@ def restore(path: Path, state: Mapping[str, Any], optimizer: Optimizer) -> None:
         raise CheckpointError(
             f"{path}: its random state cannot be set ({one_line(error)})"
         ) from error
+
+
+def read_reference(path: Path) -> dict[str, torch.Tensor]:
+    """The weights of the reference that was moving, from a verified checkpoint.
+
+    Raises:
+        CheckpointError: it holds none.
+    """
+    if not (path / _REFERENCE).exists():
+        raise CheckpointError(
+            f"{path}: holds no {_REFERENCE}, which a run with sync_ref_model goes on from"
+        )
+    return _read_tensors(path / _REFERENCE)
 
 
 def find_checkpoint(output_dir: Path) -> Path | None:

@@ -51,6 +51,7 @@ class Trainer:
         self.data, self.max_tokens, self.output = data, max_tokens, output
         self.on_step = on_step
         self.model, self.device = objective.policy.model, objective.policy.device
+        self.moving = objective.reference if config.sync_ref_model else None
         self.schedule = Schedule(config, data.train)
         self.total_steps = self.schedule.steps
         self.update = make_update(self.model, config, self.device)
@@ -140,6 +141,8 @@ class Trainer:
         self.scheduler.step()
         self.objective.keep_running()
         self.step += 1
+        if self.moving is not None and self.step % self.config.ref_model_sync_steps == 0:
+            self.moving.follow(self.model, self.config.ref_model_mixup_alpha)
         self.num_tokens += sums.pair_tokens
         self.pending.took(time.perf_counter() - start)
         self.bar.update()
@@ -198,6 +201,7 @@ class Trainer:
             model=self.model,
             tokenizer=self.tokenizer,
             optimizer=None if self.config.save_only_model else self.optimizer,
+            reference=None if self.moving is None else self.moving.weights(),
             state={
                 "step": self.step,
                 "num_tokens": self.num_tokens,
@@ -224,6 +228,8 @@ class Trainer:
                 f"of this run's {self.total_steps}; raise max_steps or num_train_epochs"
             )
         load_weights(self.model, self.config, path)
+        if self.moving is not None:
+            self.moving.load(checkpoint.read_reference(path), path)
         checkpoint.restore(path, state, self.optimizer)
         self.step = self.resumed = state["step"]
         restart(self.scheduler, self.step)

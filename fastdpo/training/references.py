@@ -22,13 +22,12 @@ from ..model.layout import Layout
 from ..model.scorer import Scorer, load_scorer
 from ..reference import (
     LogpStore,
-    OnlineReference,
     ReferenceReport,
     fill_reference,
     model_fingerprint,
-    trained_parameters,
     weights_digest,
 )
+from .online import OnlineReference, trained_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +50,8 @@ def make_reference(
         digests["starting model"] = weights_digest(policy.model)
     elif config.ref_model_name_or_path or not config.use_peft:
         reference = _second_model(config, policy)
+        if config.sync_ref_model:
+            _check_same_shapes(config, policy, reference)
         digests["reference model"] = weights_digest(reference.scorer.model)
     if config.use_peft:
         if config.ref_model_name_or_path or not precomputes:
@@ -58,7 +59,10 @@ def make_reference(
         without = _add_adapter(config, policy)
         if needed and reference is None and not precomputes:
             reference = without
-    logger.info(f"reference: {_describe(reference) if needed else 'none, the loss needs none'}")
+    said = _describe(reference) if needed else "none, the loss needs none"
+    if config.sync_ref_model:
+        said += f", moved towards the policy every {config.ref_model_sync_steps} steps"
+    logger.info(f"reference: {said}")
     return reference, digests
 
 
@@ -110,6 +114,17 @@ def _second_model(config: TrainConfig, policy: Scorer) -> OnlineReference:
             f"{scorer.layout.name} ones ({weaker.reason}); use precompute_ref_log_probs: true"
         )
     return OnlineReference(scorer)
+
+
+def _check_same_shapes(config: TrainConfig, policy: Scorer, reference: OnlineReference) -> None:
+    """Raise ConfigError where the reference cannot move towards the policy."""
+    own, other = policy.model.parameters(), reference.scorer.model.parameters()
+    if [weight.shape for weight in own] != [weight.shape for weight in other]:
+        raise config.error(
+            "sync_ref_model",
+            f"expected a reference with weights of the policy's shapes, got "
+            f"{config.ref_model_name_or_path}",
+        )
 
 
 def _add_adapter(config: TrainConfig, policy: Scorer) -> OnlineReference:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..config import TrainConfig
 from ..data.dataset import RowsInMemory
+from ..data.groups import describe_units
 from ..errors import ConfigError
 from ..hub import reached
 from ..model.adapter import adopt_adapter
@@ -21,7 +22,7 @@ from ..terminal import progress_bars, withheld
 from .card import model_card
 from .loop import Trainer
 from .output import Output, claim
-from .references import precompute_reference
+from .references import needs_reference, precompute_reference
 from .retry import enough_memory, retried
 from .setup import InMemory, load, set_up
 
@@ -110,7 +111,8 @@ def _finish(config: TrainConfig, given: InMemory, output: Output, trainer: Train
         )
         return TrainResult(output.step, {}, output.path)
     metrics = trainer.train(retried(trainer))
-    card = model_card(trainer.config, _base(config, given), metrics)
+    units = describe_units(trainer.data.train)
+    card = model_card(trainer.config, _base(config, given), metrics, units)
     output.finish(trainer.config, trainer.step, trainer.model, trainer.tokenizer, card)
     restore_attention(trainer.model)
     return TrainResult(trainer.step, metrics, output.path, trainer.model)
@@ -124,10 +126,24 @@ def _base(config: TrainConfig, given: InMemory) -> str:
 
 
 def precompute(config: TrainConfig) -> dict[str, Any]:
-    """Run `fastdpo precompute`: fills the reference cache, returns what was found and computed."""
+    """Run `fastdpo precompute`: fills the reference cache, returns what was found and computed.
+
+    Raises:
+        FastDPOError: as `train`; a run that reads no reference, or moves it.
+    """
     config.require("model_name_or_path", "dataset_name")
+    if not config.needs_reference:
+        losses = " and ".join(config.loss_type)
+        raise config.error("loss_type", f"{losses} without a reference: nothing to precompute")
+    if config.sync_ref_model:
+        raise config.error("sync_ref_model", "the reference moves: nothing to precompute")
     with _surroundings(config), withheld():
         loaded = load(adopt_adapter(config), InMemory(), config.bf16, trains=False)
+        if not needs_reference(loaded.loss, loaded.data):
+            raise loaded.config.error(
+                "beta",
+                "is 0 and every row has logps, so no reference is read: nothing to precompute",
+            )
         report, _ = precompute_reference(
             loaded.config, loaded.policy, loaded.data, loaded.loss, loaded.max_tokens
         )

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from ..config import TrainConfig
 from ..config.inputs import DTYPES
 from ..data.dataset import Data, RowsInMemory, load_data, needs_reference
-from ..data.groups import count_units
+from ..data.groups import describe_units
 from ..data.packing import longest_unit
 from ..data.plan import row_budget
 from ..errors import ConfigError, ModelError
@@ -175,10 +175,10 @@ def set_up(
 
 def _log_training(trainer: Trainer, loaded: Loaded) -> None:
     """How many units are trained on, and what precedes the rows of a step."""
-    loss, count = loaded.loss, count_units(loaded.data.train)
+    loss = loaded.loss
     logger.info(
-        f"training: {count} {loss.unit}s, {trainer.schedule.units} a step, {trainer.total_steps} "
-        f"steps, rows of up to {loaded.max_tokens} tokens"
+        f"training: {describe_units(loaded.data.train)}, {trainer.schedule.units} a step, "
+        f"{trainer.total_steps} steps, rows of up to {loaded.max_tokens} tokens"
     )
     if loss.scores_first:
         what = "each prompt with the row before's response" if loss.mismatched else "every response"

@@ -18,9 +18,9 @@ from ..data.packing import PackedRow
 from ..data.plan import Step, make_plan
 from ..losses import TrainingLoss
 from ..model.scorer import TOKEN_STATS, Scorer
-from ..reference import OnlineReference
 from .accuracy import GroupRewards
 from .metrics import StepSums
+from .online import OnlineReference
 from .terms import StepTerms, pass_before
 
 _EVAL_WINDOW = 1024

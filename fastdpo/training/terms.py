@@ -5,6 +5,7 @@ change a number. Of a loss of kind "step" the pass gives the value and the slope
 rows then have a loss that is linear in their log-probabilities.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -61,7 +62,7 @@ def pass_before(
     assert registered is not None
     running, values = dict(running), []
     for batch in batches:
-        terms = registered.batch_terms(batch, **loss.options)
+        terms = _if_finite(batch, registered.batch_terms(batch, **loss.options))
         for name in registered.running:
             mean, count = running.get(name, (terms[name], 0))
             if updates or count == 0:
@@ -106,6 +107,14 @@ def _part(scored: Scored, some: slice) -> Scored:
         return value
 
     return replace(scored, **{f.name: cut(getattr(scored, f.name)) for f in fields(scored)})
+
+
+def _if_finite(batch: Any, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The terms, or NaN where a log-probability is not finite: a bound such as that of KTO's
+    estimate would hide it, and the loss is to show it.
+    """
+    bad = ~batch.logratios.isfinite().all()
+    return {name: value.masked_fill(bad, math.nan) for name, value in terms.items()}
 
 
 def _slopes(loss: Loss, batch: Scored) -> dict[str, Tensor]:

@@ -74,7 +74,7 @@ class GradientNorms:
         if number in self.norms:
             raise ConfigError(
                 "optimizer_in_backward: a step took more than one backward pass; expected one row "
-                "a step (raise max_tokens_per_batch or take smaller steps)"
+                "a step (raise max_tokens_per_batch or lower per_device_train_batch_size)"
             )
         assert parameter.grad is not None
         self.norms[number] = torch.linalg.vector_norm(parameter.grad)
@@ -178,10 +178,11 @@ def require_one_row(
             if len(rows) > 1:
                 parts = [part for row in rows for part in row]
                 tokens = sum(part_tokens(groups[p.group], p.responses, layout) for p in parts)
+                units = f"{groups[0].unit}s"
                 raise ConfigError(
                     f"optimizer_in_backward: step {number} of epoch {epoch} takes {len(rows)} rows "
-                    f"for its {step.units} units; expected one row a step (raise "
-                    f"max_tokens_per_batch to some {tokens}, or take smaller steps: "
+                    f"for its {step.units} {units}; expected one row a step (raise "
+                    f"max_tokens_per_batch to some {tokens}, or take fewer {units} a step: "
                     f"per_device_train_batch_size {config.per_device_train_batch_size} x "
                     f"gradient_accumulation_steps {config.gradient_accumulation_steps})"
                 )

@@ -1,0 +1,98 @@
+"""References that are evaluated at every step of training."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.batch import Batch
+from ..errors import CheckpointError
+from ..model.scorer import Scorer
+
+
+@dataclass
+class OnlineReference:
+    """A reference that is evaluated at every step: a second model, or the policy with its adapter
+    switched off or as it was at the start.
+    """
+
+    scorer: Scorer
+    adapter_off: bool = False
+    start: dict[str, torch.Tensor] | None = None
+    """Trained parameters by name as they were, see `trained_parameters`."""
+
+    def response_logps(self, batch: Batch) -> torch.Tensor:
+        """Log-probability (R,) of every response of the batch, nats; no gradient."""
+        with self._model():
+            return self.scorer.response_logps(batch)
+
+    def token_logps(self, batch: Batch) -> torch.Tensor:
+        """Log-probability (T,) of every scored token of the batch, nats; no gradient."""
+        with self._model():
+            return self.scorer.token_logps(batch)
+
+    @torch.no_grad()
+    def follow(self, policy: torch.nn.Module, alpha: float) -> None:
+        """Move a second model towards the policy: θ_ref ← α·θ + (1 − α)·θ_ref (TR-DPO, Gorbatovski
+        et al. 2024, arXiv:2404.09656, eq. 3).
+        """
+        own = self.scorer.model.parameters()
+        for weight, trained in zip(own, policy.parameters(), strict=True):
+            weight.mul_(1 - alpha).add_(trained, alpha=alpha)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Parameters of a second model by name, each once, as safetensors may hold them."""
+        named = self.scorer.model.named_parameters()
+        return {name: weight.detach().contiguous() for name, weight in named}
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, torch.Tensor], path: Path) -> None:
+        """Put back what `weights` gave.
+
+        Raises:
+            CheckpointError: those are another model's; `path` says whose.
+        """
+        own = dict(self.scorer.model.named_parameters())
+        if {n: w.shape for n, w in own.items()} != {n: w.shape for n, w in weights.items()}:
+            raise CheckpointError(f"{path}: holds another reference model than this run's")
+        for name, weight in own.items():
+            weight.copy_(weights[name])
+
+    @contextmanager
+    def _model(self) -> Iterator[None]:
+        """The model as the reference is."""
+        model: Any = self.scorer.model
+        switched: AbstractContextManager[Any] = nullcontext()
+        if self.adapter_off:
+            switched = model.disable_adapter()
+        elif self.start is not None:
+            switched = _parameters_of(model, self.start)
+        training = model.training
+        model.eval()
+        try:
+            with switched:
+                yield
+        finally:
+            model.train(training)
+
+
+def trained_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the parameters that training will change, by name."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@contextmanager
+def _parameters_of(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> Iterator[None]:
+    """`values` in place of the parameters' own; nothing is copied."""
+    own = {name: model.get_parameter(name) for name in values}
+    now = {name: parameter.data for name, parameter in own.items()}
+    try:
+        for name, parameter in own.items():
+            parameter.data = values[name]
+        yield
+    finally:
+        for name, parameter in own.items():
+            parameter.data = now[name]
