@@ -1,22 +1,78 @@
 """Every registered loss against its paper's formula, written with probabilities in fp64."""
 
+import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from fastdpo_kernels import LOSSES, Comparisons
+from fastdpo_kernels import LOSSES, Comparisons, Responses
+from fastdpo_kernels.losses import Loss, Tokens
 from torch import Tensor
 
-from fastdpo.losses import loss_at_reference, make_loss
+from fastdpo.losses import make_loss
 
 BETA, EPSILON, TAU = 0.3, 0.1, 0.05
+OPTIONS = {
+    "beta": BETA,
+    "label_smoothing": EPSILON,
+    "discopop_tau": TAU,
+    "simpo_gamma": 0.4,
+    "cpo_alpha": 0.7,
+    "alpha": 0.25,
+    "desirable_weight": 0.8,
+    "undesirable_weight": 1.3,
+    "epsilon": 0.2,
+    "epsilon_high": 0.3,
+    "max_completion_length": 40,
+}
+OF_PAIRS = sorted(name for name, loss in LOSSES.items() if loss.unit == "comparison")
+OF_RESPONSES = sorted(name for name, loss in LOSSES.items() if loss.kind == "response")
+OF_TOKENS = sorted(name for name, loss in LOSSES.items() if loss.kind == "tokens")
+
+
+def random(seed: int):
+    return torch.Generator().manual_seed(seed)
 
 
 def pairs(count: int = 64, spread: float = 8.0) -> Comparisons:
-    g = torch.Generator().manual_seed(0)
+    g = random(0)
     logps = [-40 + spread * torch.randn(count, generator=g, dtype=torch.float64) for _ in range(4)]
     lengths = [torch.randint(1, 30, (count,), generator=g).double() for _ in range(2)]
-    return Comparisons(*logps, *lengths)
+    given = {name: torch.full((count,), 17.5) for name in ("batch_chosen_tokens",)}
+    given["batch_sequence_tokens"] = torch.full((count,), 26.0, dtype=torch.float64)
+    prompt = -20 * torch.rand(count, generator=g, dtype=torch.float64)
+    return Comparisons(*logps, *lengths, given, prompt_logps=prompt)
+
+
+def responses(count: int = 64) -> Responses:
+    g = random(1)
+    logps, ref = (-40 + 8 * torch.randn(count, generator=g, dtype=torch.float64) for _ in "ab")
+    lengths = torch.randint(1, 30, (count,), generator=g).double()
+    given = {
+        "label": (torch.rand(count, generator=g) > 0.5).double(),
+        "kl": torch.full((count,), 1.7, dtype=torch.float64),
+        "delta": torch.full((count,), -0.3, dtype=torch.float64),
+        "win_rate": torch.rand(count, generator=g, dtype=torch.float64),
+    }
+    return Responses(logps, ref, lengths, given)
+
+
+def tokens(count: int = 12) -> Responses:
+    """Responses with their tokens, whose ratios lie on both sides of the clipping."""
+    g = random(2)
+    lengths = torch.randint(1, 9, (count,), generator=g)
+    units = torch.arange(count).repeat_interleave(lengths)
+    ref = -3 * torch.rand(len(units), generator=g, dtype=torch.float64)
+    logps = ref + 0.4 * torch.randn(len(units), generator=g, dtype=torch.float64)
+    each = Tokens(logps, ref, units)
+    given = {
+        "advantage": torch.randn(count, generator=g, dtype=torch.float64),
+        "batch_tokens": torch.full((count,), 4.5, dtype=torch.float64),
+        "step_tokens": torch.full((count,), 5.5, dtype=torch.float64),
+    }
+    sums = [each.sums(values, count) for values in (logps, ref)]
+    return Responses(*sums, lengths.double(), given, tokens=each)
 
 
 def sigma(x: Tensor) -> Tensor:
@@ -25,14 +81,22 @@ def sigma(x: Tensor) -> Tensor:
 
 def by_formula(name: str, p: Comparisons) -> Tensor:
     """The loss from ratios of probabilities: w and l of the policy over the reference."""
+    if not LOSSES[name].reference:
+        return without_reference(name, p)
     w = torch.exp(p.chosen_logps) / torch.exp(p.ref_chosen_logps)
     l = torch.exp(p.rejected_logps) / torch.exp(p.ref_rejected_logps)  # noqa: E741
     prefer = w**BETA / (w**BETA + l**BETA)
     r_w, r_l = BETA * w.log(), BETA * l.log()
     per_token = w.log() / p.chosen_lengths - l.log() / p.rejected_lengths
     share = sigma((r_w - r_l) / TAU)
+    rank = torch.exp(p.chosen_logps) / torch.exp(p.rejected_logps)
+    ref_rank = torch.exp(p.ref_chosen_logps) / torch.exp(p.ref_rejected_logps)
+    matched = sigma(BETA * (rank.sort()[0] / ref_rank.sort()[0]).log())
+    unpaired = sigma(BETA * (w.sort()[0] / l.sort()[0]).log())
     return {
         "sigmoid": -(1 - EPSILON) * prefer.log() - EPSILON * (1 - prefer).log(),
+        "spin": -prefer.log(),
+        "sigmoid_norm": -sigma(BETA * per_token).log(),
         "hinge": (1 - (r_w - r_l)).clamp(min=0),
         "ipo": (per_token - 1 / (2 * BETA)) ** 2,
         "robust": (-(1 - EPSILON) * prefer.log() + EPSILON * (1 - prefer).log())
@@ -45,27 +109,189 @@ def by_formula(name: str, p: Comparisons) -> Tensor:
         "apo_zero": 1 - sigma(r_w) + sigma(r_l),
         "apo_down": sigma(r_w) + 1 - prefer,
         "discopop": (1 - share) * -prefer.log() + share * torch.exp(-(r_w - r_l)),
+        "aot": -(1 - EPSILON) * matched.log() - EPSILON * (1 - matched).log(),
+        "aot_unpaired": -(1 - EPSILON) * unpaired.log() - EPSILON * (1 - unpaired).log(),
     }[name]
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
-def test_a_loss_is_its_papers_formula(name: str) -> None:
+def without_reference(name: str, p: Comparisons) -> Tensor:
+    """The same for losses of the policy's probabilities alone, sums and geometric means."""
+    nll = -torch.exp(p.chosen_logps).log() / 17.5
+    sums = [torch.exp(logps) for logps in (p.chosen_logps, p.rejected_logps)]
+    means = [sums[0] ** (1 / p.chosen_lengths), sums[1] ** (1 / p.rejected_lengths)]
+    gap, mean_gap = ((a**-0.25 - b**-0.25) / -0.25 for a, b in (sums, means))
+    odds = [mean / (1 - mean) for mean in means]
+    joint = torch.exp(p.prompt_logps) * sums[0]
+    prefer = sigma(BETA * gap)
+    margin = sigma(BETA * mean_gap - 0.4)
+    return {
+        "sft": nll,
+        "cpo": -(1 - EPSILON) * prefer.log() - EPSILON * sigma(-BETA * gap).log() + 0.7 * nll,
+        "cpo_hinge": (1 - BETA * gap).clamp(min=0) + 0.7 * nll,
+        "cpo_ipo": (mean_gap - 1 / (2 * BETA)) ** 2 + 0.7 * nll,
+        "simpo": -(1 - EPSILON) * margin.log() - EPSILON * (1 - margin).log() + 0.7 * nll,
+        "orpo": -joint.log() / 26 - BETA * (odds[0] / odds[1] / (1 + odds[0] / odds[1])).log(),
+    }[name]
+
+
+@pytest.mark.parametrize("name", OF_PAIRS)
+def test_a_loss_of_pairs_is_its_papers_formula(name: str) -> None:
     p = pairs()
-    loss = LOSSES[name](p, beta=BETA, label_smoothing=EPSILON)
+    if not LOSSES[name].reference:  # AlphaPO's powers would be as good as infinite
+        p = replace(p, chosen_logps=p.chosen_logps / 10, rejected_logps=p.rejected_logps / 10)
+    loss = LOSSES[name](p, **OPTIONS)
     assert loss.shape == (64,)
     torch.testing.assert_close(loss, by_formula(name, p), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("name", OF_RESPONSES)
+def test_a_loss_of_responses_is_its_papers_formula(name: str) -> None:
+    r = responses()
+    ratio = torch.exp(r.logps) / torch.exp(r.ref_logps)
+    reward, good = ratio.log() * BETA, r.given["label"] == 1
+    value = sigma(reward - BETA * 1.7)
+    expected = {
+        "kto": torch.where(good, 0.8 * (1 - value), 1.3 * (1 - sigma(BETA * 1.7 - reward))),
+        "apo_zero_unpaired": torch.where(good, 0.8 * (1 - sigma(reward)), 1.3 * sigma(reward)),
+        "bco": torch.where(
+            good, -0.8 * sigma(reward + 0.3).log(), -1.3 * sigma(-0.3 - reward).log()
+        ),
+        "sppo": (ratio.log() - (r.given["win_rate"] - 0.5) / BETA) ** 2,
+    }[name]
+    torch.testing.assert_close(LOSSES[name](r, **OPTIONS), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_ktos_estimate_and_bcos_shift_of_a_batch() -> None:
+    r = responses()
+    mean = (torch.exp(r.logps) / torch.exp(r.ref_logps)).log().mean()
+    (kl,) = LOSSES["kto"].batch_terms(r, **OPTIONS).values()
+    (delta,) = LOSSES["bco"].batch_terms(r, **OPTIONS).values()
+    assert kl.item() == pytest.approx(max(0.0, mean.item()))
+    assert delta.item() == pytest.approx(BETA * mean.item())
+    below = replace(r, logps=r.ref_logps - 1)
+    assert LOSSES["kto"].batch_terms(below)["kl"] == 0
+
+
+@pytest.mark.parametrize("name", OF_TOKENS)
+@pytest.mark.parametrize("level", ["token", "sequence", "sampled"])
+def test_grpo_is_its_papers_formula(name: str, level: str) -> None:
+    r = tokens()
+    assert r.tokens is not None
+    given, old = dict(r.given), r.ref_logps
+    if level == "sampled":
+        given["logp"] = old = r.ref_logps - 0.2
+    expected = []
+    for unit in range(len(r.logps)):
+        here = r.tokens.units == unit
+        p, ref, size = r.tokens.logps[here].exp(), r.tokens.ref_logps[here].exp(), here.sum()
+        ratio = p / ref
+        if level != "token":
+            ratio = (p.prod() / torch.exp(old[unit])) ** (1 / float(size)) * torch.ones(
+                int(size), dtype=torch.float64
+            )
+        advantage = r.given["advantage"][unit]
+        gain = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.3) * advantage)
+        total = (BETA * (ref / p - (ref / p).log() - 1) - gain).sum()
+        over = {"grpo": size, "bnpo": 4.5, "dapo": 5.5, "dr_grpo": 40}[name]
+        expected.append(total / over)
+    how = "token" if level == "token" else "sequence"
+    loss = LOSSES[name](replace(r, given=given), **OPTIONS, importance_sampling_level=how)
+    torch.testing.assert_close(loss, torch.stack(expected), rtol=1e-9, atol=1e-9)
+
+
+def test_grpo_wants_the_ratio_of_sequences_where_sums_are_given() -> None:
+    r = tokens()
+    with pytest.raises(ValueError, match='need importance_sampling_level "sequence"'):
+        LOSSES["grpo"](replace(r, given={**r.given, "logp": r.ref_logps}), **OPTIONS)
+
+
+def test_listwise_is_the_likelihood_of_a_ranking() -> None:
+    g = random(3)
+    logps, ref = (-40 + 8 * torch.randn(3, 4, generator=g, dtype=torch.float64) for _ in "ab")
+    rank = torch.tensor([[2, 0, 3, 1], [1, 2, 0, 0], [0, 1, 1, 2]])
+    members = torch.tensor([[True] * 4, [True] * 3 + [False], [True] * 4])
+    groups = Responses(logps, ref, torch.ones(3, 4), {"rank": rank.double()}, members)
+    loss = LOSSES["listwise"](groups, beta=BETA)
+    odds = (torch.exp(logps) / torch.exp(ref)) ** BETA
+    for line, (weights, ranks) in enumerate(zip(odds[:2], ([2, 0, 3, 1], [1, 2, 0]), strict=True)):
+        order = sorted(range(len(ranks)), key=ranks.__getitem__)
+        chances = [weights[order[k]] / weights[order[k:]].sum() for k in range(len(order))]
+        assert loss[line].item() == pytest.approx(-math.log(math.prod(chances)), rel=1e-9)
+    # Of two that are equal, each is compared with what is worse, and not with the other.
+    a, b, c, d = odds[2]
+    tie = a / (a + b + c + d) * (b / (b + d)) * (c / (c + d))
+    assert loss[2].item() == pytest.approx(-tie.log().item(), rel=1e-9)
+    every = [
+        LOSSES["listwise"](
+            replace(groups, given={"rank": torch.tensor([order] * 3).double()}), beta=1
+        )
+        for order in itertools.permutations(range(4))
+    ]
+    assert torch.stack(every)[:, 0].neg().exp().sum().item() == pytest.approx(1, rel=1e-9)
+
+
+DIVERGENCES = {
+    "forward_kl": lambda u: 1 - 1 / u,
+    "js_divergence": lambda u: (2 * u / (1 + u)).log(),
+    "alpha_divergence": lambda u: (u ** (0.7 - 1) - 1) / (0.7 - 1),
+}
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("name", ["sigmoid", "hinge", "robust", "exo_pair", "ipo", "discopop"])
+def test_an_f_divergence_is_its_derivative_in_place_of_the_log_ratio(name, divergence) -> None:
+    p = pairs(spread=0.7)
+    options = {"f_divergence_type": divergence, "f_alpha_divergence_coef": 0.7}
+    loss = Loss.named(name, beta=BETA, label_smoothing=EPSILON, **options)
+    score = DIVERGENCES[divergence]
+    zero = torch.zeros_like(p.chosen_logps)
+    same = replace(
+        p,
+        chosen_logps=score(torch.exp(p.chosen_logps) / torch.exp(p.ref_chosen_logps)),
+        rejected_logps=score(torch.exp(p.rejected_logps) / torch.exp(p.ref_rejected_logps)),
+        ref_chosen_logps=zero,
+        ref_rejected_logps=zero,
+    )
+    torch.testing.assert_close(loss(p), by_formula(name, same), rtol=1e-9, atol=1e-9)
+
+
+def test_the_reverse_kl_and_its_limit_are_the_log_ratio() -> None:
+    p = pairs()
+    plain = Loss.named("sigmoid", beta=BETA)
+    for options in ({"f_divergence_type": "reverse_kl"}, {"f_divergence_type": "alpha_divergence"}):
+        loss = Loss.named("sigmoid", beta=BETA, f_alpha_divergence_coef=1.0, **options)
+        torch.testing.assert_close(loss(p), plain(p))
+    with pytest.raises(ValueError, match=r"f_divergence_type: expected one of reverse_kl, .* 'kl'"):
+        Loss.named("sigmoid", beta=BETA, f_divergence_type="kl")
+
+
+@pytest.mark.parametrize("name", OF_PAIRS)
 @pytest.mark.parametrize("far", [-5000.0, 5000.0])
 def test_losses_and_gradients_stay_finite_far_from_the_reference(name: str, far: float) -> None:
+    """AlphaPO's rewards are the one exception: of a probability of exp(−5000) they are infinite."""
     one = torch.ones(1, dtype=torch.float64)
-    chosen, rejected = (far * one).requires_grad_(), (-far * one).requires_grad_()
-    p = Comparisons(chosen, rejected, 0 * one, 0 * one, one, one)
+    free = not LOSSES[name].reference
+    high = -1e-3 * one if free else abs(far) * one  # no log-probability is above 0
+    low = -5000 * one
+    ends = (high, low) if far > 0 else (low, high)
+    chosen, rejected = (value.clone().requires_grad_() for value in ends)
+    given = {"batch_chosen_tokens": one, "batch_sequence_tokens": one}
+    p = Comparisons(chosen, rejected, 0 * one, 0 * one, one, one, given, prompt_logps=-one)
     loss = LOSSES[name](p, beta=BETA, label_smoothing=EPSILON).sum()
     gradients = torch.autograd.grad(loss, (chosen, rejected), allow_unused=True)
     assert torch.isfinite(loss)
     assert all(torch.isfinite(g).all() for g in gradients if g is not None)
+
+
+@pytest.mark.parametrize("name", OF_RESPONSES)
+@pytest.mark.parametrize("far", [-5000.0, 5000.0])
+def test_losses_of_responses_stay_finite_far_from_the_reference(name: str, far: float) -> None:
+    r = responses(2)
+    logps = torch.full((2,), far, dtype=torch.float64, requires_grad=True)
+    given = {**r.given, "label": torch.tensor([0.0, 1.0])}
+    loss = LOSSES[name](replace(r, logps=logps, given=given), **OPTIONS).sum()
+    (gradient,) = torch.autograd.grad(loss, logps)
+    assert torch.isfinite(loss) and torch.isfinite(gradient).all()
 
 
 def test_label_smoothing_outside_a_losses_range_is_an_error() -> None:
@@ -79,4 +305,12 @@ def test_label_smoothing_outside_a_losses_range_is_an_error() -> None:
     [("sigmoid", math.log(2)), ("bco_pair", 2 * math.log(2)), ("apo_zero", 1.0), ("hinge", 1.0)],
 )
 def test_the_first_loss_is_known(name: str, value: float) -> None:
-    assert loss_at_reference(make_loss([name], beta=0.1)) == pytest.approx(value, abs=1e-12)
+    assert make_loss([name], beta=0.1).at_reference() == pytest.approx(value, abs=1e-12)
+
+
+def test_the_first_loss_is_unknown_without_a_reference() -> None:
+    assert all(make_loss([n], beta=0.1).at_reference() is None for n in ("orpo", "sft", "kto"))
+
+
+def test_every_loss_names_its_equation_and_its_paper() -> None:
+    assert all(loss.equation and loss.paper for loss in LOSSES.values())

@@ -19,6 +19,7 @@ takes are found by their names. What it sees depends on its kind:
 """
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -69,6 +70,19 @@ class RegisteredLoss:
         if self.kind == "step":
             return "comparison"
         return "response" if self.kind == "tokens" else self.kind
+
+    @property
+    def equation(self) -> str:
+        """The equation of its docstring, the second paragraph up to the shape; "" without one."""
+        paragraphs = inspect.cleandoc(self.function.__doc__ or "").split("\n\n")
+        text = " ".join(paragraphs[1].split()) if len(paragraphs) > 1 else ""
+        return re.split(r",(?: shape)? \([CU],\)", text)[0]
+
+    @property
+    def paper(self) -> str:
+        """The number on arXiv that its docstring names first; "" without one."""
+        found = re.search(r"arXiv:(\d+\.\d+)", self.function.__doc__ or "")
+        return found[1] if found else ""
 
     @cached_property
     def options(self) -> tuple[str, ...]:

@@ -95,7 +95,7 @@ _register(
 )
 _register(
     "bnpo",
-    """GRPO with a mean over the batch's tokens, as TRL's bnpo:
+    """GRPO (arXiv:2402.03300) with a mean over the batch's tokens, as TRL's bnpo:
 
     Σ_t l_t / (tokens of a response in the batch on average), shape (U,).
     """,
