@@ -1,5 +1,6 @@
-"""What the pages show of the demo's model under several losses."""
+"""What the pages show of the losses: the demo's model under several, and what their form costs."""
 
+import statistics
 from pathlib import Path
 
 from .rows import origins, read
@@ -37,3 +38,18 @@ def demo_block(folder: Path) -> str:
         "one a token, and by how much the log-probabilities of both have changed."
     )
     return "\n\n".join([markdown(columns, lines, 2), said, *origins(list(rows.values()))])
+
+
+def forms_block(folder: Path) -> str:
+    """The time of each form of a loss beside that of comparisons alone."""
+    rows = read(folder, "forms-*.jsonl")
+    rows = [row for row in rows if row["command"] == rows[-1]["command"]]
+    if not rows:
+        return NOTHING
+    lines = []
+    for name in rows[0]["seconds"]:
+        ratios = [row["seconds"][name] / row["seconds"]["linear_dpo_loss"] for row in rows]
+        spread = f"{number(min(ratios))}–{number(max(ratios))}"
+        lines.append([name, f"{statistics.median(ratios):.3f}×", spread, str(len(ratios))])
+    columns = ("form", "time", "least–most", "turns")
+    return "\n\n".join([markdown(columns, lines), *origins(rows)])
