@@ -203,9 +203,7 @@ def agrees(models, still_model, moved_model, tmp_path):
             ]
             keys = {"learning_rate": 0.0, "shuffle": False, "beta": BETA} | options | layout
             keys |= {"per_device_train_batch_size": BATCH, "max_steps": len(expected)}
-            run(
-                still_model, data, tmp_path / name, ref_model_name_or_path=str(moved_model), **keys
-            )
+            run(still_model, data, tmp_path / name, ref_model_name_or_path=str(moved_model), **keys)
             found = metrics(tmp_path / name)
             assert [row["loss"] for row in found] == pytest.approx(
                 [loss for loss, _ in expected], rel=1e-5, abs=1e-5
@@ -246,9 +244,7 @@ def test_listwise(agrees, groups, models):
         models.responses(group["prompt"], group["responses"], rank=group["rankings"])
         for group in groups
     ]
-    agrees(
-        rows_with(groups, "rankings"), units, mean_over(plackett_luce), loss_type=["listwise"]
-    )
+    agrees(rows_with(groups, "rankings"), units, mean_over(plackett_luce), loss_type=["listwise"])
 
 
 def test_sppo_of_scores(agrees, groups, models):
@@ -270,8 +266,7 @@ def test_sppo_of_comparisons(agrees, groups, models):
 
 def test_spin(agrees, pairs, models):
     units = [
-        models.responses(row["prompt"], (row["chosen"], row["rejected"]))
-        for row in pairs[:13]
+        models.responses(row["prompt"], (row["chosen"], row["rejected"])) for row in pairs[:13]
     ]
     agrees(pairs[:13], units, mean_over(spin), loss_type=["spin"])
 
