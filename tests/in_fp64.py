@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class Models:
         """
         start = self.tokenizer(prompt).input_ids
         ids = [self.tokenizer(prompt + t + self.tokenizer.eos_token).input_ids for t in texts]
-        cut = min(len(commonprefix([start, one])) for one in ids)
+        cut = min(_shared(start, one) for one in ids)
         return [
             Response(
                 self._tokens(self.policy, torch.tensor([one]), cut),
@@ -69,6 +69,12 @@ class Models:
         weights = list(self.policy.parameters())
         gradients = torch.autograd.grad(loss, weights, retain_graph=True)
         return loss.item(), torch.stack([g.norm() for g in gradients]).norm().item()
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens the two begin with alike."""
+    same = (a == b for a, b in zip(one, other, strict=False))
+    return sum(1 for _ in takewhile(bool, same))
 
 
 def steps_of(units: Sequence[Any], batch: int, accumulated: int) -> list[list[Sequence[Any]]]:

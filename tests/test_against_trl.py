@@ -104,7 +104,13 @@ OPTIONS = [
     (["cpo_ipo"], CPO),
     (["simpo"], {"cpo_alpha": 0.0}),
 ]
-ONE_DIVERGENCE = [([name], options) for name in OF_SCORES for options in DIVERGENCES]
+SMOOTH = [name for name in OF_SCORES if name not in ("exo_pair", "robust")]
+OF_DIVERGENCES = [
+    *(([name], DIVERGENCES[2]) for name in OF_SCORES),
+    *((["exo_pair", "robust"], options) for options in DIVERGENCES[:2]),
+    *((SMOOTH, options | {"loss_weights": [1, 2, 3, 0.1, 4, 5]}) for options in DIVERGENCES[:2]),
+]
+"""One loss at a time with one divergence, and mixes of them all with the others."""
 
 
 def name_of(case):
@@ -140,6 +146,6 @@ def test_alphas_of_sums_agree_with_trl_where_its_exponentials_hold(rows, still_m
     check(["cpo"], CPO, short, still_model)
 
 
-@pytest.mark.parametrize("case", ONE_DIVERGENCE, ids=name_of)
+@pytest.mark.parametrize("case", OF_DIVERGENCES, ids=name_of)
 def test_every_divergence_agrees_with_trl(rows, still_model, case):
     check(*case, rows, still_model)

@@ -42,7 +42,7 @@ def without_garbage():
 
 @pytest.fixture(scope="module")
 def pairs(pairs_file, still_model):
-    """Rows of one prompt one after the other, token for token."""
+    """Rows that share a prompt token for token, one after the other."""
     return written_out(read_rows(pairs_file), AutoTokenizer.from_pretrained(still_model))
 
 
@@ -96,6 +96,16 @@ def test_evaluation_agrees_with_trl(pairs, still_model, evaluated, loss, batch):
     assert names <= ours.keys() and len(names) >= 7
     for name in names if batch == 4 else ():
         assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-3), name
+
+
+@pytest.mark.parametrize("loss", ["sft", "aot", "simpo"])
+def test_batches_of_an_evaluation_are_those_of_the_file(pairs, still_model, evaluated, loss):
+    """Though rows of one prompt stand apart in it, and form a group."""
+    rows = [pairs[12 + 5 * i % 12] for i in range(12)]
+    rows = rows_for([loss], rows, still_model)
+    theirs = by_trl(loss, rows, rows, still_model, 12, 4)
+    ours = evaluated(loss, rows, rows, per_device_eval_batch_size=4, per_device_train_batch_size=12)
+    assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], abs=1e-5)
 
 
 @pytest.mark.parametrize("loss", KINDS)

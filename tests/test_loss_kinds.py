@@ -88,9 +88,9 @@ def test_mismatched_completions_share_their_prompts(still_model, pairs, tokenize
     )
     data = load_data(config, tokenizer, None, rows)
     plan = epoch_plan(config, data.train, layout="shared", max_tokens=4096)
-    made = [ids_of(row, tokenizer) for row in rows]
+    ids = [ids_of(row, tokenizer) for row in rows]
     for number, step in enumerate(plan):
-        batch = made[8 * number : 8 * number + 8]
+        batch = ids[8 * number : 8 * number + 8]
         mixed = [(p, other) for (p, _), (_, other) in zip(batch, [batch[-1], *batch], strict=False)]
         parts = [part for row in step.first for part in row]
         counted = [part_tokens(data.train[p.group], p.responses, "shared") for p in parts]
