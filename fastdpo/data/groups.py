@@ -34,7 +34,7 @@ class Group:
         unit: what the loss has one number for.
         items: the response of each labelled or scored one; one that was given twice is there twice.
         given: constants of each item, by name.
-        rows: the row that each item stood in.
+        rows: the row that each item, or each comparison, stood in.
         mismatched: of each item, the response that the row before it had to its own prompt (KTO);
             empty where the loss asks for none.
     """
@@ -74,8 +74,8 @@ class Group:
         return tuple(self.items[item] for item in self.lists[unit])
 
     def rows_of_units(self) -> list[int]:
-        """The row that each unit stood in, of labelled or scored responses and of groups."""
-        return self.rows if self.unit == "response" else list(dict.fromkeys(self.rows))
+        """The row that each unit stood in."""
+        return list(dict.fromkeys(self.rows)) if self.unit == "group" else self.rows
 
     def weight(self, unit: int) -> float:
         """What a unit counts in the loss."""
@@ -166,7 +166,9 @@ def make_groups(
         places = [builder.place(index, ids) for ids in responses]
         for win, lose, weight in zip(row["winners"], row["losers"], row["weights"], strict=True):
             group.comparisons.append((places[win], places[lose], float(weight)))
-        if unit != "comparison":
+        if unit == "comparison":
+            group.rows += [number] * len(row["winners"])
+        else:
             group.items += places
             group.rows += [number] * len(places)
             constants = constants_of_row(row, scale_rewards)

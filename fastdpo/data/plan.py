@@ -90,13 +90,14 @@ def make_plan(
     seed: int | None = 0,
     epoch: int = 0,
     world_size: int = 1,
+    by_rows: bool = False,
 ) -> list[Step]:
     """The steps of one epoch. `seed=None` keeps the order of the data.
 
     A group at the end of a step is split between two steps, and one that alone exceeds the budget
     between rows; its prompt is then computed in each. A single unit is never split, so it may make
     a row longer than the budget. Without a seed, units other than comparisons keep the order of the
-    rows.
+    rows, and comparisons do so with `by_rows`; otherwise those of one prompt stay together.
     """
 
     def packed(
@@ -110,7 +111,7 @@ def make_plan(
         return pack(groups, pieces, budget, layout, multiple)
 
     steps = []
-    for units, count in _cut_into_steps(_in_order(groups, seed, epoch), units_per_step):
+    for units, count in _cut_into_steps(_in_order(groups, seed, epoch, by_rows), units_per_step):
         rows = packed(units, max_tokens, world_size, False)
         ranks = tuple(tuple(rows[rank::world_size]) for rank in range(world_size))
         first: tuple[PackedRow, ...] = ()
@@ -176,9 +177,11 @@ def _only(part: Part, missing: Collection[tuple[int, int]]) -> Part | None:
     return Part(part.group, left) if left else None
 
 
-def _in_order(groups: Sequence[Group], seed: int | None, epoch: int) -> Iterator[tuple[int, int]]:
+def _in_order(
+    groups: Sequence[Group], seed: int | None, epoch: int, by_rows: bool
+) -> Iterator[tuple[int, int]]:
     """The group and the number of every unit, as an epoch takes them."""
-    if seed is None and groups and groups[0].unit != "comparison":
+    if seed is None and groups and (by_rows or groups[0].unit != "comparison"):
         for _, index, unit in sorted(
             (row, index, unit)
             for index, group in enumerate(groups)

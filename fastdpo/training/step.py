@@ -197,7 +197,7 @@ class Objective:
         self, groups: Sequence[Group], max_tokens: int, batch_size: int
     ) -> dict[str, float]:
         """Metrics named eval_*, each a mean over all units; batch terms are over batches of
-        `batch_size` units. The model's mode is left as it was.
+        `batch_size` units in the order of the rows. The model's mode is left as it was.
         """
         model = self.policy.model
         training = model.training
@@ -210,6 +210,7 @@ class Objective:
             max_tokens=max_tokens,
             layout=self.policy.layout.name,
             seed=None,
+            by_rows=True,
         )
         for step, parts in self._windows(groups, plan, batch_size):
             terms = self.terms(step, batch_size)
