@@ -53,3 +53,23 @@ def forms_block(folder: Path) -> str:
         lines.append([name, f"{statistics.median(ratios):.3f}×", spread, str(len(ratios))])
     columns = ("form", "time", "least–most", "turns")
     return "\n\n".join([markdown(columns, lines), *origins(rows)])
+
+
+def kto_tokens_block(folder: Path) -> str:
+    """What KTO's KL estimate computes, beside whole pairs and beside what TRL pads."""
+    rows = read(folder, "kto-tokens.jsonl")
+    if not rows:
+        return NOTHING
+    rows = [row for row in rows if row["commit"] == rows[-1]["commit"]]
+    lines = [
+        [
+            f"{row['data']}, {row['rows']} rows, {row['batches_per_step']} batches of "
+            f"{row['options']['batch']} a step",
+            str(row["shared"]),
+            f"{number(row['shared_over_apart'], 2)}×",
+            f"{number(row['shared_over_padded'], 2)}×",
+        ]
+        for row in rows
+    ]
+    columns = ("rows", "tokens, prompts shared", "of unpadded pairs apart", "of TRL's padded pairs")
+    return "\n\n".join([markdown(columns, lines), *origins(rows)])

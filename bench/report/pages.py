@@ -18,7 +18,7 @@ from pathlib import Path
 from ..cli import Parser
 from .convergence import convergence_block, convergence_chart, convergence_table
 from .heads import head_tables, heads_all_block, heads_block, heads_chart
-from .losses import demo_block, forms_block
+from .losses import demo_block, forms_block, kto_tokens_block
 from .memory import memory_block
 from .robustness import kill_block, soak_block
 from .rows import first, flat, newest_runs, origins
@@ -42,6 +42,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "convergence": convergence_block,
     "demo": demo_block,
     "forms": forms_block,
+    "kto-tokens": kto_tokens_block,
     "memory": memory_block,
     "kill": kill_block,
     "soak": soak_block,

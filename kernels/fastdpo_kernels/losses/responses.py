@@ -21,8 +21,8 @@ def kto(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Tensor:
-    """KTO, Ethayarajh et al. 2024 (arXiv:2402.01306), eq. 7, on the reward r = β·log-ratio, with z =
-    "kl" of the batch without gradient:
+    """KTO, Ethayarajh et al. 2024 (arXiv:2402.01306), eq. 7, on the reward r = β·log-ratio, with
+    "kl" of the batch as z, without gradient:
 
     λ_D·(1 − σ(r − β·z)) for a desirable response, λ_U·(1 − σ(β·z − r)) for an undesirable one,
     shape (U,).
