@@ -14,7 +14,14 @@ import fastdpo_kernels
 import pytest
 import torch
 import yaml
-from fastdpo_kernels import LOSSES, Comparisons, linear_dpo_loss, linear_logprob, register_loss
+from fastdpo_kernels import (
+    LOSSES,
+    Comparisons,
+    linear_dpo_loss,
+    linear_logprob,
+    linear_loss,
+    register_loss,
+)
 from training import metrics, run
 from transformers import AutoModelForCausalLM
 
@@ -138,10 +145,11 @@ def known_names() -> set[str]:
     """Every name with an underscore in it that a page may use."""
     keys = TrainConfig.key_fields()
     choices = [choice for item in keys.values() for choice in item.metadata["choices"] or ()]
-    calls = (linear_logprob, linear_dpo_loss, train)
+    calls = (linear_logprob, linear_dpo_loss, linear_loss, train)
     arguments = [name for call in calls for name in inspect.signature(call).parameters]
     known = {*keys, *PEER_KEYS, *FIELDS, *LOSSES, *choices, *arguments, *vars(fastdpo_kernels)}
-    return known | explained_metrics() | {"fastdpo_kernels", "save_to_disk", "save_pretrained"}
+    metrics = explained_metrics() | explained_metrics("docs/losses.md")
+    return known | metrics | {"fastdpo_kernels", "save_to_disk", "save_pretrained"}
 
 
 @pytest.mark.parametrize("page", sorted({"README.md", *DOCS} - {"docs/benchmarks.md"}))
@@ -246,7 +254,7 @@ def test_pages_say_what_the_configuration_declares() -> None:
     generate = runpy.run_path(str(ROOT / "docs/generate.py"))
     assert generate["main"](["--check"]) == 0
     shown = re.findall(r"<!-- keys:(\w+) -->", "".join(map(text_of, DOCS)))
-    assert sorted(shown) == sorted([*GROUPS, *generate["LISTS"]])
+    assert sorted(shown) == sorted([*GROUPS, *generate["LISTS"], "loss_table"])
 
 
 def test_every_metric_is_explained(tiny_model: Path, pairs_file: Path, tmp_path: Path) -> None:
