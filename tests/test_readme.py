@@ -7,6 +7,7 @@ import math
 import re
 import runpy
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from fastdpo_kernels import (
     linear_dpo_loss,
     linear_logprob,
     linear_loss,
-    register_loss,
 )
 from training import metrics, run
 from transformers import AutoModelForCausalLM
@@ -212,22 +212,32 @@ def test_the_imports_for_other_trainers_exist() -> None:
     assert {"patch_trl", "LigerFusedLinearDPOLoss"} <= set(names)
 
 
-def test_the_example_of_a_loss_is_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = blocks("CONTRIBUTING.md", "python")
-    monkeypatch.delitem(LOSSES, "my_loss", raising=False)
-    names: dict[str, Any] = {
-        "register_loss": register_loss,
-        "Comparisons": Comparisons,
-        "Tensor": torch.Tensor,
-        "torch": torch,
-    }
+def test_the_examples_of_losses_are_losses() -> None:
+    code, known = "\n".join(blocks("CONTRIBUTING.md", "python")), set(LOSSES)
+    names: dict[str, Any] = {**vars(fastdpo_kernels), "Tensor": torch.Tensor, "torch": torch}
     exec(compile(code, "CONTRIBUTING.md", "exec"), names)
+    zero, one = torch.zeros(2), torch.ones(2)
+    pairs = Comparisons(zero, zero, zero, zero, one, one)
+    good = Responses(zero, zero, one, {"label": torch.tensor([1.0, 0.0]), "advantage": one})
+    each = replace(good, tokens=Tokens(one, zero, torch.tensor([0, 1])))
+    members = torch.tensor([[True, True], [True, False]])
+    table = torch.zeros(2, 2)
+    groups = Responses(table, table, table, {"rank": torch.tensor([[1.0, 0.0]] * 2)}, members)
+    seen = {
+        "my_loss": (pairs, [1, 1]),
+        "above_the_mean": (pairs, [1, 1]),
+        "good_or_bad": (good, [math.log(2)] * 2),
+        "best_of": (groups, [math.log(2), 0]),
+        "by_token": (each, [-math.tanh(1)] * 2),
+    }
     try:
-        zero, one = torch.zeros(2), torch.ones(2)
-        pairs = Comparisons(zero, zero, zero, zero, one, one)
-        assert LOSSES["my_loss"](pairs, beta=0.1, label_smoothing=0.0).tolist() == [1.0, 1.0]
+        assert set(LOSSES) - known == set(seen)
+        for name, (argument, values) in seen.items():
+            loss = LOSSES[name](argument, beta=0.1, label_smoothing=0.0)
+            assert loss.tolist() == pytest.approx(values), name
     finally:
-        del LOSSES["my_loss"]
+        for name in seen:
+            del LOSSES[name]
 
 
 # Data, keys, metrics, commands
