@@ -18,10 +18,12 @@ import yaml
 from fastdpo_kernels import (
     LOSSES,
     Comparisons,
+    Responses,
     linear_dpo_loss,
     linear_logprob,
     linear_loss,
 )
+from fastdpo_kernels.losses import Tokens
 from training import metrics, run
 from transformers import AutoModelForCausalLM
 
