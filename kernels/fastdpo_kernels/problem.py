@@ -154,13 +154,14 @@ class Problem:
         gradient = gradient.to(token_logps.dtype)
         return loss.detach(), gradient if self.loss.by_tokens else gradient[ids]
 
-    def _places(self, tokens: slice) -> tuple[Tensor, Tensor]:
-        """Where each response's tokens begin in a range, and how many they are, (R,) each."""
-        ids, count = self.response_ids[tokens], len(self.ref_logps)
-        position = torch.arange(len(ids), device=ids.device)
-        first = torch.full((count,), len(ids), device=ids.device)
-        first = first.scatter_reduce(0, ids, position, "amin")
-        return first, torch.zeros_like(first).index_add_(0, ids, torch.ones_like(ids))
+    def _in_order(self, tokens: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens of a range by response, ignored ones last, (t,); where each response's begin
+        among them and how many they are, (R,) each.
+        """
+        count = len(self.ref_logps)
+        owners = self.response_ids[tokens].masked_fill(self.targets[tokens] < 0, count)
+        counts = owners.new_zeros(count + 1).index_add_(0, owners, torch.ones_like(owners))[:count]
+        return owners.sort(stable=True).indices, counts.cumsum(0) - counts, counts
 
     def _discounted(
         self, pairs: Comparisons, units: Tensor, tokens: slice, token_logps: Tensor
@@ -169,14 +170,13 @@ class Problem:
         alpha, reference = self.loss.ld_alpha, self.ref_token_logps
         if alpha is None or reference is None:
             raise ValueError("ld_alpha: needs ref_token_logps, the reference's of every token")
-        first, count = self._places(tokens)
+        order, first, count = self._in_order(tokens)
         shared = count[units[:, :2]].amin(1)
-        both = torch.stack([token_logps, reference[tokens]])
+        both = torch.stack([token_logps, reference[tokens]])[:, order]
         before = torch.nn.functional.pad(both.cumsum(1), (1, 0))
 
         def tails(responses: Tensor) -> Tensor:
-            begin = (first[responses] + shared).clamp(max=len(token_logps))
-            end = (first[responses] + count[responses]).clamp(max=len(token_logps))
+            begin, end = first[responses] + shared, first[responses] + count[responses]
             return (1 - alpha) * (before[:, end] - before[:, begin])
 
         chosen, rejected = tails(units[:, 0]), tails(units[:, 1])
@@ -191,11 +191,11 @@ class Problem:
 
     def _tokens(self, responses: Tensor, tokens: slice, token_logps: Tensor) -> Tokens:
         """The tokens of one response a unit, a unit's after the other's."""
-        first, count = self._places(tokens)
+        order, first, count = self._in_order(tokens)
         lengths = count[responses]
         units = torch.arange(len(responses), device=lengths.device).repeat_interleave(lengths)
         begin = first[responses] - (lengths.cumsum(0) - lengths)
-        place = torch.arange(len(units), device=lengths.device) + begin[units]
+        place = order[torch.arange(len(units), device=lengths.device) + begin[units]]
         if self.ref_token_logps is None:
             reference = torch.zeros_like(token_logps[place])
         else:
