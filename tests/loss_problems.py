@@ -105,21 +105,23 @@ def options_of(name: str) -> dict[str, Any]:
     return {key: value for key, value in OPTIONS.items() if key in names}
 
 
-def by_linear_loss(task: Task, train=(True, True), dtype=torch.float64, **options) -> dict:
+def by_linear_loss(
+    task: Task, train=(True, True), dtype=torch.float64, device="cpu", **options
+) -> dict[str, Tensor]:
     """Everything that `linear_loss` gives, and the gradients of three times the loss."""
     names, needs = ("hidden", "weight", "bias"), (train[0], train[1], train[1])
     leaves = {
-        name: getattr(task, name).to(dtype, copy=True).requires_grad_(need)
+        name: getattr(task, name).to(device, dtype, copy=True).requires_grad_(need)
         for name, need in zip(names, needs, strict=True)
     }
     constants: dict[str, Any] = {
-        "unit_weights": task.unit_weights,
-        "ref_token_logps": task.ref_token_logps,
-        "given": task.given,
+        "unit_weights": task.unit_weights.to(device),
+        "ref_token_logps": task.ref_token_logps.to(device),
+        "given": {name: value.to(device) for name, value in task.given.items()},
     }
     result = linear_loss(
         **leaves,
-        targets=task.targets,
+        targets=task.targets.to(device),
         response_ids=task.response_ids,
         units=task.units,
         **constants | task.head | options,
@@ -128,7 +130,9 @@ def by_linear_loss(task: Task, train=(True, True), dtype=torch.float64, **option
     return _with_gradients(result._asdict(), leaves)
 
 
-def by_full_logits(task: Task, function: Callable[[Any], Tensor], train=(True, True), **own) -> dict:
+def by_full_logits(
+    task: Task, function: Callable[[Any], Tensor], train=(True, True), **own
+) -> dict[str, Tensor]:
     """The same by autograd through the whole logits; `own`: `ld_alpha` and `use_weighting`."""
     names, needs = ("hidden", "weight", "bias"), (train[0], train[1], train[1])
     leaves = {

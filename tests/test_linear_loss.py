@@ -8,6 +8,7 @@ from loss_problems import by_full_logits, by_linear_loss, make_task, options_of
 
 TRAIN = [(True, True), (True, False), (False, True)]
 BACKENDS = ["torch", "naive"]
+OWN = [{"ld_alpha": 0.3}, {"use_weighting": True}, {"ld_alpha": 0.0, "use_weighting": True}]
 EXACT = 1e-10
 
 
@@ -33,10 +34,9 @@ def test_every_registered_loss(name, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("own", [{"ld_alpha": 0.3}, {"use_weighting": True}, {"both": True}], ids=str)
+@pytest.mark.parametrize("own", OWN, ids=str)
 @pytest.mark.parametrize("name", ["sigmoid", "ipo", "aot", "cpo"])
 def test_discounted_tails_and_weights_by_probability(name, own, backend):
-    own = {"ld_alpha": 0.3, "use_weighting": True} if "both" in own else own
     task = make_task(LOSSES[name].kind)
     for train in TRAIN:
         found = by_linear_loss(task, train, loss=name, backend=backend, **own, **options_of(name))

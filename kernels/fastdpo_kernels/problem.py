@@ -121,7 +121,7 @@ class Problem:
         loss = self.loss(self.scored(logps, selected, tokens, token_logps))
         weights = self.weights[selected]
         if self.loss.use_weighting:
-            aligned = (token_logps.detach() - stats["log_sum_sq_prob"]).double()
+            aligned = (token_logps - stats["log_sum_sq_prob"]).detach().double()
             sums = _sums(aligned, self.response_ids[tokens], len(logps))
             means = (sums / self.response_lengths.clamp(min=1))[self.units[selected][:, :2]]
             weights = weights * means.sum(1).exp()
