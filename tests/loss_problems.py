@@ -95,8 +95,12 @@ def given_of(kind: str, count: int) -> dict[str, Tensor]:
     ramp = torch.linspace(-1, 1, count, dtype=torch.float64)
     if kind in ("comparison", "step"):
         return {"batch_chosen_tokens": 5 + ramp, "batch_sequence_tokens": 7 + ramp}
-    given = {"label": torch.arange(count) % 2 == 0, "win_rate": ramp.square(), "advantage": 2 * ramp}
-    return given | {name: 2 + ramp for name in ("kl", "delta", "batch_tokens", "step_tokens")}
+    given = {
+        "label": torch.arange(count) % 2 == 0,
+        "win_rate": ramp.square(),
+        "advantage": 2 * ramp,
+    }
+    return given | dict.fromkeys(("kl", "delta", "batch_tokens", "step_tokens"), 2 + ramp)
 
 
 def options_of(name: str) -> dict[str, Any]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .arguments import indices
-from .losses import Comparisons, Loss, Responses, Scored, Tokens
+from .losses import Comparisons, Constants, Loss, Responses, Scored, Tokens
+from .losses.registry import Kind
 
 Selection = slice | Tensor
 """Some of the units: a range, or indices (n,) int64."""
@@ -62,12 +63,9 @@ class Problem:
             weights = ref.new_full((units.shape[0],), 1.0 / max(1, units.shape[0]))
         if response_lengths is None:
             response_lengths = _sums((targets >= 0).double(), response_ids.to(ref.device), count)
-        constants = {name: value.to(ref) for name, value in (given or {}).items()}
         lengths = response_lengths.to(ref)
-        if loss.kind in ("comparison", "step") and "batch_chosen_tokens" not in constants:
-            chosen = lengths[units[:, 0].to(ref.device)]
-            mean = chosen.mean().clamp(min=1) if len(chosen) else chosen.sum() + 1
-            constants["batch_chosen_tokens"] = mean.expand(units.shape[0])
+        constants = _mean_tokens(loss.kind, lengths, units.to(ref.device))
+        constants |= {name: value.to(ref) for name, value in (given or {}).items()}
         return Problem(
             targets,
             response_ids,
@@ -95,7 +93,7 @@ class Problem:
         with `token_logps` (t,) fp64; `logps` (R,) fp64 are their sums.
         """
         units = self.units[selected]
-        given = {name: value[selected] for name, value in self.given.items()}
+        given = Constants({name: value[selected] for name, value in self.given.items()})
         ref, lengths = self.ref_logps, self.response_lengths
         if self.loss.kind in ("comparison", "step"):
             pairs = _comparisons(units, logps, ref, lengths, given)
@@ -196,10 +194,9 @@ class Problem:
         units = torch.arange(len(responses), device=lengths.device).repeat_interleave(lengths)
         begin = first[responses] - (lengths.cumsum(0) - lengths)
         place = order[torch.arange(len(units), device=lengths.device) + begin[units]]
-        if self.ref_token_logps is None:
-            reference = torch.zeros_like(token_logps[place])
-        else:
-            reference = self.ref_token_logps[tokens][place]
+        reference = self.ref_token_logps
+        if reference is not None:
+            reference = reference[tokens][place]
         return Tokens(token_logps[place], reference, units)
 
 
@@ -217,6 +214,22 @@ def _comparisons(
         given,
         prompt_logps=logps[prompt[0]] if prompt else None,
     )
+
+
+def _mean_tokens(kind: Kind, lengths: Tensor, units: Tensor) -> dict[str, Tensor]:
+    """What losses divide by, (U,) each, where a call is a whole batch and a whole step."""
+    counted = {}
+    if kind in ("comparison", "step"):
+        counted["batch_chosen_tokens"] = lengths[units[:, 0]]
+        if units.shape[1] > 2:
+            counted["batch_sequence_tokens"] = lengths[units[:, 0]] + lengths[units[:, 2]]
+    elif kind == "tokens":
+        counted = dict.fromkeys(("batch_tokens", "step_tokens"), lengths[units[:, 0]])
+    count = max(1, units.shape[0])
+    return {
+        name: (values.sum() / count).clamp(min=1).expand(units.shape[0])
+        for name, values in counted.items()
+    }
 
 
 def scored_units(problem: Problem, token_logps: Tensor) -> Scored:
