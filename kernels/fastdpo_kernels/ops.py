@@ -248,7 +248,10 @@ def linear_loss(
         _check_given(made.name, given, ref_logps is not None or ref_token_logps is not None)
     units = units.unsqueeze(1) if units.ndim == 1 else units
     if ref_logps is None:
-        ref_logps = _reference_sums(targets, response_ids, units, response_lengths, ref_token_logps)
+        scored = (
+            None if ref_token_logps is None else ref_token_logps.where(targets != ignore_index, 0)
+        )
+        ref_logps = _reference_sums(targets, response_ids, units, response_lengths, scored)
     rest = (response_ids, units, ref_logps, unit_weights, response_lengths)
     check_problem(hidden, *rest)
     head = {"softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index}

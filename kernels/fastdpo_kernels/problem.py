@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .arguments import indices
-from .losses import Comparisons, Loss, Responses, Scored, Tokens
+from .losses import Comparisons, Constants, Loss, Responses, Scored, Tokens
+from .losses.registry import Kind
 
 Selection = slice | Tensor
 """Some of the units: a range, or indices (n,) int64."""
@@ -62,12 +63,9 @@ class Problem:
             weights = ref.new_full((units.shape[0],), 1.0 / max(1, units.shape[0]))
         if response_lengths is None:
             response_lengths = _sums((targets >= 0).double(), response_ids.to(ref.device), count)
-        constants = {name: value.to(ref) for name, value in (given or {}).items()}
         lengths = response_lengths.to(ref)
-        if loss.kind in ("comparison", "step") and "batch_chosen_tokens" not in constants:
-            chosen = lengths[units[:, 0].to(ref.device)]
-            mean = chosen.mean().clamp(min=1) if len(chosen) else chosen.sum() + 1
-            constants["batch_chosen_tokens"] = mean.expand(units.shape[0])
+        constants = _mean_tokens(loss.kind, lengths, units.to(ref.device))
+        constants |= {name: value.to(ref) for name, value in (given or {}).items()}
         return Problem(
             targets,
             response_ids,
@@ -95,7 +93,7 @@ class Problem:
         with `token_logps` (t,) fp64; `logps` (R,) fp64 are their sums.
         """
         units = self.units[selected]
-        given = {name: value[selected] for name, value in self.given.items()}
+        given = Constants({name: value[selected] for name, value in self.given.items()})
         ref, lengths = self.ref_logps, self.response_lengths
         if self.loss.kind in ("comparison", "step"):
             pairs = _comparisons(units, logps, ref, lengths, given)
@@ -121,7 +119,7 @@ class Problem:
         loss = self.loss(self.scored(logps, selected, tokens, token_logps))
         weights = self.weights[selected]
         if self.loss.use_weighting:
-            aligned = (token_logps.detach() - stats["log_sum_sq_prob"]).double()
+            aligned = (token_logps - stats["log_sum_sq_prob"]).detach().double()
             sums = _sums(aligned, self.response_ids[tokens], len(logps))
             means = (sums / self.response_lengths.clamp(min=1))[self.units[selected][:, :2]]
             weights = weights * means.sum(1).exp()
@@ -154,13 +152,14 @@ class Problem:
         gradient = gradient.to(token_logps.dtype)
         return loss.detach(), gradient if self.loss.by_tokens else gradient[ids]
 
-    def _places(self, tokens: slice) -> tuple[Tensor, Tensor]:
-        """Where each response's tokens begin in a range, and how many they are, (R,) each."""
-        ids, count = self.response_ids[tokens], len(self.ref_logps)
-        position = torch.arange(len(ids), device=ids.device)
-        first = torch.full((count,), len(ids), device=ids.device)
-        first = first.scatter_reduce(0, ids, position, "amin")
-        return first, torch.zeros_like(first).index_add_(0, ids, torch.ones_like(ids))
+    def _in_order(self, tokens: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens of a range by response, ignored ones last, (t,); where each response's begin
+        among them and how many they are, (R,) each.
+        """
+        count = len(self.ref_logps)
+        owners = self.response_ids[tokens].masked_fill(self.targets[tokens] < 0, count)
+        counts = owners.new_zeros(count + 1).index_add_(0, owners, torch.ones_like(owners))[:count]
+        return owners.sort(stable=True).indices, counts.cumsum(0) - counts, counts
 
     def _discounted(
         self, pairs: Comparisons, units: Tensor, tokens: slice, token_logps: Tensor
@@ -169,14 +168,13 @@ class Problem:
         alpha, reference = self.loss.ld_alpha, self.ref_token_logps
         if alpha is None or reference is None:
             raise ValueError("ld_alpha: needs ref_token_logps, the reference's of every token")
-        first, count = self._places(tokens)
+        order, first, count = self._in_order(tokens)
         shared = count[units[:, :2]].amin(1)
-        both = torch.stack([token_logps, reference[tokens]])
+        both = torch.stack([token_logps, reference[tokens]])[:, order]
         before = torch.nn.functional.pad(both.cumsum(1), (1, 0))
 
         def tails(responses: Tensor) -> Tensor:
-            begin = (first[responses] + shared).clamp(max=len(token_logps))
-            end = (first[responses] + count[responses]).clamp(max=len(token_logps))
+            begin, end = first[responses] + shared, first[responses] + count[responses]
             return (1 - alpha) * (before[:, end] - before[:, begin])
 
         chosen, rejected = tails(units[:, 0]), tails(units[:, 1])
@@ -191,15 +189,14 @@ class Problem:
 
     def _tokens(self, responses: Tensor, tokens: slice, token_logps: Tensor) -> Tokens:
         """The tokens of one response a unit, a unit's after the other's."""
-        first, count = self._places(tokens)
+        order, first, count = self._in_order(tokens)
         lengths = count[responses]
         units = torch.arange(len(responses), device=lengths.device).repeat_interleave(lengths)
         begin = first[responses] - (lengths.cumsum(0) - lengths)
-        place = torch.arange(len(units), device=lengths.device) + begin[units]
-        if self.ref_token_logps is None:
-            reference = torch.zeros_like(token_logps[place])
-        else:
-            reference = self.ref_token_logps[tokens][place]
+        place = order[torch.arange(len(units), device=lengths.device) + begin[units]]
+        reference = self.ref_token_logps
+        if reference is not None:
+            reference = reference[tokens][place]
         return Tokens(token_logps[place], reference, units)
 
 
@@ -217,6 +214,22 @@ def _comparisons(
         given,
         prompt_logps=logps[prompt[0]] if prompt else None,
     )
+
+
+def _mean_tokens(kind: Kind, lengths: Tensor, units: Tensor) -> dict[str, Tensor]:
+    """What losses divide by, (U,) each, where a call is a whole batch and a whole step."""
+    counted = {}
+    if kind in ("comparison", "step"):
+        counted["batch_chosen_tokens"] = lengths[units[:, 0]]
+        if units.shape[1] > 2:
+            counted["batch_sequence_tokens"] = lengths[units[:, 0]] + lengths[units[:, 2]]
+    elif kind == "tokens":
+        counted = dict.fromkeys(("batch_tokens", "step_tokens"), lengths[units[:, 0]])
+    count = max(1, units.shape[0])
+    return {
+        name: (values.sum() / count).clamp(min=1).expand(units.shape[0])
+        for name, values in counted.items()
+    }
 
 
 def scored_units(problem: Problem, token_logps: Tensor) -> Scored:

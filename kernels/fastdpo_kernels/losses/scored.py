@@ -11,6 +11,14 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 
+class Constants(dict[str, Tensor]):
+    """Constants of units by name; a loss that reads one which is not there is a `ValueError`."""
+
+    def __missing__(self, name: str) -> Tensor:
+        there = ", ".join(self) or "nothing"
+        raise ValueError(f"given: the loss reads {name!r}, one number a unit, got {there}")
+
+
 @dataclass(frozen=True)
 class Comparisons:
     """Two responses each: every field has shape (C,).
@@ -93,12 +101,20 @@ class Comparisons:
 @dataclass(frozen=True)
 class Tokens:
     """The tokens of some units, one after the other: (n,) log-probabilities of policy and
-    reference, nats, and the unit of each token, in [0, U).
+    reference, nats, and the unit of each token, in [0, U). Without a reference its
+    log-probabilities are None.
     """
 
     logps: Tensor
-    ref_logps: Tensor
+    ref_logps: Tensor | None
     units: Tensor
+
+    @property
+    def reference(self) -> Tensor:
+        """`ref_logps`, which a loss needs: a `ValueError` without them."""
+        if self.ref_logps is None:
+            raise ValueError("the loss needs ref_token_logps, the reference's of every token")
+        return self.ref_logps
 
     def sums(self, values: Tensor, count: int) -> Tensor:
         """Σ of values (n,) over the tokens of each of `count` units, (U,)."""

@@ -31,14 +31,16 @@ def _token_losses(
         whole = responses.logps - (responses.ref_logps if old is None else old)
         log_ratios = (whole / responses.lengths.clamp(min=1))[tokens.units]
     elif old is None:
-        log_ratios = tokens.logps - tokens.ref_logps
+        log_ratios = tokens.logps - tokens.reference
     else:
         raise ValueError('logps of whole responses need importance_sampling_level "sequence"')
     high = epsilon if epsilon_high is None else epsilon_high
     advantages, ratios = responses.given["advantage"][tokens.units], log_ratios.exp()
     gains = torch.minimum(ratios * advantages, ratios.clamp(1 - epsilon, 1 + high) * advantages)
-    away = tokens.ref_logps - tokens.logps
-    kl = away.exp() - away - 1 if beta else torch.zeros_like(away)
+    kl = torch.zeros_like(log_ratios)
+    if beta:
+        away = tokens.reference - tokens.logps
+        kl = away.exp() - away - 1
     low_clip = (ratios < 1 - epsilon) & (advantages < 0)
     is_clipped = low_clip | ((ratios > 1 + high) & (advantages > 0))
     return beta * kl - gains, kl, is_clipped.to(kl.dtype)

@@ -68,7 +68,7 @@ class TritonTiles(Tiles):
             logps,
             problem.ref_logps,
             problem.response_lengths,
-            problem.units[selected],
+            problem.units[selected][:, :2],
             problem.weights[selected],
             loss_type=loss.name,
             beta=loss.beta,
