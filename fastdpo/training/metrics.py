@@ -112,20 +112,19 @@ def _over_tokens(tokens: Mapping[str, tuple[Tensor, Tensor]]) -> Parts:
 def _of_responses(
     batch: Batch, found: Mapping[str, Tensor], given: Mapping[str, Tensor], stats: Any
 ) -> Parts:
-    there = batch.units >= 0
-    responses = batch.units[there]
-    ones = torch.ones(len(responses), device=there.device, dtype=torch.float64)
-    whole = _named(batch, responses, ones)
+    there = (batch.units >= 0).double().reshape(-1)  # a mask would make the host wait
+    responses = batch.units.clamp(min=0).reshape(-1)
+    whole = _named(batch, responses, there)
     tokens = {"entropy": (whole, stats.entropy)}
     parts: Parts = {}
     for term in ("kl", "delta"):
         if term in given:
-            parts[term] = (given[term].sum(), ones.sum())
+            parts[term] = (given[term].sum(), there.sum())
     if "label" not in given:
         tokens["logits/mean"] = (whole, stats.mean_logit)
         means = {"rewards": "rewards/mean", "logps": "logps/mean"}
         for name, value in found.items():
-            parts[means.get(name, name)] = (value[there].sum(), ones.sum())
+            parts[means.get(name, name)] = ((there * value.reshape(-1)).sum(), there.sum())
         return parts | _over_tokens(tokens)
     label = given["label"].double()
     for kind, here in (("chosen", label), ("rejected", 1 - label)):
