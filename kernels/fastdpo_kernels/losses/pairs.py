@@ -17,7 +17,7 @@ def sigmoid(pairs: Comparisons, *, beta: float, label_smoothing: float) -> Tenso
 
     −(1 − ε)·log σ(β·margin) − ε·log σ(−β·margin), shape (C,).
     """
-    return _smoothed(beta * pairs.margins, label_smoothing)
+    return smoothed(beta * pairs.margins, label_smoothing)
 
 
 @register_loss("spin")
@@ -168,7 +168,7 @@ def aot(pairs: Comparisons, *, beta: float, label_smoothing: float) -> Tensor:
     """
     policy = (pairs.chosen_logps - pairs.rejected_logps).sort().values
     reference = (pairs.ref_chosen_logps - pairs.ref_rejected_logps).sort().values
-    return _smoothed(beta * (policy - reference), label_smoothing)
+    return smoothed(beta * (policy - reference), label_smoothing)
 
 
 @register_loss("aot_unpaired", kind="step")
@@ -179,10 +179,10 @@ def aot_unpaired(pairs: Comparisons, *, beta: float, label_smoothing: float) -> 
     −(1 − ε)·log σ(β·(w_(i) − l_(i))) − ε·log σ(−β·(w_(i) − l_(i))), shape (C,).
     """
     chosen, rejected = pairs.chosen_logratios.sort().values, pairs.rejected_logratios.sort().values
-    return _smoothed(beta * (chosen - rejected), label_smoothing)
+    return smoothed(beta * (chosen - rejected), label_smoothing)
 
 
-def _smoothed(logits: Tensor, label_smoothing: float) -> Tensor:
+def smoothed(logits: Tensor, label_smoothing: float) -> Tensor:
     """−log σ with a share of the labels the other way round."""
     agree = -(1 - label_smoothing) * logsigmoid(logits)
     return agree - label_smoothing * logsigmoid(-logits)

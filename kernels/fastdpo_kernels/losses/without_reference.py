@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from .pairs import smoothed
 from .registry import register_loss
 from .scored import Comparisons
 
@@ -65,11 +66,6 @@ def _with_nll(loss: Tensor, pairs: Comparisons, cpo_alpha: float) -> Tensor:
     return loss + cpo_alpha * pairs.chosen_nll if cpo_alpha else loss
 
 
-def _smoothed(logits: Tensor, label_smoothing: float) -> Tensor:
-    agree = -(1 - label_smoothing) * logsigmoid(logits)
-    return agree - label_smoothing * logsigmoid(-logits)
-
-
 @register_loss("cpo", reference=False, metrics=_sum_metrics)
 def cpo(
     pairs: Comparisons,
@@ -85,7 +81,7 @@ def cpo(
     −(1 − ε)·log σ(β·(r_w − r_l)) − ε·log σ(−β·(r_w − r_l)) + `cpo_alpha`·NLL_w, shape (C,).
     """
     r_w, r_l, _ = _rewards(pairs, False, beta, alpha)
-    return _with_nll(_smoothed(beta * (r_w - r_l), label_smoothing), pairs, cpo_alpha)
+    return _with_nll(smoothed(beta * (r_w - r_l), label_smoothing), pairs, cpo_alpha)
 
 
 @register_loss("cpo_hinge", reference=False, metrics=_sum_metrics)
@@ -131,7 +127,7 @@ def simpo(
     """
     r_w, r_l, _ = _rewards(pairs, True, beta, alpha)
     logits = beta * (r_w - r_l) - simpo_gamma
-    return _with_nll(_smoothed(logits, label_smoothing), pairs, cpo_alpha)
+    return _with_nll(smoothed(logits, label_smoothing), pairs, cpo_alpha)
 
 
 def _log_odds(averages: Tensor) -> Tensor:
