@@ -6,6 +6,8 @@ range is a `ValueError` where it lies on the host, and elsewhere becomes one tha
 with NaN and PyTorch with an assertion on the device, so that no number comes out wrong in silence.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -86,16 +88,46 @@ def check_comparisons(comparisons: Tensor) -> None:
     _check_integers("comparisons", comparisons)
 
 
-def check_units(hidden: Tensor, response_ids: Tensor, units: Tensor, kind: str) -> None:
-    """`ValueError` unless units are of the shape that a kind of loss has."""
+def check_units(
+    hidden: Tensor, response_ids: Tensor, units: Tensor, kind: str, prompt: bool
+) -> None:
+    """`ValueError` unless units are of the shape that a kind of loss has, with a column for the
+    `prompt` where the loss reads one.
+    """
     check_packed(hidden)
     _check_integers("units", units)
     _check_shape("response_ids", response_ids, (hidden.shape[0],))
-    expected = {"response": "(U,)", "tokens": "(U,)", "group": "(U, G)"}.get(kind, "(U, 2)")
-    ndim = 1 if expected == "(U,)" else 2
-    width = units.shape[1] if units.ndim == 2 else 1
-    if units.ndim != ndim or (expected == "(U, 2)" and width not in (2, 3)):
+    pairs = "(U, 3), winner, loser and prompt" if prompt else "(U, 2)"
+    expected = {"response": "(U,)", "tokens": "(U,)", "group": "(U, G)"}.get(kind, pairs)
+    fits = units.ndim == (1 if expected == "(U,)" else 2)
+    if fits and expected == pairs:
+        fits = units.shape[1] == 3 or (units.shape[1] == 2 and not prompt)
+    if not fits:
         raise ValueError(f"units: expected {expected}, got {tuple(units.shape)}")
+
+
+def check_constants(
+    hidden: Tensor,
+    units: Tensor,
+    kind: str,
+    given: Mapping[str, Tensor],
+    weights: Tensor | None,
+    ref_token_logps: Tensor | None,
+) -> None:
+    """`ValueError` unless these are weights (U,), ref_token_logps (T,) and constants (U,), or of
+    the shape of `units` where those are groups.
+    """
+    count = units.shape[0]
+    if weights is not None:
+        _check_shape("unit_weights", weights, (count,))
+    if ref_token_logps is not None:
+        _check_shape("ref_token_logps", ref_token_logps, (hidden.shape[0],))
+    for name, value in given.items():
+        subject = f"given[{name!r}]"
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{subject}: expected a tensor, got {type(value).__name__}")
+        if kind != "group" or value.shape != units.shape:
+            _check_shape(subject, value, (count,))
 
 
 def scored_targets(targets: Tensor, vocab: int, ignore_index: int) -> Tensor:

@@ -48,7 +48,8 @@ class Problem:
         ref_token_logps: Tensor | None = None,
         given: Mapping[str, Tensor] | None = None,
     ) -> "Problem":
-        """With the default weights, 1/U each, and lengths, counted from `targets`.
+        """With the default weights, 1/U each, and lengths, counted from `targets`. Nothing here has
+        a gradient.
 
         Raises:
             ValueError: `response_ids` or `units` on the host that name no response.
@@ -58,23 +59,23 @@ class Problem:
         none = units == _NONE if loss.kind == "group" else torch.zeros_like(units, dtype=torch.bool)
         name = "comparisons" if loss.kind in ("comparison", "step") else "units"
         units = _responses(name, units.masked_fill(none, 0), count).masked_fill(none, _NONE)
-        ref = ref_logps.to(targets.device, torch.float64)
+        ref = ref_logps.detach().to(targets.device, torch.float64)
         if weights is None:
             weights = ref.new_full((units.shape[0],), 1.0 / max(1, units.shape[0]))
         if response_lengths is None:
             response_lengths = _sums((targets >= 0).double(), response_ids.to(ref.device), count)
-        lengths = response_lengths.to(ref)
+        lengths = response_lengths.detach().to(ref)
         constants = _mean_tokens(loss.kind, lengths, units.to(ref.device))
-        constants |= {name: value.to(ref) for name, value in (given or {}).items()}
+        constants |= {name: value.detach().to(ref) for name, value in (given or {}).items()}
         return Problem(
             targets,
             response_ids,
             units,
             ref,
             lengths,
-            weights.to(ref),
+            weights.detach().to(ref),
             loss,
-            None if ref_token_logps is None else ref_token_logps.to(ref),
+            None if ref_token_logps is None else ref_token_logps.detach().to(ref),
             constants,
         )
 

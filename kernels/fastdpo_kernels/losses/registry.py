@@ -20,7 +20,7 @@ takes are found by their names. What it sees depends on its kind:
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal, get_args
@@ -160,6 +160,19 @@ def response_metrics(responses: Responses, *, beta: float) -> dict[str, Tensor]:
 
 
 _OF_COMPARISONS = ("ld_alpha", "use_weighting")
+_OF_SCORES = ("f_divergence_type", "f_alpha_divergence_coef")
+
+
+def check_options(name: str, options: Iterable[str]) -> None:
+    """`ValueError` for an option that the registered loss of this name does not take."""
+    registered = get_loss(name)
+    known = {"beta", "label_smoothing", *registered.options}
+    if registered.unit == "comparison":
+        known |= {*_OF_COMPARISONS, *_OF_SCORES}
+    taken = {name for name in options if name in known or _taken(registered.function, {name: 0})}
+    unknown = [option for option in options if option not in taken]
+    if unknown:
+        raise ValueError(f"{name}: no option {unknown[0]!r}; it takes {', '.join(sorted(known))}")
 
 
 @dataclass(frozen=True)
