@@ -46,6 +46,12 @@ class TrainingLoss:
                 f"loss_weights: expected {len(self.names)} numbers, one per loss, got "
                 f"{len(self.weights)}"
             )
+        first = [loss for loss in self.losses if loss.kind == "step" or loss.terms is not None]
+        if len(first) > 1 and any(loss.terms is not None for loss in first):
+            raise ConfigError(
+                "loss_type: expected one loss with terms of its batch, which cannot be mixed with "
+                "another that scores the step first"
+            )
 
     @cached_property
     def losses(self) -> tuple[RegisteredLoss, ...]:
@@ -100,7 +106,7 @@ class TrainingLoss:
             return Loss.named(name, **options)
         kind = "step" if self.whole_step else self.losses[0].kind
         of_all = {key: options.pop(key, None) for key in ("ld_alpha", "use_weighting")}
-        parts = [Loss.named(name, **options).function for name in self.names]
+        parts = [Loss.named(name, **options) for name in self.names]
 
         def mix(scored: Scored) -> Tensor:
             terms = [w * part(scored) for w, part in zip(self.weights, parts, strict=True)]
@@ -123,7 +129,10 @@ class TrainingLoss:
         if self.unit != "comparison" or not all(loss.reference for loss in self.losses):
             return None
         zero = torch.zeros(1, dtype=torch.float64)
-        return float(self.loss(Comparisons(zero, zero, zero, zero, zero + 1, zero + 1)))
+        try:
+            return float(self.loss(Comparisons(zero, zero, zero, zero, zero + 1, zero + 1)))
+        except KeyError:  # of a constant that the data or the batch gives
+            return None
 
 
 def make_loss(

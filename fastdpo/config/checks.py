@@ -9,6 +9,7 @@ from .adapters import AdapterKeys
 from .declare import Rule
 from .keys import ONE_FILE, Keys
 from .loss_checks import idle_options, of_loss, of_options, of_order, of_reference
+from .losses import WITH_BATCH_TERMS
 from .optimizer import OFFLOADED, TORCHAO
 from .schedule import SCHEDULE_OPTIONS, SCHEDULERS
 from .values import show, show_short
@@ -135,7 +136,8 @@ def idle_settings(keys: Keys) -> list[str]:
     if not keys.evaluates:
         idle["eval_dataset_name"] = "nothing is evaluated (eval_strategy is no)"
     packed = "evaluation is packed by max_tokens_per_batch, with the same result"
-    idle["per_device_eval_batch_size"] = packed
+    if not set(keys.loss_type) & set(WITH_BATCH_TERMS):
+        idle["per_device_eval_batch_size"] = packed
     if keys.max_steps > 0:
         idle["num_train_epochs"] = "max_steps sets the length of the run"
     if keys.lr_scheduler_type == "constant":

@@ -7,6 +7,8 @@ from .keys import Keys
 from .losses import (
     CPO_KEYS,
     CPO_ORIGIN,
+    KTO_KEYS,
+    KTO_ORIGIN,
     UNITS,
     WITH_DIVERGENCE,
     WITHOUT_BETA,
@@ -147,7 +149,9 @@ def idle_options(keys: Keys) -> dict[str, str]:
 
 def how_loss_was_read(keys: Keys) -> list[str]:
     """A line where `loss_type` has become another one than the file names."""
-    if keys.origins.get("loss_type") != CPO_ORIGIN:
+    origin = keys.origins.get("loss_type")
+    own = {CPO_ORIGIN: CPO_KEYS, KTO_ORIGIN: KTO_KEYS}.get(origin or "")
+    if own is None:
         return []
-    named = " and ".join(name for name in CPO_KEYS if name in keys.origins)
-    return [f"loss_type is {show(keys.loss_type)}, {CPO_ORIGIN}: {named} was given"]
+    named = " and ".join(name for name in own if name in keys.origins)
+    return [f"loss_type is {show(keys.loss_type)}, {origin}: {named} was given"]

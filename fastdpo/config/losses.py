@@ -79,6 +79,12 @@ LOSS_TRAITS = MappingProxyType(
 WITHOUT_BETA = ("grpo", "bnpo", "dapo", "dr_grpo")
 """Losses of which beta 0 leaves something: their penalty is one term of two."""
 
+WITH_BATCH_TERMS = (
+    *("kto", "aot", "aot_unpaired", "sft", "orpo", "bnpo"),
+    *("cpo", "cpo_hinge", "cpo_ipo", "simpo"),
+)
+"""Losses that take something from the batch that a unit stands in."""
+
 WITH_DIVERGENCE = (
     "sigmoid",
     "sigmoid_norm",
@@ -123,6 +129,11 @@ def unread(names: Sequence[str]) -> list[str]:
     read = {option for loss in losses if loss for option in loss.options}
     return [option for option in OPTIONS if option not in read] if all(losses) else []
 
+
+KTO_KEYS = ("desirable_weight", "undesirable_weight")
+"""Keys that only TRL's KTO trainer has."""
+
+KTO_ORIGIN = "as TRL's KTO trainer reads it"
 
 CPO_KEYS = ("cpo_alpha", "simpo_gamma", "alpha")
 """Keys that only TRL's CPO trainer has."""

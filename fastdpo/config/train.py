@@ -9,7 +9,7 @@ from ..errors import ConfigError
 from .checks import check_together, idle_settings
 from .keys import IN_PYTHON, Keys
 from .loss_checks import how_loss_was_read
-from .losses import CPO_KEYS, CPO_ORIGIN, as_cpo
+from .losses import CPO_KEYS, CPO_ORIGIN, KTO_KEYS, KTO_ORIGIN, as_cpo
 from .source import Given, check_foreign_key, meant_by_peers, read_flags, read_yaml
 from .text import as_yaml, table
 from .values import convert, limits, show_short
@@ -42,6 +42,7 @@ class TrainConfig(Keys):
         for name, declared in self.key_fields().items():
             self._set(**{name: self._checked(name, declared)})
         self._read_as_cpo()
+        self._read_as_kto()
         check_together(self)
 
     def _set(self, **values: Any) -> None:
@@ -55,6 +56,11 @@ class TrainConfig(Keys):
             given = []
         if changed := as_cpo(self.loss_type, given):
             self._set(**changed, origins={**self.origins, **dict.fromkeys(changed, CPO_ORIGIN)})
+
+    def _read_as_kto(self) -> None:
+        """Name the loss where none is named and the other keys are those of TRL's KTO trainer."""
+        if "loss_type" not in self.origins and any(name in self.origins for name in KTO_KEYS):
+            self._set(loss_type=["kto"], origins={**self.origins, "loss_type": KTO_ORIGIN})
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> "TrainConfig":

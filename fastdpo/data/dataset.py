@@ -148,6 +148,12 @@ def _groups(
         mismatch=config.per_device_train_batch_size if loss.mismatched else None,
     )
     _check_logps(config, loss, groups)
+    weights = {weight for group in groups for *_, weight in group.comparisons}
+    if loss.whole_step and weights != {1.0}:
+        raise DataError(
+            f"{rows.name}: comparisons have weights, which {' and '.join(loss.names)} cannot take: "
+            "it sorts the responses of a batch; expected comparisons without"
+        )
     said = describe_units(groups)
     if loss.unit == "comparison":
         said += str(check_agreement(groups))

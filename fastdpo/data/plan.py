@@ -78,6 +78,7 @@ def epoch_plan(
         layout=layout,
         seed=seed if config.shuffles else None,
         epoch=epoch,
+        by_rows=True,
     )
 
 

@@ -34,6 +34,8 @@ class GroupRewards:
 
     def accuracy(self) -> dict[str, float]:
         """The share of pairs in the right order, a tie counting one half; nothing without pairs."""
+        if not self._values:  # of a loss that reports none
+            return {}
         values = torch.cat(self._values).tolist()
         rewards = dict(zip(self._keys, values, strict=True))
         margins = [

@@ -45,7 +45,7 @@ class StepSums:
         """Add one row: its share of the loss, what was measured of every unit, the constants that
         the units were given, per-token statistics.
         """
-        if batch.units.ndim == 2 and "rewards/chosen" in found:
+        if batch.units.ndim == 2 and "batch_chosen_tokens" in given:
             parts = _of_comparisons(batch, found, stats)
         else:
             parts = _of_responses(batch, found, given, stats)
@@ -91,9 +91,11 @@ def _named(batch: Batch, responses: Tensor, weights: Tensor) -> Tensor:
 def _of_comparisons(batch: Batch, found: Mapping[str, Tensor], stats: Any) -> Parts:
     win, lose = batch.units[:, 0], batch.units[:, 1]
     ones = torch.ones(len(win), device=win.device, dtype=torch.float64)
-    margins = found["rewards/chosen"] - found["rewards/rejected"]
-    right = (margins > TIE).double() + 0.5 * (margins.abs() <= TIE)
-    units = dict(found) | {"rewards/accuracies": right, "rewards/margins": margins}
+    units = dict(found)
+    if {"rewards/chosen", "rewards/rejected"} <= found.keys():
+        margins = found["rewards/chosen"] - found["rewards/rejected"]
+        right = (margins > TIE).double() + 0.5 * (margins.abs() <= TIE)
+        units |= {"rewards/accuracies": right, "rewards/margins": margins}
     parts = {name: (value.sum(), ones.sum()) for name, value in units.items()}
     wins, losses = _named(batch, win, ones), _named(batch, lose, ones)
     tokens = {
@@ -128,7 +130,7 @@ def _of_responses(
         return parts | _over_tokens(tokens)
     label = given["label"].double()
     for kind, here in (("chosen", label), ("rejected", 1 - label)):
-        for name in ("rewards", "logps"):
+        for name in [name for name in ("rewards", "logps") if name in found]:
             parts[f"{name}/{kind}"] = ((here * found[name]).sum(), here.sum())
         tokens[f"logits/{kind}"] = (_named(batch, responses, here), stats.mean_logit)
     return parts | _over_tokens(tokens)

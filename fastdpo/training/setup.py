@@ -136,12 +136,15 @@ def set_up(
     start, bf16 = output.checkpoint(), config.bf16
     if start is not None:
         state = read_state(start)
-        check_keys(start, state, config)
+        if "loss_type" in config.origins:  # or else the data's layout decides
+            check_keys(start, state, config)
         if bf16 is None and "identity" in state:  # not what this machine would choose
             bf16 = state["identity"]["precision"] == str(torch.bfloat16)
     set_seed(config.seed)
     loaded = load(config, given, bf16)
     config, policy, data, loss = loaded.config, loaded.policy, loaded.data, loaded.loss
+    if start is not None:
+        check_keys(start, state, config)
     reference, digests = make_reference(config, policy, data, loss, loaded.max_tokens)
     logger.info(f"activations: {activations_path(config)}")
     logger.info(f"optimizer: {optimizer}")

@@ -97,8 +97,11 @@ class Objective:
         training, size = eval_batch is None, eval_batch or self.batch_size
         if not self.loss.scores_first:
             return None
+        mode = self.policy.model.training
+        self.policy.model.eval()  # what dropout draws here would not be what it draws for the rows
         rows = (self._scored(batch) for batch in step.first or step.batches)
         terms = pass_before(self.loss, rows, step.units, size, self.running, updates=training)
+        self.policy.model.train(mode)
         self._next_running = terms.running
         return terms
 
@@ -139,7 +142,7 @@ class Objective:
             scored = self._view(batch, result.token_logps, ref, ref_tokens, given)
             found = self.loss.measure(scored)
             sums.add(batch, result.loss, found, given, result.stats)
-            if rewards is not None:
+            if rewards is not None and "rewards" in found:
                 rewards.add(batch, found["rewards"])
         return result.loss
 

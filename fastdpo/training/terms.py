@@ -113,7 +113,9 @@ def _if_finite(batch: Any, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The terms, or NaN where a log-probability is not finite: a bound such as that of KTO's
     estimate would hide it, and the loss is to show it.
     """
-    bad = ~batch.logratios.isfinite().all()
+    names = ("logps", "chosen_logps", "rejected_logps")
+    found = [getattr(batch, name) for name in names if hasattr(batch, name)]
+    bad = ~torch.stack([value.isfinite().all() for value in found]).all()
     return {name: value.masked_fill(bad, math.nan) for name, value in terms.items()}
 
 

@@ -121,8 +121,11 @@ class Problem:
         weights = self.weights[selected]
         if self.loss.use_weighting:
             aligned = (token_logps - stats["log_sum_sq_prob"]).detach().double()
-            sums = _sums(aligned, self.response_ids[tokens], len(logps))
-            means = (sums / self.response_lengths.clamp(min=1))[self.units[selected][:, :2]]
+            ids, counted = self.response_ids[tokens], (self.targets[tokens] >= 0).double()
+            scored = _sums(counted, ids, len(logps)).clamp(min=1)
+            means = (_sums(counted * aligned, ids, len(logps)) / scored)[
+                self.units[selected][:, :2]
+            ]
             weights = weights * means.sum(1).exp()
         return (weights * loss).sum()
 
@@ -149,6 +152,8 @@ class Problem:
             else:
                 leaf = logps.detach().requires_grad_()
                 loss = self.total(leaf, selected, tokens, exact)
+            if not loss.requires_grad:
+                raise ValueError("the loss has no gradient: it detached what it saw, or ignored it")
             (gradient,) = torch.autograd.grad(loss, leaf)
         gradient = gradient.to(token_logps.dtype)
         return loss.detach(), gradient if self.loss.by_tokens else gradient[ids]

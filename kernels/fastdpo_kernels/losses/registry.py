@@ -31,6 +31,8 @@ from .divergences import score_of
 from .scored import Comparisons, Responses, Scored
 
 Kind = Literal["comparison", "response", "tokens", "group", "step"]
+COLUMNS = ("label", "advantage", "win_rate", "rank")
+"""What a loss may need in `given` of the data."""
 LossFunction = Callable[..., Tensor]
 Metrics = Callable[..., dict[str, Tensor]]
 
@@ -124,6 +126,9 @@ def register_loss(
     name: str, kind: Kind = "comparison", **about: Any
 ) -> Callable[[LossFunction], LossFunction]:
     """Make a function available as `loss_type=name`; `about` are fields of `RegisteredLoss`."""
+    columns = about.get("columns", ())
+    if unknown := [column for column in columns if column not in COLUMNS]:
+        raise ValueError(f"columns: expected any of {', '.join(COLUMNS)}, got {unknown[0]!r}")
     if kind not in get_args(Kind):
         raise ValueError(f"kind: expected one of {', '.join(get_args(Kind))}, got {kind!r}")
 
@@ -202,12 +207,13 @@ class Loss:
 
     def __call__(self, scored: Scored) -> Tensor:
         loss, units = self.function(scored), _units(scored)
-        if loss.shape != (units,):  # which weights would be broadcast to
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        if shape != (units,):  # which weights would be broadcast to
             subject = "loss_function" if self.name is None else f"loss {self.name!r}"
             unit = {"step": "comparison", "tokens": "response"}.get(self.kind, self.kind)
             raise ValueError(
                 f"{subject}: expected a function that returns ({units},), one loss a {unit}, got "
-                f"{tuple(loss.shape)}"
+                f"{shape}"
             )
         return loss
 
