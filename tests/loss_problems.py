@@ -189,7 +189,7 @@ def seen(task: Task, token_logps: Tensor, ld_alpha: float | None = None) -> Any:
         return Responses(sums[rows], ref_sums[rows], lengths[rows], given, members)
     each = [(task.response_ids == r) & task.valid for r in task.units]
     places = [int(i) for mask in each for i in mask.nonzero()]
-    of = torch.tensor([u for u, mask in enumerate(each) for _ in range(int(mask.sum()))])
+    of = torch.tensor([u for u, mask in enumerate(each) for _ in range(int(mask.sum()))]).long()
     tokens = Tokens(token_logps[places], reference[places], of)
     rows = task.units
     return Responses(sums[rows], ref_sums[rows], lengths[rows], given, tokens=tokens)

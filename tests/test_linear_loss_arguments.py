@@ -86,6 +86,23 @@ def test_divergences(divergence, backend):
     assert_same(found, by_full_logits(task, Loss.named("sigmoid", **options)), EXACT)
 
 
+@pytest.mark.parametrize("backend", ["torch", "naive"])
+@pytest.mark.parametrize("name", ["sigmoid", "sft", "kto", "grpo", "bnpo", "listwise", "aot"])
+def test_nothing_to_score_and_no_units(name, backend):
+    task = make_task(LOSSES[name].kind)
+    options = options_of(name) | {"loss": name, "backend": backend}
+    ignored = replace(task, targets=torch.full_like(task.targets, -100))
+    exact = by_full_logits(ignored, lambda seen: LOSSES[name](seen, **options_of(name)))
+    assert_same(by_linear_loss(ignored, **options), exact, EXACT)
+    none = replace(task, units=task.units[:0], given={k: v[:0] for k, v in task.given.items()})
+    for weights in (task.unit_weights[:0], None):
+        found = by_linear_loss(none, **options, unit_weights=weights)
+        assert not found["loss"] and not found["gradient of hidden"].any()
+        torch.testing.assert_close(
+            found["token_logps"], by_linear_loss(task, **options)["token_logps"]
+        )
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_column_for_the_prompt_changes_no_loss_that_does_not_read_it(backend):
     """The fused kernels read the comparisons of a loss that they know by its name."""
@@ -248,6 +265,7 @@ def test_a_reference_of_tokens_is_asked_for_where_sums_are_not_enough():
         ({"loss": 3}, "loss: expected the name of a loss or a function, got 3"),
         ({"loss": lambda pairs: pairs.margins.mean()}, r"returns \(\d,\), one loss a comparison"),
         ({"loss": lambda pairs: pairs.given["cost"]}, "given: the loss reads 'cost'.* got batch_"),
+        ({"loss": "robust", "label_smoothing": 0.5}, "robust: expected 0 <= label_smoothing < 0.5"),
         ({"loss": "sigmoid", "outputs": ("entropie",)}, "unknown outputs"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -277,7 +295,8 @@ def test_a_registered_loss_may_take_any_option():
     try:
         register_loss("scaled")(lambda pairs, **options: options["by"] * pairs.margins)
         task = make_task()
-        found = by_linear_loss(task, loss="scaled", by=2.0)
+        constants = {"given": None, "ref_logps": task.sums(task.ref_token_logps)}
+        found = by_linear_loss(task, loss="scaled", by=2.0, ref_token_logps=None, **constants)
         assert_same(found, by_full_logits(task, lambda pairs: 2 * pairs.margins), EXACT)
     finally:
         LOSSES.pop("scaled", None)

@@ -228,7 +228,7 @@ class Loss:
         own = {key: options.pop(key, None) for key in _OF_COMPARISONS}
         own = {key: value for key, value in own.items() if value is not None and value is not False}
         registered, score = get_loss(name), score_of(options)
-        plain = not (own or options.keys() & set(registered.options))
+        plain = not (own or _taken(registered.function, options))
         options |= {"beta": beta, "label_smoothing": label_smoothing}
         function: Callable[[Any], Tensor] = partial(registered, **options)
         loss = Loss(function, name, beta, label_smoothing, registered.kind, plain=plain, **own)

@@ -101,20 +101,19 @@ class Comparisons:
 @dataclass(frozen=True)
 class Tokens:
     """The tokens of some units, one after the other: (n,) log-probabilities of policy and
-    reference, nats, and the unit of each token, in [0, U). Without a reference its
-    log-probabilities are None.
+    reference, nats, and the unit of each token, in [0, U); `reference` is None without one.
     """
 
     logps: Tensor
-    ref_logps: Tensor | None
+    reference: Tensor | None
     units: Tensor
 
     @property
-    def reference(self) -> Tensor:
-        """`ref_logps`, which a loss needs: a `ValueError` without them."""
-        if self.ref_logps is None:
+    def ref_logps(self) -> Tensor:
+        """The reference's log-probabilities (n,); a `ValueError` without them."""
+        if self.reference is None:
             raise ValueError("the loss needs ref_token_logps, the reference's of every token")
-        return self.ref_logps
+        return self.reference
 
     def sums(self, values: Tensor, count: int) -> Tensor:
         """Σ of values (n,) over the tokens of each of `count` units, (U,)."""

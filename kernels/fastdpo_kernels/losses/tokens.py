@@ -31,7 +31,7 @@ def _token_losses(
         whole = responses.logps - (responses.ref_logps if old is None else old)
         log_ratios = (whole / responses.lengths.clamp(min=1))[tokens.units]
     elif old is None:
-        log_ratios = tokens.logps - tokens.reference
+        log_ratios = tokens.logps - tokens.ref_logps
     else:
         raise ValueError('logps of whole responses need importance_sampling_level "sequence"')
     high = epsilon if epsilon_high is None else epsilon_high
@@ -39,7 +39,7 @@ def _token_losses(
     gains = torch.minimum(ratios * advantages, ratios.clamp(1 - epsilon, 1 + high) * advantages)
     kl = torch.zeros_like(log_ratios)
     if beta:
-        away = tokens.reference - tokens.logps
+        away = tokens.ref_logps - tokens.logps
         kl = away.exp() - away - 1
     low_clip = (ratios < 1 - epsilon) & (advantages < 0)
     is_clipped = low_clip | ((ratios > 1 + high) & (advantages > 0))

@@ -58,7 +58,9 @@ class TritonTiles(Tiles):
         differentiate: bool,
     ) -> tuple[Tensor, Tensor | None]:
         loss = problem.loss
-        if loss.name not in DERIVATIVES or loss.by_tokens or loss.use_weighting:
+        # Smoothing from a half on is for the loss itself to refuse.
+        other = loss.by_tokens or loss.use_weighting or not 0 <= loss.label_smoothing < 0.5
+        if loss.name not in DERIVATIVES or other:
             return super().loss_and_coefficients(
                 problem, tokens, stats, logps, selected, differentiate
             )
