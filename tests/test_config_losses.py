@@ -129,7 +129,10 @@ def test_what_fits(values):
     ("values", "idle"),
     [
         *(
-            ({name: value}, f"{name} has no effect: sigmoid does not read it")
+            (
+                {"loss_type": "sigmoid", name: value},
+                f"{name} has no effect: sigmoid does not read it",
+            )
             for name, value in {
                 "discopop_tau": 0.1,
                 "desirable_weight": 2,
@@ -168,6 +171,21 @@ def test_what_fits(values):
 def test_what_no_loss_reads_is_noted(values, idle):
     (line,) = TrainConfig.from_dict(values).notes()
     assert line.startswith(idle)
+
+
+def test_ktos_weights_without_a_loss_are_ktos():
+    for values in ({"desirable_weight": 1.0}, {"undesirable_weight": 1.33}):
+        config = TrainConfig.from_dict(values)
+        assert config.loss_type == ["kto"] and not config.shuffles
+        assert config.notes()[0].startswith("loss_type is [kto], as TRL's KTO trainer reads it")
+    assert TrainConfig.from_dict({"loss_type": "bco", "desirable_weight": 2}).loss_type == ["bco"]
+
+
+def test_batches_of_an_evaluation_matter_where_the_loss_has_terms_of_a_batch():
+    for loss, idle in (("sigmoid", True), ("grpo", True), ("kto", False), ("sft", False)):
+        config = TrainConfig(loss_type=[loss], per_device_eval_batch_size=2)
+        said = [line for line in config.notes() if "per_device_eval_batch_size" in line]
+        assert bool(said) is idle
 
 
 def test_unset_means_what_the_run_needs():
@@ -270,7 +288,8 @@ def test_files_of_trls_trainers_run_as_they_are(tmp_path, text, flags, loss):
     kinds = ("label",) if loss == "kto" else ("pair",)
     run = config.for_layout(kinds)
     assert run.loss_type == [loss]
-    assert run.notes() == []
+    read = [line for line in run.notes() if line.startswith("loss_type is [kto], as TRL's KTO")]
+    assert run.notes() == read and bool(read) is (loss == "kto")
     assert run.shuffles == (loss != "kto")
 
 

@@ -122,11 +122,9 @@ class Problem:
         if self.loss.use_weighting:
             aligned = (token_logps - stats["log_sum_sq_prob"]).detach().double()
             ids, counted = self.response_ids[tokens], (self.targets[tokens] >= 0).double()
-            scored = _sums(counted, ids, len(logps)).clamp(min=1)
-            means = (_sums(counted * aligned, ids, len(logps)) / scored)[
-                self.units[selected][:, :2]
-            ]
-            weights = weights * means.sum(1).exp()
+            sums, count = (_sums(v, ids, len(logps)) for v in (counted * aligned, counted))
+            means = sums / count.clamp(min=1)
+            weights = weights * means[self.units[selected][:, :2]].sum(1).exp()
         return (weights * loss).sum()
 
     def loss_and_coefficients(
