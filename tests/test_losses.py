@@ -7,72 +7,24 @@ from dataclasses import replace
 import pytest
 import torch
 from fastdpo_kernels import LOSSES, Comparisons, Responses
-from fastdpo_kernels.losses import Loss, Tokens
+from fastdpo_kernels.losses import Loss
+from loss_samples import (
+    BETA,
+    EPSILON,
+    OF_PAIRS,
+    OF_RESPONSES,
+    OF_TOKENS,
+    OPTIONS,
+    TAU,
+    pairs,
+    random,
+    responses,
+    tokens,
+)
 from torch import Tensor
 
+from fastdpo.config.losses import WITH_DIVERGENCE
 from fastdpo.losses import make_loss
-
-BETA, EPSILON, TAU = 0.3, 0.1, 0.05
-OPTIONS = {
-    "beta": BETA,
-    "label_smoothing": EPSILON,
-    "discopop_tau": TAU,
-    "simpo_gamma": 0.4,
-    "cpo_alpha": 0.7,
-    "alpha": 0.25,
-    "desirable_weight": 0.8,
-    "undesirable_weight": 1.3,
-    "epsilon": 0.2,
-    "epsilon_high": 0.3,
-    "max_completion_length": 40,
-}
-OF_PAIRS = sorted(name for name, loss in LOSSES.items() if loss.unit == "comparison")
-OF_RESPONSES = sorted(name for name, loss in LOSSES.items() if loss.kind == "response")
-OF_TOKENS = sorted(name for name, loss in LOSSES.items() if loss.kind == "tokens")
-
-
-def random(seed: int):
-    return torch.Generator().manual_seed(seed)
-
-
-def pairs(count: int = 64, spread: float = 8.0) -> Comparisons:
-    g = random(0)
-    logps = [-40 + spread * torch.randn(count, generator=g, dtype=torch.float64) for _ in range(4)]
-    lengths = [torch.randint(1, 30, (count,), generator=g).double() for _ in range(2)]
-    given = {name: torch.full((count,), 17.5) for name in ("batch_chosen_tokens",)}
-    given["batch_sequence_tokens"] = torch.full((count,), 26.0, dtype=torch.float64)
-    prompt = -20 * torch.rand(count, generator=g, dtype=torch.float64)
-    return Comparisons(*logps, *lengths, given, prompt_logps=prompt)
-
-
-def responses(count: int = 64) -> Responses:
-    g = random(1)
-    logps, ref = (-40 + 8 * torch.randn(count, generator=g, dtype=torch.float64) for _ in "ab")
-    lengths = torch.randint(1, 30, (count,), generator=g).double()
-    given = {
-        "label": (torch.rand(count, generator=g) > 0.5).double(),
-        "kl": torch.full((count,), 1.7, dtype=torch.float64),
-        "delta": torch.full((count,), -0.3, dtype=torch.float64),
-        "win_rate": torch.rand(count, generator=g, dtype=torch.float64),
-    }
-    return Responses(logps, ref, lengths, given)
-
-
-def tokens(count: int = 12) -> Responses:
-    """Responses with their tokens, whose ratios lie on both sides of the clipping."""
-    g = random(2)
-    lengths = torch.randint(1, 9, (count,), generator=g)
-    units = torch.arange(count).repeat_interleave(lengths)
-    ref = -3 * torch.rand(len(units), generator=g, dtype=torch.float64)
-    logps = ref + 0.4 * torch.randn(len(units), generator=g, dtype=torch.float64)
-    each = Tokens(logps, ref, units)
-    given = {
-        "advantage": torch.randn(count, generator=g, dtype=torch.float64),
-        "batch_tokens": torch.full((count,), 4.5, dtype=torch.float64),
-        "step_tokens": torch.full((count,), 5.5, dtype=torch.float64),
-    }
-    sums = [each.sums(values, count) for values in (logps, ref)]
-    return Responses(*sums, lengths.double(), given, tokens=each)
 
 
 def sigma(x: Tensor) -> Tensor:
@@ -91,8 +43,9 @@ def by_formula(name: str, p: Comparisons) -> Tensor:
     share = sigma((r_w - r_l) / TAU)
     rank = torch.exp(p.chosen_logps) / torch.exp(p.rejected_logps)
     ref_rank = torch.exp(p.ref_chosen_logps) / torch.exp(p.ref_rejected_logps)
-    matched = sigma(BETA * (rank.sort()[0] / ref_rank.sort()[0]).log())
-    unpaired = sigma(BETA * (w.sort()[0] / l.sort()[0]).log())
+    matched, unpaired = torch.empty_like(w), torch.empty_like(w)
+    matched[rank.argsort()] = sigma(BETA * (rank.sort()[0] / ref_rank.sort()[0]).log())
+    unpaired[w.argsort()] = sigma(BETA * (w.sort()[0] / l.sort()[0]).log())
     return {
         "sigmoid": -(1 - EPSILON) * prefer.log() - EPSILON * (1 - prefer).log(),
         "spin": -prefer.log(),
@@ -134,6 +87,10 @@ def without_reference(name: str, p: Comparisons) -> Tensor:
     }[name]
 
 
+def test_every_registered_loss_has_its_formula_here() -> None:
+    assert {*OF_PAIRS, *OF_RESPONSES, *OF_TOKENS, "listwise"} == set(LOSSES)
+
+
 @pytest.mark.parametrize("name", OF_PAIRS)
 def test_a_loss_of_pairs_is_its_papers_formula(name: str) -> None:
     p = pairs()
@@ -159,6 +116,38 @@ def test_a_loss_of_responses_is_its_papers_formula(name: str) -> None:
         "sppo": (ratio.log() - (r.given["win_rate"] - 0.5) / BETA) ** 2,
     }[name]
     torch.testing.assert_close(LOSSES[name](r, **OPTIONS), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["cpo", "cpo_hinge", "cpo_ipo", "simpo"])
+def test_alphapos_rewards_are_log_probabilities_in_the_limit(name: str) -> None:
+    p = pairs()
+    for cpo_alpha in (0.0, 0.7):
+        options = OPTIONS | {"cpo_alpha": cpo_alpha}
+        limit, near = (LOSSES[name](p, **options | {"alpha": alpha}) for alpha in (0.0, 1e-9))
+        torch.testing.assert_close(limit, near, rtol=1e-5, atol=1e-5)
+        gap = p.chosen_logps - p.rejected_logps
+        if name in ("cpo_ipo", "simpo"):
+            gap = p.chosen_logps / p.chosen_lengths - p.rejected_logps / p.rejected_lengths
+        margin = sigma(BETA * gap - (0.4 if name == "simpo" else 0))
+        expected = -(1 - EPSILON) * margin.log() - EPSILON * (1 - margin).log()
+        if name == "cpo_hinge":
+            expected = (1 - BETA * gap).clamp(min=0)
+        if name == "cpo_ipo":
+            expected = (gap - 1 / (2 * BETA)) ** 2
+        expected = expected - cpo_alpha * p.chosen_logps / 17.5
+        torch.testing.assert_close(limit, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+def test_a_sorted_loss_is_that_of_the_comparison_it_stands_at(name: str) -> None:
+    """So that the gradient of one comparison's loss with respect to its own policy is all of it."""
+    p = pairs()
+    chosen = p.chosen_logps.requires_grad_()
+    loss = LOSSES[name](replace(p, chosen_logps=chosen), **OPTIONS)
+    weights = torch.linspace(0.1, 1, len(loss), dtype=torch.float64)
+    (each,) = torch.autograd.grad(loss.sum(), chosen, retain_graph=True)
+    (weighted,) = torch.autograd.grad((weights * loss).sum(), chosen)
+    torch.testing.assert_close(weighted, weights * each)
 
 
 def test_ktos_estimate_and_bcos_shift_of_a_batch() -> None:
@@ -238,7 +227,7 @@ DIVERGENCES = {
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("name", ["sigmoid", "hinge", "robust", "exo_pair", "ipo", "discopop"])
+@pytest.mark.parametrize("name", WITH_DIVERGENCE)
 def test_an_f_divergence_is_its_derivative_in_place_of_the_log_ratio(name, divergence) -> None:
     p = pairs(spread=0.7)
     options = {"f_divergence_type": divergence, "f_alpha_divergence_coef": 0.7}
@@ -252,7 +241,8 @@ def test_an_f_divergence_is_its_derivative_in_place_of_the_log_ratio(name, diver
         ref_chosen_logps=zero,
         ref_rejected_logps=zero,
     )
-    torch.testing.assert_close(loss(p), by_formula(name, same), rtol=1e-9, atol=1e-9)
+    expected = by_formula(name, p if name == "sft" else same)  # a likelihood has no reference
+    torch.testing.assert_close(loss(p), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_the_reverse_kl_and_its_limit_are_the_log_ratio() -> None:
@@ -265,33 +255,16 @@ def test_the_reverse_kl_and_its_limit_are_the_log_ratio() -> None:
         Loss.named("sigmoid", beta=BETA, f_divergence_type="kl")
 
 
-@pytest.mark.parametrize("name", OF_PAIRS)
-@pytest.mark.parametrize("far", [-5000.0, 5000.0])
-def test_losses_and_gradients_stay_finite_far_from_the_reference(name: str, far: float) -> None:
-    """AlphaPO's rewards are the one exception: of a probability of exp(−5000) they are infinite."""
-    one = torch.ones(1, dtype=torch.float64)
-    free = not LOSSES[name].reference
-    high = -1e-3 * one if free else abs(far) * one  # no log-probability is above 0
-    low = -5000 * one
-    ends = (high, low) if far > 0 else (low, high)
-    chosen, rejected = (value.clone().requires_grad_() for value in ends)
-    given = {"batch_chosen_tokens": one, "batch_sequence_tokens": one}
-    p = Comparisons(chosen, rejected, 0 * one, 0 * one, one, one, given, prompt_logps=-one)
-    loss = LOSSES[name](p, beta=BETA, label_smoothing=EPSILON).sum()
-    gradients = torch.autograd.grad(loss, (chosen, rejected), allow_unused=True)
-    assert torch.isfinite(loss)
-    assert all(torch.isfinite(g).all() for g in gradients if g is not None)
-
-
-@pytest.mark.parametrize("name", OF_RESPONSES)
-@pytest.mark.parametrize("far", [-5000.0, 5000.0])
-def test_losses_of_responses_stay_finite_far_from_the_reference(name: str, far: float) -> None:
-    r = responses(2)
-    logps = torch.full((2,), far, dtype=torch.float64, requires_grad=True)
-    given = {**r.given, "label": torch.tensor([0.0, 1.0])}
-    loss = LOSSES[name](replace(r, logps=logps, given=given), **OPTIONS).sum()
-    (gradient,) = torch.autograd.grad(loss, logps)
-    assert torch.isfinite(loss) and torch.isfinite(gradient).all()
+def test_options_of_other_losses_are_refused() -> None:
+    """The configuration knows the same losses without importing them."""
+    known = {name for name, loss in LOSSES.items() if loss.divergences}
+    assert known == set(WITH_DIVERGENCE)
+    with pytest.raises(ValueError, match=r"f_divergence_type: nca_pair has reverse_kl only; disco"):
+        Loss.named("nca_pair", beta=BETA, f_divergence_type="js_divergence")
+    for option in ({"ld_alpha": 0.5}, {"use_weighting": True}):
+        with pytest.raises(ValueError, match=rf"{next(iter(option))}: of losses of comp.*got kto"):
+            Loss.named("kto", beta=BETA, **option)
+    Loss.named("kto", beta=BETA, ld_alpha=None, use_weighting=False, f_divergence_type="reverse_kl")
 
 
 def test_label_smoothing_outside_a_losses_range_is_an_error() -> None:

@@ -10,7 +10,7 @@ from .registry import register_loss
 from .scored import Comparisons
 
 
-@register_loss("sigmoid")
+@register_loss("sigmoid", divergences=True)
 def sigmoid(pairs: Comparisons, *, beta: float, label_smoothing: float) -> Tensor:
     """DPO, Rafailov et al. 2023 (arXiv:2305.18290), eq. 7, with the label smoothing ε of cDPO
     (Mitchell 2023):
@@ -30,7 +30,7 @@ def spin(pairs: Comparisons, *, beta: float) -> Tensor:
     return -logsigmoid(beta * pairs.margins)
 
 
-@register_loss("sigmoid_norm")
+@register_loss("sigmoid_norm", divergences=True)
 def sigmoid_norm(pairs: Comparisons, *, beta: float) -> Tensor:
     """DPO on log-ratios averaged over the response's tokens, the length-normalised DPO of Lambert
     et al. 2024 (arXiv:2411.15124), eq. 6:
@@ -45,7 +45,7 @@ def _average_margins(pairs: Comparisons) -> Tensor:
     return chosen - pairs.rejected_scores / pairs.rejected_lengths.clamp(min=1)
 
 
-@register_loss("ipo")
+@register_loss("ipo", divergences=True)
 def ipo(pairs: Comparisons, *, beta: float) -> Tensor:
     """IPO, Azar et al. 2023 (arXiv:2310.12036), eq. 17, on log-ratios averaged over the response's
     tokens:
@@ -56,7 +56,7 @@ def ipo(pairs: Comparisons, *, beta: float) -> Tensor:
     return (_average_margins(pairs) - 1 / (2 * beta)) ** 2
 
 
-@register_loss("hinge")
+@register_loss("hinge", divergences=True)
 def hinge(pairs: Comparisons, *, beta: float) -> Tensor:
     """SLiC-HF's hinge, Zhao et al. 2023 (arXiv:2305.10425), on DPO's rewards:
 
@@ -65,7 +65,7 @@ def hinge(pairs: Comparisons, *, beta: float) -> Tensor:
     return torch.relu(1 - beta * pairs.margins)
 
 
-@register_loss("robust")
+@register_loss("robust", divergences=True)
 def robust(pairs: Comparisons, *, beta: float, label_smoothing: float) -> Tensor:
     """Robust DPO, Chowdhury et al. 2024 (arXiv:2403.00409), eq. 12: unbiased when a share ε of
     labels is flipped:
@@ -80,7 +80,7 @@ def robust(pairs: Comparisons, *, beta: float, label_smoothing: float) -> Tensor
     return (clean + label_smoothing * logsigmoid(-logits)) / (1 - 2 * label_smoothing)
 
 
-@register_loss("exo_pair")
+@register_loss("exo_pair", divergences=True)
 def exo_pair(pairs: Comparisons, *, beta: float, label_smoothing: float) -> Tensor:
     """EXO, Ji et al. 2024 (arXiv:2402.00856), eq. 16: the reverse KL divergence of the policy's
     preference q = σ(β·margin) from labels of which a share ε is flipped:
@@ -146,7 +146,7 @@ def apo_down(pairs: Comparisons, *, beta: float) -> Tensor:
     return (beta * pairs.chosen_logratios).sigmoid() + (-beta * pairs.margins).sigmoid()
 
 
-@register_loss("discopop")
+@register_loss("discopop", divergences=True)
 def discopop(pairs: Comparisons, *, beta: float, discopop_tau: float = 0.05) -> Tensor:
     """DiscoPOP's log-ratio modulated loss, Lu et al. 2024 (arXiv:2406.08414), eq. 5, on ρ =
     β·margin:
@@ -164,11 +164,12 @@ def aot(pairs: Comparisons, *, beta: float, label_smoothing: float) -> Tensor:
     """AOT for pairs, Melnyk et al. 2024 (arXiv:2406.05882), eq. 11: the policy's margins of the
     batch, sorted, against the reference's, sorted, each m = log π(y_w|x) − log π(y_l|x):
 
-    −(1 − ε)·log σ(β·(m_(i) − m_ref,(i))) − ε·log σ(−β·(m_(i) − m_ref,(i))), shape (C,).
+    −(1 − ε)·log σ(β·(m_(i) − m_ref,(i))) − ε·log σ(−β·(m_(i) − m_ref,(i))), shape (C,), where the
+    comparison whose policy margin is m_(i) stands.
     """
-    policy = (pairs.chosen_logps - pairs.rejected_logps).sort().values
-    reference = (pairs.ref_chosen_logps - pairs.ref_rejected_logps).sort().values
-    return smoothed(beta * (policy - reference), label_smoothing)
+    policy = pairs.chosen_logps - pairs.rejected_logps
+    reference = pairs.ref_chosen_logps - pairs.ref_rejected_logps
+    return smoothed(beta * (policy - _of_same_rank(reference, policy)), label_smoothing)
 
 
 @register_loss("aot_unpaired", kind="step")
@@ -176,10 +177,18 @@ def aot_unpaired(pairs: Comparisons, *, beta: float, label_smoothing: float) -> 
     """AOT without pairs, Melnyk et al. 2024 (arXiv:2406.05882), eq. 10: the chosen log-ratios of
     the batch, sorted, against the rejected ones, sorted:
 
-    −(1 − ε)·log σ(β·(w_(i) − l_(i))) − ε·log σ(−β·(w_(i) − l_(i))), shape (C,).
+    −(1 − ε)·log σ(β·(w_(i) − l_(i))) − ε·log σ(−β·(w_(i) − l_(i))), shape (C,), where the
+    comparison whose chosen log-ratio is w_(i) stands.
     """
-    chosen, rejected = pairs.chosen_logratios.sort().values, pairs.rejected_logratios.sort().values
-    return smoothed(beta * (chosen - rejected), label_smoothing)
+    chosen, rejected = pairs.chosen_logratios, pairs.rejected_logratios
+    return smoothed(beta * (chosen - _of_same_rank(rejected, chosen)), label_smoothing)
+
+
+def _of_same_rank(values: Tensor, beside: Tensor) -> Tensor:
+    """The values (C,) in the order in which those `beside` them stand, so that a comparison's loss
+    is its own, and its weight falls on it.
+    """
+    return values.sort().values[beside.argsort(stable=True).argsort()]
 
 
 def smoothed(logits: Tensor, label_smoothing: float) -> Tensor:

@@ -53,6 +53,8 @@ class RegisteredLoss:
         mismatched: whether those responses are each prompt's with the completion of the row
             before, in place of its own.
         prompt: whether the prompt's own tokens are scored too.
+        divergences: whether it reads differences of scores, so that any f-divergence may give them
+            (`f_divergence_type`).
         metrics: what is reported of every unit, by TRL's names.
     """
 
@@ -64,6 +66,7 @@ class RegisteredLoss:
     running: tuple[str, ...] = ()
     mismatched: bool = False
     prompt: bool = False
+    divergences: bool = False
     metrics: Metrics | None = None
 
     @property
@@ -180,6 +183,19 @@ def check_options(name: str, options: Iterable[str]) -> None:
         raise ValueError(f"{name}: no option {unknown[0]!r}; it takes {', '.join(sorted(known))}")
 
 
+def _refuse_foreign(
+    name: str, registered: RegisteredLoss, own: Mapping[str, Any], diverges: bool
+) -> None:
+    """`ValueError` for options that are given and say nothing to this loss."""
+    if own and registered.unit != "comparison":
+        raise ValueError(f"{next(iter(own))}: of losses of comparisons alone, got {name}")
+    if diverges and not registered.divergences:
+        known = sorted(key for key in LOSSES if get_loss(key).divergences)
+        raise ValueError(
+            f"f_divergence_type: {name} has reverse_kl only; {', '.join(known)} have others"
+        )
+
+
 @dataclass(frozen=True)
 class Loss:
     """A loss with its options: a function from what it sees to one value a unit.
@@ -224,10 +240,11 @@ class Loss:
 
     @staticmethod
     def named(name: str, *, beta: float, label_smoothing: float = 0.0, **options: Any) -> "Loss":
-        """A registered loss; `ValueError` as `get_loss`."""
+        """A registered loss; `ValueError` as `get_loss`, and for an option of other losses."""
         own = {key: options.pop(key, None) for key in _OF_COMPARISONS}
         own = {key: value for key, value in own.items() if value is not None and value is not False}
         registered, score = get_loss(name), score_of(options)
+        _refuse_foreign(name, registered, own, score is not None)
         plain = not (own or _taken(registered.function, options))
         options |= {"beta": beta, "label_smoothing": label_smoothing}
         function: Callable[[Any], Tensor] = partial(registered, **options)

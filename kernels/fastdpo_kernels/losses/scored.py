@@ -95,7 +95,8 @@ class Comparisons:
     def sequence_nll(self) -> Tensor:
         """As `chosen_nll`, of the prompt and the chosen response: −log π(x, y_w), shape (C,)."""
         assert self.prompt_logps is not None
-        return -(self.prompt_logps + self.chosen_logps) / self.given["batch_sequence_tokens"]
+        sums = self.chosen_logps if self.chosen_sums is None else self.chosen_sums
+        return -(self.prompt_logps + sums) / self.given["batch_sequence_tokens"]
 
 
 @dataclass(frozen=True)

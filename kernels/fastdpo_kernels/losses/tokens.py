@@ -1,5 +1,6 @@
 """Losses that look at every token: offline GRPO and its normalisers."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -34,15 +35,18 @@ def _token_losses(
         log_ratios = tokens.logps - tokens.ref_logps
     else:
         raise ValueError('logps of whole responses need importance_sampling_level "sequence"')
-    high = epsilon if epsilon_high is None else epsilon_high
-    advantages, ratios = responses.given["advantage"][tokens.units], log_ratios.exp()
-    gains = torch.minimum(ratios * advantages, ratios.clamp(1 - epsilon, 1 + high) * advantages)
+    low = math.log1p(-epsilon) if epsilon < 1 else -math.inf
+    high = math.log1p(epsilon if epsilon_high is None else epsilon_high)
+    advantages = responses.given["advantage"][tokens.units]
+    # The minimum of the two products, in logs, where a ratio that is clipped cannot overflow.
+    is_good = advantages >= 0
+    clipped = torch.where(is_good, log_ratios.clamp(max=high), log_ratios.clamp(min=low))
+    gains = clipped.exp() * advantages
     kl = torch.zeros_like(log_ratios)
     if beta:
         away = tokens.ref_logps - tokens.logps
         kl = away.exp() - away - 1
-    low_clip = (ratios < 1 - epsilon) & (advantages < 0)
-    is_clipped = low_clip | ((ratios > 1 + high) & (advantages > 0))
+    is_clipped = (clipped != log_ratios) & (advantages != 0)
     return beta * kl - gains, kl, is_clipped.to(kl.dtype)
 
 

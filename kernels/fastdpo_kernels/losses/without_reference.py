@@ -8,8 +8,10 @@ from .pairs import smoothed
 from .registry import register_loss
 from .scored import Comparisons
 
+_SUREST = -1e-30  # nats a token; of an empty response, or where fp32 has p = 1, odds are infinite
 
-@register_loss("sft", reference=False)
+
+@register_loss("sft", reference=False, divergences=True)
 def sft(pairs: Comparisons) -> Tensor:
     """The negative log-likelihood of the chosen responses, RPO's regulariser (Pang et al. 2024,
     arXiv:2404.19733, eq. 1), a mean over the batch's tokens:
@@ -131,7 +133,8 @@ def simpo(
 
 
 def _log_odds(averages: Tensor) -> Tensor:
-    """log(p / (1 − p)) of p = exp(averages); near p = 1 without cancellation."""
+    """log(p / (1 − p)) of p = exp(averages); near p = 1 without cancellation, and finite there."""
+    averages = averages.clamp(max=_SUREST)
     near_one = averages > -0.693
     small = torch.where(near_one, averages, -0.693)
     large = torch.where(near_one, -0.693, averages)
