@@ -11,7 +11,7 @@ scalar per token times something the forward knows already. Hence:
 - any other gradient: the backward projects again (8TVH).
 
 Nothing here waits for a device, but for the plan of tokens that do not fit one tile, which is made
-on the host.
+on the host, and for losses of tokens, which ask how many tokens their units have.
 """
 
 from collections.abc import Iterable, Iterator
