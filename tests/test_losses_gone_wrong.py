@@ -6,7 +6,10 @@ from fastdpo_kernels import LOSSES, register_loss
 from training import metrics, run
 
 from bench.jsonl import read_rows, write_rows
+from fastdpo import TrainConfig
+from fastdpo.data.dataset import load_data
 from fastdpo.errors import ConfigError, DataError
+from fastdpo.model.load import load_tokenizer
 from fastdpo.model.scorer import Scorer
 
 
@@ -96,3 +99,13 @@ def test_a_scoring_pass_has_no_dropout(go, pairs_file, monkeypatch, loss) -> Non
     adapter = {"use_peft": True, "lora_target_modules": ["q_proj"], "lora_dropout": 0.5}
     go(loss, labelled(rows) if loss == "kto" else rows, **adapter)
     assert modes and not any(modes)
+
+
+def test_scores_are_not_rounded(tiny_model, tmp_path) -> None:
+    row = {"prompt": "a", "responses": ["b", "c"], "scores": [1700000010.0, 1700000000.0]}
+    write_rows(tmp_path / "rows.jsonl", [row])
+    keys = {"loss_type": ["grpo"], "dataset_name": str(tmp_path / "rows.jsonl")}
+    config = TrainConfig.from_dict({"model_name_or_path": str(tiny_model), **keys})
+    (group,) = load_data(config, load_tokenizer(config), None).train
+    assert group.given["advantage"] == pytest.approx([0.7071, -0.7071], abs=1e-3)
+    assert group.given["win_rate"] == [1.0, 0.0]

@@ -109,7 +109,8 @@ class OwnKeys:
     shuffle: bool | None = key(
         None,
         "Shuffle the groups at each epoch; false keeps the file's order. Unset is true, but false "
-        "for kto, which pairs each prompt with the completion of the row before in the file.",
+        "for kto, which pairs each prompt with the completion of the row before in the file, and "
+        "as in TRL for apo_zero_unpaired.",
     )
     group_prompts: bool = key(
         True, "Put rows with the same prompt into one group, so that it is computed once."

@@ -84,7 +84,7 @@ class Keys(
     def shuffles(self) -> bool:
         """Whether the groups are shuffled at each epoch."""
         if self.shuffle is None:
-            return not self.mismatched_losses
+            return not (self.mismatched_losses or "apo_zero_unpaired" in self.loss_type)
         return self.shuffle
 
     @property

@@ -137,6 +137,8 @@ def idle_options(keys: Keys) -> dict[str, str]:
     if keys.f_divergence_type != "alpha_divergence":
         why = f"f_divergence_type is {show(keys.f_divergence_type)}"
         idle["f_alpha_divergence_coef"] = why
+    if any(loss.unit != "comparison" for loss in _known(keys).values()):
+        idle["max_comparisons_per_group"] = f"{losses} is no loss of comparisons"
     if not keys.needs_reference:
         why = f"{losses} takes no reference"
         idle |= dict.fromkeys(("precompute_ref_log_probs", "reference_cache_dir"), why)

@@ -74,8 +74,9 @@ class Group:
         return tuple(self.items[item] for item in self.lists[unit])
 
     def rows_of_units(self) -> list[int]:
-        """The row that each unit stood in."""
-        return list(dict.fromkeys(self.rows)) if self.unit == "group" else self.rows
+        """The row that each unit stood in; 0 where no rows are known."""
+        rows = self.rows or [0] * self.units
+        return list(dict.fromkeys(rows)) if self.unit == "group" else rows
 
     def weight(self, unit: int) -> float:
         """What a unit counts in the loss."""
@@ -155,7 +156,10 @@ def make_groups(
         raise DataError(f"{source}: has no rows left to train on")
     builder, said = _Builder(unit, group_prompts), Counter[str]()
     labelled: list[tuple[int, np.ndarray]] = []
-    for number, row in enumerate(dataset.with_format("numpy")):
+    # numpy alone would round scores to fp32.
+    ids = ["prompt_ids", "response_ids", "winners", "losers"]
+    rows = dataset.with_format("numpy", columns=ids, output_all_columns=True)
+    for number, row in enumerate(rows):
         prompt = np.asarray(row["prompt_ids"], np.int32)
         index = builder.group_of(prompt)
         group = builder.groups[index]

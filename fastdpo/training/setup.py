@@ -111,6 +111,9 @@ def load(config: TrainConfig, given: InMemory, bf16: bool | None, *, trains: boo
         config = config.choose("model", model_name_or_path=None)
     vocab_size = getattr(model_config.get_text_config(), "vocab_size", None)
     data = load_data(config, with_pad_token(tokenizer), vocab_size, given.rows, given.eval_rows)
+    for line in data.config.notes():  # of a loss that the data's layout named
+        if line not in config.notes():
+            logger.warning(f"note: {line}")
     config, loss = data.config, loss_of(data.config)
     _note_positions(config, model_config, data)
     autocast, reason = choose_precision(bf16, device)
