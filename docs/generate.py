@@ -36,7 +36,7 @@ _NAMED = re.compile(rf"\b({'|'.join(name for name in KEYS if '_' in name)})\b")
 ROWS = {
     "label": "prompt, completion, label",
     "advantage": "prompt, responses, scores",
-    "win_rate": "prompt, responses, scores or comparisons",
+    "win_rate": "prompt, responses, scores, rankings or comparisons",
     "rank": "prompt, responses, rankings or scores",
 }
 """What the rows of a loss hold that is not one of comparisons, by what it needs of them."""
@@ -47,11 +47,11 @@ def _loss_table() -> str:
     lines = ["| loss | equation | rows | reference | passes | paper |", "|---|---|---|---|---|---|"]
     for name, loss in LOSSES.items():
         rows = ROWS[loss.columns[0]] if loss.columns else "pairs"
-        passes = "one, 6TVH"
+        passes = "one"
         if loss.mismatched:
-            passes = "6TVH, after scoring mismatched pairs"
+            passes = "one, after one that scores mismatched pairs"
         elif loss.kind == "step" or loss.terms is not None:
-            passes = "6TVH, after scoring the step"
+            passes = "one, after one that scores the step"
         cells = (
             f"`{name}`",
             loss.equation,

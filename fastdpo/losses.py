@@ -5,6 +5,7 @@ The losses themselves live in `fastdpo_kernels.losses`, where a new one is added
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, Literal
 
@@ -20,6 +21,10 @@ _OPTIONS = (
     *("use_weighting", "discopop_tau", "desirable_weight", "undesirable_weight", "cpo_alpha"),
     *("simpo_gamma", "alpha", "epsilon", "epsilon_high", "importance_sampling_level"),
 )
+
+
+_OTHER_NAMES = {"dpo": ["sigmoid"], "rpo": ["sft"], "gspo": ["grpo"]}
+"""What people call a loss elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,10 @@ class TrainingLoss:
     def __post_init__(self) -> None:
         unknown = [name for name in self.names if name not in LOSSES]
         if unknown:
+            meant = _OTHER_NAMES.get(unknown[0]) or get_close_matches(unknown[0], LOSSES, n=1)
+            hint = f" (is it {meant[0]}?)" if meant else ""
             raise ConfigError(
-                f"loss_type: unknown {unknown[0]!r}; known: {', '.join(sorted(LOSSES))}"
+                f"loss_type: unknown {unknown[0]!r}{hint}; known: {', '.join(sorted(LOSSES))}"
             )
         if len(self.weights) != len(self.names):
             raise ConfigError(
@@ -115,6 +122,13 @@ class TrainingLoss:
         weighted = bool(of_all["use_weighting"])
         return Loss(mix, kind=kind, ld_alpha=of_all["ld_alpha"], use_weighting=weighted)
 
+    def describe(self) -> str:
+        """Its names, with the weights of a mix."""
+        if self.weights == (1.0,):
+            return self.names[0]
+        terms = zip(self.weights, self.names, strict=True)
+        return " + ".join(f"{weight:g} {name}" for weight, name in terms)
+
     def measure(self, scored: Scored) -> dict[str, Tensor]:
         """What is reported of every unit, by TRL's names."""
         found: dict[str, Tensor] = {}
@@ -126,7 +140,8 @@ class TrainingLoss:
         """The loss of a comparison while the policy still equals the reference: log 2 for DPO; None
         where it depends on more.
         """
-        if self.unit != "comparison" or not all(loss.reference for loss in self.losses):
+        known = self.unit == "comparison" and all(loss.reference for loss in self.losses)
+        if not known or self.loss.use_weighting:
             return None
         zero = torch.zeros(1, dtype=torch.float64)
         try:

@@ -153,7 +153,7 @@ VALUES = [
     yaml("attn_implementation: flash", "attn_implementation: expected one of eager, sdpa"),
     yaml("memory: low", "memory: expected one of manual, auto, got low"),
     yaml("report_to: [wandb, mlflow]", "report_to: expected one of tensorboard, wandb, trac"),
-    yaml("loss_type: dpo", "loss_type: unknown 'dpo'; known: …sigmoid"),
+    yaml("loss_type: dpo", "loss_type: unknown 'dpo' (is it sigmoid?); known: …sigmoid"),
     yaml("loss_type: []", "loss_type: expected at least one loss"),
     yaml("loss_type: {sigmoid: 1}", "loss_type: expected a list (a text each), got {"),
     yaml("loss_type: [[sigmoid]]", "loss_type: expected a list (a text each), got [[sigmoid]]"),

@@ -170,7 +170,7 @@ LOGPROBS = [
 ]
 
 KEYS = [
-    flags("--loss_type sigmoid dpo", "--loss_type: unknown 'dpo'; known: aot, "),
+    flags("--loss_type sigmoid dpo", "--loss_type: unknown 'dpo' (is it sigmoid?); known: aot, "),
     flags("--loss_type sigmoid kto", "--loss_type: expected kto alone: it is a loss of single"),
     flags("--loss_type grpo dapo", "--loss_type: expected grpo alone: it is a loss of single"),
     flags("--loss_type listwise orpo", "--loss_type: expected listwise alone: it is a loss of ra"),

@@ -61,3 +61,9 @@ def test_weights_that_do_not_make_up_for_the_numbers_are_noted(said_of):
 )
 def test_nothing_is_said_otherwise(said_of, good, bad, keys):
     assert said_of(good, bad, **keys) == []
+
+
+def test_batches_of_one_label_are_noted(tiny_model, pairs_file, tmp_path):
+    keys = {"loss_type": "kto", "convert": "unpair", "max_steps": 1}
+    _, said = run(tiny_model, pairs_file, tmp_path / "out", **keys)
+    assert any("8 of 8 batches of 6 have one label only, in the order of" in line for line in said)

@@ -182,6 +182,7 @@ def set_up(
 def _log_training(trainer: Trainer, loaded: Loaded) -> None:
     """How many units are trained on, and what precedes the rows of a step."""
     loss = loaded.loss
+    logger.info(f"loss: {loss.describe()}")
     logger.info(
         f"training: {describe_units(loaded.data.train)}, {trainer.schedule.units} a step, "
         f"{trainer.total_steps} steps, rows of up to {loaded.max_tokens} tokens"

@@ -63,10 +63,10 @@ def _metrics(
     tokens, count = responses.tokens, len(responses.logps)
     assert tokens is not None
     lengths = responses.lengths.clamp(min=1)
-    return {
+    penalty = {"kl": tokens.sums(kl, count) / lengths} if beta else {}
+    return penalty | {
         "rewards": responses.logps - responses.given.get("logp", responses.ref_logps),
         "logps": responses.logps,
-        "kl": tokens.sums(kl, count) / lengths,
         "clip_ratio/region_mean": tokens.sums(is_clipped, count) / lengths,
     }
 
