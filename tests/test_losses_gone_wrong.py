@@ -1,8 +1,10 @@
 """Losses of a user's own that go wrong, and runs that would silently be others."""
 
 import pytest
+import torch
 from beside_trl import labelled
 from fastdpo_kernels import LOSSES, register_loss
+from fastdpo_kernels.losses.divergences import alpha_divergence
 from training import metrics, run
 
 from bench.jsonl import read_rows, write_rows
@@ -109,3 +111,17 @@ def test_scores_are_not_rounded(tiny_model, tmp_path) -> None:
     (group,) = load_data(config, load_tokenizer(config), None).train
     assert group.given["advantage"] == pytest.approx([0.7071, -0.7071], abs=1e-3)
     assert group.given["win_rate"] == [1.0, 0.0]
+
+
+def test_a_cache_of_sums_and_one_of_tokens_do_not_mix(go, tmp_path) -> None:
+    cache = {"reference_cache_dir": str(tmp_path / "cache")}
+    for order in (("sigmoid", {}), ("sigmoid", {"ld_alpha": 0.5}), ("sigmoid", {})):
+        go(order[0], out=str(len(list(tmp_path.iterdir()))), **order[1], **cache)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_an_alpha_divergence_far_away_is_finite() -> None:
+    far = torch.tensor([1e4], dtype=torch.float64)
+    assert torch.isfinite(alpha_divergence(far, 2.0)) and torch.isfinite(
+        alpha_divergence(-far, 2.0)
+    )
