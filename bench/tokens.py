@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from fastdpo.data.groups import count_comparisons, make_groups
+from fastdpo.data.groups import count_units, make_groups
 from fastdpo.data.needs import Needs
 from fastdpo.data.packing import part_tokens
 from fastdpo.data.plan import make_plan
@@ -122,7 +122,7 @@ def main() -> None:
         )
         row = {
             "data": name,
-            "comparisons": count_comparisons(groups),
+            "comparisons": count_units(groups),
             "groups": len(groups),
             "padded": padded,
             **whole,

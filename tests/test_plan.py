@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastdpo.config import TrainConfig
 from fastdpo.data.batch import make_batch
-from fastdpo.data.groups import Group, count_comparisons
+from fastdpo.data.groups import Group, count_units
 from fastdpo.data.packing import LAYOUTS, Part, balance, best_fit_decreasing, part_tokens
 from fastdpo.data.plan import epoch_plan, make_plan, plan_digest, reference_rows
 
@@ -189,7 +189,7 @@ def test_pair_tokens_count_two_sequences_per_comparison():
     assert batch.computed_tokens == 5 + 2 + 3 + 4
     assert batch.weights.tolist() == [1.0, 0.5, 1.0]
     assert batch.ref_logps is None
-    assert count_comparisons([group]) == 3
+    assert count_units([group]) == 3
 
 
 def test_a_runs_plan_follows_its_configuration():

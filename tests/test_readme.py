@@ -33,7 +33,7 @@ from fastdpo.cli import COMMANDS
 from fastdpo.config.declare import GROUPS
 from fastdpo.config.peers import PEER_KEYS
 from fastdpo.data.columns import FIELDS
-from fastdpo.data.groups import count_comparisons, make_groups
+from fastdpo.data.groups import count_units, make_groups
 from fastdpo.data.load import load_rows
 from fastdpo.data.needs import Needs
 from fastdpo.data.tokenize import tokenize_dataset
@@ -259,7 +259,7 @@ def test_layouts_shown_are_read(rows: str, tokenizer: Any, tmp_path: Path) -> No
         return
     ranked = "scores" in stated or "rankings" in stated
     many = len(stated.get("comparisons", [0, 0] if ranked else [0]))
-    assert count_comparisons(make_groups(tokens)) == many
+    assert count_units(make_groups(tokens)) == many
 
 
 def test_pages_say_what_the_configuration_declares() -> None:

@@ -221,11 +221,6 @@ def describe_units(groups: Sequence[Group]) -> str:
     return f"{count_units(groups)} {groups[0].unit}s"
 
 
-def count_comparisons(groups: Sequence[Group]) -> int:
-    """Number of comparisons in all groups."""
-    return sum(len(group.comparisons) for group in groups)
-
-
 def step_constants(
     groups: Sequence[Group], units: Sequence[tuple[int, int]], batch: int
 ) -> Mapping[str, np.ndarray]:

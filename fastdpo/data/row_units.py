@@ -62,10 +62,11 @@ def references_of(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The reference's log-probabilities of responses and of tokens, where they are known."""
     refs = token_refs = None
-    if all(groups[part.group].ref_logps is not None for part in row):
-        values = [float(groups[p.group].ref_logps[r]) for p in row for r in p.responses]  # type: ignore[index]
-        values += [0.0] * (len(row) if prompt else 0)
-        refs = torch.tensor(values, dtype=torch.float64)
+    sums = [(groups[part.group].ref_logps, part.responses) for part in row]
+    known = [logps[list(named)] for logps, named in sums if logps is not None]
+    if len(known) == len(row):
+        values = np.concatenate([*known, np.zeros(len(row) if prompt else 0)])
+        refs = torch.from_numpy(values.astype(np.float64))
     if all(groups[part.group].ref_token_logps is not None for part in row):
         pieces: list[np.ndarray] = []
         for part in row:

@@ -8,6 +8,11 @@ from .registry import register_loss
 from .scored import Responses
 
 
+def _by_label(responses: Responses, good: Tensor, bad: Tensor) -> Tensor:
+    """`good` of desirable responses, `bad` of the others, (U,)."""
+    return torch.where(responses.given["label"] > 0, good, bad)
+
+
 def _mean_log_ratio(mismatched: Responses) -> dict[str, Tensor]:
     """KTO's estimate z = max(0, mean log-ratio of mismatched pairs), section 4.1 of the paper."""
     return {"kl": mismatched.logratios.mean().clamp(min=0)}
@@ -29,7 +34,7 @@ def kto(
     """
     gap = beta * (responses.logratios - responses.given["kl"])
     good, bad = desirable_weight * (-gap).sigmoid(), undesirable_weight * gap.sigmoid()
-    return torch.where(responses.given["label"] > 0, good, bad)
+    return _by_label(responses, good, bad)
 
 
 @register_loss("apo_zero_unpaired", kind="response", columns=("label",))
@@ -47,7 +52,7 @@ def apo_zero_unpaired(
     """
     rewards = beta * responses.logratios
     good, bad = desirable_weight * (-rewards).sigmoid(), undesirable_weight * rewards.sigmoid()
-    return torch.where(responses.given["label"] > 0, good, bad)
+    return _by_label(responses, good, bad)
 
 
 def _mean_reward(responses: Responses, *, beta: float) -> dict[str, Tensor]:
@@ -70,7 +75,7 @@ def bco(
     """
     gap = beta * responses.logratios - responses.given["delta"]
     good, bad = -desirable_weight * logsigmoid(gap), -undesirable_weight * logsigmoid(-gap)
-    return torch.where(responses.given["label"] > 0, good, bad)
+    return _by_label(responses, good, bad)
 
 
 @register_loss("sppo", kind="response", columns=("win_rate",))
