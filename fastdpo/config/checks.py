@@ -24,6 +24,8 @@ _ONLY_WHERE: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("eval_strategy", "steps", ("eval_steps",)),
     ("save_strategy", "steps", ("save_steps",)),
     ("sync_ref_model", True, ("ref_model_mixup_alpha", "ref_model_sync_steps")),
+    ("data_parallel", "hsdp", ("dp_replicate_size",)),
+    ("global_batch_size", None, ("gradient_accumulation_steps",)),
 )
 """Keys, the value that each must have, and the keys that do nothing where it has another."""
 
@@ -31,7 +33,7 @@ _ONLY_WHERE: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
 def check_together(keys: Keys) -> None:
     """Raise `ConfigError` for values that are right one by one and wrong together."""
     of_losses = (of_loss, of_options, of_reference, of_order)
-    for conflicts in (*of_losses, _schedule, _optimizer, _layers, _files):
+    for conflicts in (*of_losses, _schedule, _optimizer, _layers, _parallel, _files):
         for name, problem in conflicts(keys):
             raise keys.error(name, problem)
 
@@ -106,6 +108,18 @@ def _layers(keys: Keys) -> Iterator[tuple[str, str]]:
             "torch_compile",
             "cannot go with layer_tile_tokens, whose tiles run outside of graphs",
         )
+
+
+def _parallel(keys: Keys) -> Iterator[tuple[str, str]]:
+    size, batch = keys.global_batch_size, keys.per_device_train_batch_size
+    if size is not None and size % batch and set(keys.loss_type) & set(WITH_BATCH_TERMS):
+        yield (
+            "global_batch_size",
+            f"expected a multiple of per_device_train_batch_size {batch}, over which the loss "
+            f"takes means, got {size}",
+        )
+    if keys.head_parallel == "vocabulary" and keys.data_parallel == "replicate":
+        yield "head_parallel", "vocabulary needs data_parallel fsdp or hsdp: replicate has it whole"
 
 
 def _files(keys: Keys) -> Iterator[tuple[str, str]]:

@@ -19,6 +19,7 @@ GROUPS = {
     "own": "fastdpo's own (no such key in TRL)",
     "adapters": "Adapters",
     "memory": "Memory",
+    "parallel": "Many devices",
     "training": "Training",
     "evaluation": "Evaluation",
     "logging": "Logging",

@@ -13,6 +13,7 @@ from .losses import traits_of
 from .memory import MemoryKeys
 from .objective import LossKeys, ReferenceKeys
 from .optimizer import OptimizerKeys
+from .parallel import ParallelKeys
 from .schedule import EvaluationKeys, LoggingKeys, SavingKeys, TrainingKeys
 
 ONE_FILE = (".jsonl", ".json", ".parquet", ".csv", ".arrow", ".gz")
@@ -30,6 +31,7 @@ class Keys(
     EvaluationKeys,
     OptimizerKeys,
     TrainingKeys,
+    ParallelKeys,
     MemoryKeys,
     AdapterKeys,
     OwnKeys,

@@ -83,8 +83,8 @@ class TrainingKeys:
     )
     per_device_train_batch_size: int = key(
         8,
-        "What a device takes for one step, before accumulation: comparisons, responses or groups, "
-        "as the loss counts.",
+        "What each device takes for one step, before accumulation: comparisons, responses or "
+        "groups, as the loss counts.",
         AT_LEAST_ONE,
     )
     gradient_accumulation_steps: int = key(

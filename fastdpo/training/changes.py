@@ -77,6 +77,7 @@ COMPARED = (
     "skip_bad_rows",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
+    "global_batch_size",
     "bf16",
 )
 """Keys that may change as long as what they lead to does not: the weights of the models, the
