@@ -120,20 +120,35 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _train(arguments: Sequence[str]) -> None:
     config = _runnable(arguments)
+    if _launched("train", arguments, config):
+        return
     from .training.run import train
 
-    with terminal.heard():
+    with terminal.heard(_is_first_process()):
         result = train(config)
     _print_result({**result.metrics, "output_dir": str(result.output_dir)})
 
 
 def _precompute(arguments: Sequence[str]) -> None:
     config = _runnable(arguments)
+    if _launched("precompute", arguments, config):
+        return
     from .training.run import precompute
 
-    with terminal.heard():
+    with terminal.heard(_is_first_process()):
         result = precompute(config)
     _print_result(result)
+
+
+def _launched(command: str, arguments: Sequence[str], config: TrainConfig) -> bool:
+    """Whether the command has run in processes that were started for `devices`."""
+    if (config.devices or 1) == 1 or "WORLD_SIZE" in os.environ:
+        return False
+    from .parallel.launch import launch
+
+    if status := launch([command, *arguments], config.devices or 1):
+        raise SystemExit(status)
+    return True
 
 
 def _doctor(arguments: Sequence[str]) -> None:
@@ -183,7 +198,7 @@ def _bench(arguments: Sequence[str]) -> None:
 def _runnable(arguments: Sequence[str]) -> TrainConfig:
     config = TrainConfig.parse(arguments)
     config.require("model_name_or_path", "dataset_name")
-    if _is_first_process():
+    if _is_first_process() and (config.devices in (None, 1) or "WORLD_SIZE" in os.environ):
         print(config.describe(defaults=False), flush=True)
     return config
 

@@ -14,7 +14,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from . import files
-from .data.batch import make_batch
+from .data.batch import idle_batch, make_batch
 from .data.groups import Group
 from .data.packing import PackedRow
 from .data.plan import reference_rows
 from .model.scorer import Scorer
+from .parallel.world import ALONE, World
 
 logger = logging.getLogger(__name__)
 
@@ -162,19 +163,20 @@ def fill_reference(
     max_tokens: int,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
     by_tokens: bool = False,
+    world: World = ALONE,
 ) -> ReferenceReport:
     """Set `ref_logps` of every group, or `by_tokens` its `ref_token_logps`, from the store where
-    they are known, computing and keeping the others.
+    they are known, computing and keeping the others: each rank some of the rows, in which they are
+    what one process would compute. The first rank alone reads and writes the store.
 
-    Processes that fill the same store do so one after the other, each taking over what
-    is there.
+    Runs that fill the same store do so one after the other, each taking over what is there.
     """
     digests = [[g.digest(r) for r in range(len(g.responses))] for g in groups]
     wanted = _distinct(digests)
-    missing = wanted.keys() - store.logps.keys()
+    missing = world.share(wanted.keys() - store.logps.keys())
     if missing:
-        with store.filling():
-            missing = wanted.keys() - store.logps.keys()
+        with store.filling() if world.first else nullcontext():
+            missing = world.share(wanted.keys() - store.logps.keys())
             windows = reference_rows(
                 groups,
                 list(wanted.values()),
@@ -185,9 +187,11 @@ def fill_reference(
             rows = [row for window in windows for row in window]
             if rows:
                 logger.info(f"reference: computing {len(missing)} log-probabilities")
-                _compute(groups, digests, rows, scorer, store, progress, by_tokens)
+                shown = progress(rows, len(rows)) if progress else rows
+                _compute(groups, digests, rows, shown, scorer, store, by_tokens, world)
+    known = world.share({digest: store.logps[digest] for digest in wanted} if world.first else {})
     for group, keys in zip(groups, digests, strict=True):
-        found = [store.logps[d] for d in keys]
+        found = [known[d] for d in keys]
         if by_tokens:
             group.ref_token_logps = found
         else:
@@ -205,19 +209,44 @@ def _distinct(digests: Sequence[Sequence[bytes]]) -> dict[bytes, tuple[int, int]
 
 
 def _compute(
-    groups, digests, rows: list[PackedRow], scorer: Scorer, store, progress, by_tokens: bool
+    groups: Sequence[Group],
+    digests: Sequence[Sequence[bytes]],
+    rows: Sequence[PackedRow],
+    shown: Iterable[PackedRow],
+    scorer: Scorer,
+    store: LogpStore,
+    by_tokens: bool,
+    world: World,
 ) -> None:
+    """Score the rows, one on each rank at a time, and keep what they give."""
     names: list[bytes] = []
     values: list[np.ndarray] = []
     written = time.monotonic()
-    for row in progress(rows, len(rows)) if progress else rows:
-        batch = make_batch(groups, row, scorer.layout.name)
-        logps = scorer.token_logps(batch.to(scorer.device)).double().cpu().numpy()
-        count = np.bincount(batch.response_ids.numpy(), minlength=len(batch.response_lengths))
-        parts = np.split(logps, np.cumsum(count)[:-1])
-        values += parts if by_tokens else [part.sum(keepdims=True) for part in parts]
-        names += [digests[part.group][r] for part in row for r in part.responses]
-        if time.monotonic() - written > SECONDS_BETWEEN_WRITES:
-            store.add(names, values)
+    for number, _ in enumerate(shown):
+        place = number % world.data_size
+        last = number == len(rows) - 1
+        if place != world.data_size - 1 and not last:
+            continue
+        mine = number - place + world.data_rank
+        if mine < len(rows):
+            row = rows[mine]
+            values += _row_logps(groups, row, scorer, by_tokens)
+            names += [digests[part.group][r] for part in row for r in part.responses]
+        elif world.sharded:
+            scorer.token_logps(idle_batch(scorer.layout.name).to(scorer.device))
+        if world.share(last or time.monotonic() - written > SECONDS_BETWEEN_WRITES):
+            found = world.gather((names, values))
+            if world.first:
+                store.add([n for ns, _ in found for n in ns], [v for _, vs in found for v in vs])
             names, values, written = [], [], time.monotonic()
-    store.add(names, values)
+
+
+def _row_logps(
+    groups: Sequence[Group], row: PackedRow, scorer: Scorer, by_tokens: bool
+) -> list[np.ndarray]:
+    """The log-probabilities of a row's responses."""
+    batch = make_batch(groups, row, scorer.layout.name)
+    logps = scorer.token_logps(batch.to(scorer.device)).double().cpu().numpy()
+    count = np.bincount(batch.response_ids.numpy(), minlength=len(batch.response_lengths))
+    parts = np.split(logps, np.cumsum(count)[:-1])
+    return parts if by_tokens else [part.sum(keepdims=True) for part in parts]

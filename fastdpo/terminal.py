@@ -100,8 +100,11 @@ class _Lines(logging.Handler):
 
 
 @contextmanager
-def heard() -> Iterator[None]:
-    """Print what fastdpo logs, from INFO on."""
+def heard(talks: bool = True) -> Iterator[None]:
+    """Print what fastdpo logs, from INFO on, if this process `talks`."""
+    if not talks:
+        yield
+        return
     logger, lines = logging.getLogger(__package__), _Lines()
     before = logger.level
     logger.addHandler(lines)
@@ -111,6 +114,22 @@ def heard() -> Iterator[None]:
     finally:
         logger.removeHandler(lines)
         logger.setLevel(before)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Without what fastdpo and transformers log, in a process that is one of several and not the
+    first: that one says it.
+    """
+    loggers = [logging.getLogger(name) for name in (__package__, "transformers")]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ OWN_DEFAULTS: dict[str, Any] = {
     "cp_size": 1,
     "head_parallel": "auto",
     "global_batch_size": None,
+    "ddp_timeout": 1800,
     "dataset_name": None,
     "dataset_config": None,
     "dataset_train_split": "train",

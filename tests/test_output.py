@@ -442,6 +442,7 @@ def test_every_key_is_sorted_by_what_a_resumed_run_does_with_it():
         "dp_replicate_size",
         "cp_size",
         "head_parallel",
+        "ddp_timeout",
         "do_eval",
         "eval_strategy",
         "eval_steps",

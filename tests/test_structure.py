@@ -14,7 +14,7 @@ PACKAGES = {"fastdpo": ROOT, "fastdpo_kernels": ROOT / "kernels", "bench": ROOT}
 LAYERS = (
     ("errors", "version"),
     ("extras", "files", "terminal", "config"),
-    ("devices", "losses", "data"),
+    ("devices", "losses", "parallel", "data"),
     ("model",),
     ("reference", "hub", "memory"),
     ("training",),

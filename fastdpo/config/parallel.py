@@ -44,3 +44,8 @@ class ParallelKeys:
         "gradient_accumulation_steps x devices: the same steps on any number of devices.",
         AT_LEAST_ONE,
     )
+    ddp_timeout: int = key(
+        1800,
+        "Seconds that a process waits for the others before the run is ended.",
+        AT_LEAST_ONE,
+    )

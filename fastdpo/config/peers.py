@@ -132,7 +132,6 @@ PEER_KEYS: dict[str, PeerKey] = {
     "ddp_broadcast_buffers": PeerKey(None, _DEVICES),
     "ddp_static_graph": PeerKey(None, _DEVICES),
     "ddp_backend": PeerKey(None, _DEVICES),
-    "ddp_timeout": PeerKey(1800, _DEVICES),
     "ignore_bias_buffers": PeerKey(False, _DEVICES),
     # Evaluation
     "generate_during_eval": PeerKey(

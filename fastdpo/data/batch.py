@@ -47,6 +47,11 @@ class Batch:
     pair_tokens: int  # tokens that a sequence per response of a unit would hold, without padding
     host: "Batch | None" = None  # where it was made, for plans that must not wait for a device
 
+    @property
+    def idle(self) -> bool:
+        """Whether it holds no unit; see `idle_batch`."""
+        return len(self.places) == 0
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device; `host` stays behind. From pinned memory nothing waits."""
         moved = self._each(lambda value: value.to(device, non_blocking=True))
@@ -65,6 +70,12 @@ class Batch:
         """Padded layout: the length of every line without its padding."""
         assert self.attention_mask is not None
         return self.attention_mask.sum(1).tolist()
+
+
+def idle_batch(layout: str) -> Batch:
+    """A row of two tokens and no unit, for a rank that others wait for in their forward."""
+    token = np.zeros(1, np.int64)
+    return make_batch([Group(token, [token])], [Part(0, (0,))], layout)
 
 
 class _Stream:

@@ -53,6 +53,29 @@ def part_tokens(group: Group, responses: Sequence[int], layout: str) -> int:
     return (prompt + max(lengths)) * len(lengths)
 
 
+def row_tokens(groups: Sequence[Group], row: PackedRow, layout: str) -> int:
+    """Tokens that a forward pass over a row computes, padding included."""
+    if layout != "padded" or not row:
+        return sum(part_tokens(groups[part.group], part.responses, layout) for part in row)
+    lengths = [
+        len(groups[part.group].prompt) + len(groups[part.group].responses[r])
+        for part in row
+        for r in part.responses
+    ]
+    return len(lengths) * max(lengths)
+
+
+def sequence_tokens(groups: Sequence[Group], row: PackedRow) -> int:
+    """Tokens that an unpadded sequence for each response of each unit would hold."""
+    return sum(
+        len(group.prompt) + len(group.responses[r])
+        for part in row
+        for group in [groups[part.group]]
+        for unit in part.units
+        for r in group.responses_of(unit)
+    )
+
+
 def longest_unit(groups: Sequence[Group], layout: str) -> int:
     """Tokens of the longest unit, which is never split."""
     return max(

@@ -61,19 +61,31 @@ def reference_budget(max_tokens: int, device: str) -> int:
     return max_tokens * REFERENCE_ROWS[device]
 
 
-def units_per_step(config: TrainConfig) -> int:
-    """How many units an optimizer step holds."""
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps
+def units_per_step(config: TrainConfig, ranks: int = 1) -> int:
+    """How many units an optimizer step holds, over so many ranks with rows of their own."""
+    if config.global_batch_size is not None:
+        return config.global_batch_size
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks
 
 
 def epoch_plan(
-    config: TrainConfig, groups: Sequence[Group], *, layout: str, max_tokens: int, epoch: int = 0
+    config: TrainConfig,
+    groups: Sequence[Group],
+    *,
+    layout: str,
+    max_tokens: int,
+    epoch: int = 0,
+    ranks: int = 1,
+    units: int | None = None,
 ) -> list[Step]:
-    """The steps of an epoch of a run: the same for the same data, seed and step size."""
+    """The steps of an epoch of a run, of `units` (default: as the configuration says) each: the
+    same for the same data, seed and step size.
+    """
     seed = config.seed if config.data_seed is None else config.data_seed
     return make_plan(
         groups,
-        units_per_step=units_per_step(config),
+        units_per_step=units or units_per_step(config, ranks),
+        world_size=ranks,
         max_tokens=max_tokens,
         layout=layout,
         seed=seed if config.shuffles else None,

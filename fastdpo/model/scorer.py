@@ -23,6 +23,7 @@ from .load import adopt_model, load_model
 from .paths import attention_path, head_path
 from .place import Place, find_model
 from .quantised import is_quantised, packing
+from .sharding import inside
 from .tiles import tile_layers
 
 logger = logging.getLogger(__name__)
@@ -82,14 +83,27 @@ class Scorer:
     @torch.no_grad()
     def token_logps(self, batch: Batch) -> Tensor:
         """Log-probability (T,) of every scored token, nats, fp32; no gradient."""
-        states, weight = self._head_operands(batch)
-        return linear_logprob(states, weight, batch.targets, **self._head_arguments())
+
+        def score() -> Tensor:
+            states, weight = self._head_operands(batch)
+            return linear_logprob(states, weight, batch.targets, **self._head_arguments())
+
+        return inside(self.model, score)
 
     def response_logps(self, batch: Batch) -> Tensor:
         """Log-probability (R,) of every response, summed over tokens, nats, fp64; no gradient."""
         logps = self.token_logps(batch)
         total = logps.new_zeros(len(batch.response_lengths), dtype=torch.float64)
         return total.index_add_(0, batch.response_ids, logps.double())
+
+    def idle_loss(self, batch: Batch) -> Tensor:
+        """Zero, (), whose backward takes part in what the other ranks' backward does."""
+
+        def score() -> Tensor:
+            states, weight = self._head_operands(batch)
+            return linear_logprob(states, weight, batch.targets, **self._head_arguments()).sum() * 0
+
+        return inside(self.model, score)
 
     def loss(
         self,
@@ -106,23 +120,27 @@ class Scorer:
         ref_logps (R,) and ref_token_logps (T,) are the reference's, nats; `given` are constants of
         the units.
         """
-        states, weight = self._head_operands(batch)
         indices = batch.host or batch
-        return linear_loss(
-            states,
-            weight,
-            batch.targets,
-            indices.response_ids,
-            indices.units,
-            ref_logps,
-            loss=loss,
-            given=given,
-            ref_token_logps=ref_token_logps,
-            unit_weights=batch.weights / units_in_step,
-            response_lengths=batch.response_lengths,
-            outputs=outputs,
-            **self._head_arguments(),
-        )
+
+        def score() -> LinearLoss:
+            states, weight = self._head_operands(batch)
+            return linear_loss(
+                states,
+                weight,
+                batch.targets,
+                indices.response_ids,
+                indices.units,
+                ref_logps,
+                loss=loss,
+                given=given,
+                ref_token_logps=ref_token_logps,
+                unit_weights=batch.weights / units_in_step,
+                response_lengths=batch.response_lengths,
+                outputs=outputs,
+                **self._head_arguments(),
+            )
+
+        return inside(self.model, score)
 
 
 def load_scorer(

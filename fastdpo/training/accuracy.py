@@ -10,6 +10,7 @@ from torch import Tensor
 from ..data.batch import Batch
 from ..data.groups import Group
 from ..data.packing import PackedRow
+from ..parallel.world import ALONE, World
 from .metrics import TIE
 
 
@@ -32,12 +33,15 @@ class GroupRewards:
         """Rewards (U,), or (U, G) where units are groups, in the order of the row's parts."""
         self._values.append(rewards[batch.units >= 0].double())
 
-    def accuracy(self) -> dict[str, float]:
-        """The share of pairs in the right order, a tie counting one half; nothing without pairs."""
-        if not self._values:  # of a loss that reports none
+    def accuracy(self, world: World = ALONE) -> dict[str, float]:
+        """The share of pairs in the right order over all ranks, a tie counting one half; nothing
+        without pairs.
+        """
+        values = torch.cat(self._values).tolist() if self._values else []
+        own = dict(zip(self._keys, values, strict=True)) if values else {}
+        rewards = {key: value for rank in world.gather(own) for key, value in rank.items()}
+        if not rewards:  # of a loss that reports none
             return {}
-        values = torch.cat(self._values).tolist()
-        rewards = dict(zip(self._keys, values, strict=True))
         margins = [
             rewards[index, better] - rewards[index, worse]
             for index, group in enumerate(self.groups)

@@ -45,6 +45,7 @@ class Trainer:
         max_tokens: int,
         output: Output,
         identity: dict[str, Any],
+        units: int,
         on_step: Callable[[int, dict[str, float]], None] | None = None,
     ) -> None:
         self.config, self.objective, self.tokenizer = config, objective, tokenizer
@@ -52,14 +53,16 @@ class Trainer:
         self.on_step = on_step
         self.model, self.device = objective.policy.model, objective.policy.device
         self.moving = objective.reference if config.sync_ref_model else None
-        self.schedule = Schedule(config, data.train)
+        self.world = objective.world
+        self.schedule = Schedule(config, data.train, units)
         self.total_steps = self.schedule.steps
-        self.update = make_update(self.model, config, self.device)
+        self.update = make_update(self.model, config, self.device, self.world)
         self.optimizer, self.pending = self.update.optimizer, self.update.pending
         self.scheduler = make_scheduler(self.optimizer, config, self.total_steps)
         self.bar = tqdm(total=self.total_steps, unit="step", disable=config.disable_tqdm)
         self.step = self.num_tokens = 0
         self.resumed: int | None = None
+        self._names: list[str] = []
         if config.optimizer_in_backward:
             epochs = map(self.plan, range(self.schedule.epochs))
             require_one_row(epochs, data.train, objective.policy.layout.name, config)
@@ -73,6 +76,8 @@ class Trainer:
             layout=self.objective.policy.layout.name,
             max_tokens=self.max_tokens,
             epoch=epoch,
+            ranks=self.world.data_size,
+            units=self.schedule.units,
         )
 
     def train(self, steps: Generator[None, None, None] | None = None) -> dict[str, float]:
@@ -81,13 +86,16 @@ class Trainer:
         `steps` takes every step that is left and yields after each (default: `take_steps`).
         """
         config, folder = self.config, self.output.path
-        trackers = make_trackers(config.report_to, folder, config.run_name, config.to_dict())
-        self.log = MetricsLog(folder / METRICS, trackers, self.resumed)
+        trackers = []
+        if self.world.first:
+            trackers = make_trackers(config.report_to, folder, config.run_name, config.to_dict())
+        self.log = MetricsLog(folder / METRICS, trackers, self.resumed, writes=self.world.first)
         last = self.log.last()
         if config.eval_on_start and self.step == 0:
             last |= self._evaluate()
         self.model.train()
-        trace = profiler(config.profile_steps, folder / TRACE, self.device)
+        traced = config.profile_steps if self.world.first else 0
+        trace = profiler(traced, folder / TRACE, self.device)
         with closing(self.update), closing(steps or self.take_steps()) as taken, trace as watch:
             for _ in taken:
                 watch.step()
@@ -105,7 +113,11 @@ class Trainer:
         self.output.begin(self.config)
         self.log.open()
         if self.resumed is not None:  # a kill may have come between a save and its rotation
-            checkpoint.rotate(self.output.path, self.config.save_total_limit, self.resumed)
+            self._rotate(self.resumed)
+
+    def _rotate(self, newest: int) -> None:
+        if self.world.first:
+            checkpoint.rotate(self.output.path, self.config.save_total_limit, newest)
 
     def steps_left(self) -> Iterator[StepBatches]:
         """The steps that are left, on the host, as they are packed now."""
@@ -121,7 +133,7 @@ class Trainer:
         with closing(ahead(self.steps_left())) as made:
             for step in made:
                 start = time.perf_counter()
-                self.finish(self.gradients(step), start)
+                self.finish(step, self.gradients(step), start)
                 yield
 
     def gradients(self, step: StepBatches) -> metrics.StepSums:
@@ -132,18 +144,19 @@ class Trainer:
             self.update.backward(loss, self.step)
         return sums
 
-    def finish(self, sums: metrics.StepSums, start: float) -> None:
+    def finish(self, step: StepBatches, sums: metrics.StepSums, start: float) -> None:
         """Take the step that these gradients ask for; it began at `start` of `perf_counter`."""
+        sums.over(self.world, self._names)
         norm = self.update.norm()
         rate = float(self.scheduler.get_last_lr()[0])
-        self.pending.check(self.step, sums, norm, rate)
+        self.pending.check(self.step, step, sums, norm, rate)
         self.update.step()
         self.scheduler.step()
         self.objective.keep_running()
         self.step += 1
         if self.moving is not None and self.step % self.config.ref_model_sync_steps == 0:
             self.moving.follow(self.model, self.config.ref_model_mixup_alpha)
-        self.num_tokens += sums.pair_tokens
+        self.num_tokens += step.pair_tokens
         self.pending.took(time.perf_counter() - start)
         self.bar.update()
 
@@ -168,7 +181,7 @@ class Trainer:
         """Bring metrics to the host; log the first loss beside that of a policy which still is its
         reference.
         """
-        values = self.pending.read(partial(metrics.rates, self.model))
+        values = self.pending.read(partial(metrics.rates, self.model, self.world.size))
         self.bar.set_postfix_str(metrics.show(values), refresh=False)
         if self.step != 1 or self.config.ref_model_name_or_path is not None:
             return
@@ -177,9 +190,9 @@ class Trainer:
 
     def _write_metrics(self) -> dict[str, float]:
         result = self.pending.line() | self._position()
-        result["peak_memory_mib"] = peak_memory_mib(self.device)
+        result["peak_memory_mib"] = max(self.world.gather_all(peak_memory_mib(self.device)))
         self.log.write(result, self.step)
-        if self.bar.disable:
+        if self.bar.disable and self.world.first:
             logger.info(f"step {self.step}/{self.total_steps}: {metrics.show(result)}")
         return result
 
@@ -205,13 +218,14 @@ class Trainer:
             state={
                 "step": self.step,
                 "num_tokens": self.num_tokens,
+                "units": self.schedule.units,
                 "pending": self.pending.values,
                 "running": self.objective.running_state(),
                 "config": deciding(self.config),
                 "identity": self.identity,
             },
         )
-        checkpoint.rotate(self.output.path, self.config.save_total_limit, self.step)
+        self._rotate(self.step)
 
     def resume(self, path: Path, state: dict[str, Any]) -> None:
         """Go on from a verified checkpoint and its state, with its weights, moments and random

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..data.batch import Batch
 from ..devices import known_gpu
 from ..model.quantised import count_weights
+from ..parallel.world import World
 
 TIE = 1e-5
 """Rewards closer than this differ by the rounding of fp32 sums alone."""
@@ -30,9 +31,6 @@ class StepSums:
         self.names: list[str] = []
         self.sums = torch.zeros(0, dtype=torch.float64, device=device)
         """The loss, then every sum, then their divisors."""
-        self.units = 0
-        self.pair_tokens = 0
-        self.computed_tokens = 0
 
     def add(
         self,
@@ -56,9 +54,19 @@ class StepSums:
         rows = [value.double().reshape(()) for value, _ in parts.values()]
         counts = [count.double().reshape(()) for _, count in parts.values()]
         self.sums += torch.stack([*rows, *counts])
-        self.units += len(batch.places)
-        self.pair_tokens += batch.pair_tokens
-        self.computed_tokens += batch.computed_tokens
+
+    def over(self, world: World, names: list[str]) -> None:
+        """Make the sums those of all ranks; `names` are what is summed, which a rank without rows
+        does not know, and are filled in the first time.
+        """
+        if world.data_size == 1:
+            return
+        if not names:
+            names += next(filter(None, world.gather(self.names)), [])
+        if not self.names:
+            self.names = names
+            self.sums = torch.zeros(2 * len(names), dtype=torch.float64, device=self.device)
+        world.add(self.sums)
 
     def means(self, sums: list[float] | None = None) -> dict[str, float]:
         """The metrics, each a mean over units or over tokens; reads the device, unless its `sums`
@@ -137,12 +145,17 @@ def _of_responses(
 
 
 def rates(
-    model: torch.nn.Module, units: int, pair_tokens: int, computed_tokens: int, seconds: float
+    model: torch.nn.Module,
+    devices: int,
+    units: int,
+    pair_tokens: int,
+    computed_tokens: int,
+    seconds: float,
 ) -> dict[str, float]:
-    """Throughput of steps that took `seconds`.
+    """Throughput of steps that took `seconds` on so many devices, all of them together.
 
     `tokens_per_second` counts the tokens that an unpadded sequence for each response of a unit
-    holds, so sharing shows in it. `mfu`, 6·parameters·tokens a second over the GPU's dense bf16
+    holds, so sharing shows in it. `mfu`, 6·parameters·tokens a second over the GPUs' dense bf16
     peak, is left out where that is not known.
     """
     found = {
@@ -154,7 +167,7 @@ def rates(
     if gpu is None or gpu.bf16 is None:
         return found
     parameters = sum(count_weights(p) for p in model.parameters())
-    return found | {"mfu": 6.0 * parameters * computed_tokens / seconds / gpu.bf16}
+    return found | {"mfu": 6.0 * parameters * computed_tokens / seconds / gpu.bf16 / devices}
 
 
 def show(metrics: dict[str, float]) -> str:

@@ -17,6 +17,7 @@ from .. import files
 from ..config import TrainConfig
 from ..errors import CheckpointError, ConfigError, some
 from ..model.place import find_model
+from ..parallel.world import ALONE, World
 from . import checkpoint
 from .changes import deciding
 
@@ -158,12 +159,60 @@ class Output:
         files.write_text(self.path / STATE, json.dumps(self._state, indent=1))
 
 
+class SeenOutput(Output):
+    """The output directory as a process sees it that writes nothing there: what the one that does
+    has found.
+    """
+
+    def __init__(
+        self, path: Path, config: TrainConfig, state: dict[str, Any], start: Path | None
+    ) -> None:
+        self.path, self.config = path, config
+        self._state, self._start = state, start
+
+    @property
+    def finished(self) -> bool:
+        return bool(self._state["finished"])
+
+    def checkpoint(self) -> Path | None:
+        return self._start
+
+    def require(self) -> None: ...
+
+    def begin(self, config: TrainConfig) -> None: ...
+
+    def save_config(self, config: TrainConfig) -> None: ...
+
+    def finish(
+        self, config: TrainConfig, step: int, model: Any, tokenizer: Any, card: str
+    ) -> None: ...
+
+
 def _weights_last(name: str) -> tuple[bool, bool, str]:
     return _WEIGHTS in name, name.endswith(".json"), name
 
 
 @contextmanager
-def claim(config: TrainConfig) -> Iterator[Output]:
+def claim(config: TrainConfig, world: World = ALONE) -> Iterator[Output]:
+    """The output directory: the first rank's to write, `SeenOutput` for the others.
+
+    Raises:
+        ConfigError: see `_claimed`.
+        CheckpointError: see `Output.checkpoint`.
+    """
+    if not world.first:
+        path, state, start = world.share(None)
+        yield SeenOutput(path, config, state, start)
+        return
+    with _claimed(config) as output:
+        if world.size > 1:
+            state = {**output._state, "finished": output.finished}
+            world.share((output.path, state, output.checkpoint()))
+        yield output
+
+
+@contextmanager
+def _claimed(config: TrainConfig) -> Iterator[Output]:
     """The output directory, locked for this run; one that was made for it goes with an early error.
 
     Raises:

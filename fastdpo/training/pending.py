@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from ..errors import FastDPOError
 from . import metrics
+from .step import StepBatches
 
 
 class Pending:
@@ -29,15 +30,17 @@ class Pending:
         """Whether every step is read before its optimizer's."""
         self.in_backward = False
         """Whether weights are stepped before the norm of all gradients is known."""
-        self._unread: list[tuple[int, metrics.StepSums, Tensor, float]] = []
+        self._unread: list[tuple[int, StepBatches, metrics.StepSums, Tensor, float]] = []
         self._bad = torch.zeros((), device=device)
         self._seconds = 0.0
 
-    def check(self, step: int, sums: metrics.StepSums, norm: Tensor, rate: float) -> None:
-        """Take the figures of a step before its optimizer's; FastDPOError where they are read at
-        once and not finite.
+    def check(
+        self, number: int, step: StepBatches, sums: metrics.StepSums, norm: Tensor, rate: float
+    ) -> None:
+        """Take the figures of step `number` before its optimizer's; FastDPOError where they are
+        read at once and not finite.
         """
-        self._unread.append((step, sums, norm, rate))
+        self._unread.append((number, step, sums, norm, rate))
         if self.waits:
             self._values()
             return
@@ -76,9 +79,9 @@ class Pending:
         start = time.perf_counter()
         steps = self._values()
         self._seconds += time.perf_counter() - start
-        sums = [part for _, part, _, _ in self._unread]
+        taken = [step for _, step, *_ in self._unread]
         counts = ("units", "pair_tokens", "computed_tokens")
-        total = [sum(getattr(part, name) for part in sums) for name in counts]
+        total = [sum(getattr(step, name) for step in taken) for name in counts]
         speed = rates(*total, self._seconds)
         for values in steps:
             for name, value in (values | speed).items():
@@ -91,11 +94,11 @@ class Pending:
         table = torch.stack(
             [
                 torch.cat([sums.sums, norm.detach().double().view(1)])
-                for _, sums, norm, _ in self._unread
+                for _, _, sums, norm, _ in self._unread
             ]
         )
         steps = []
-        for (step, sums, _, rate), row in zip(self._unread, table.tolist(), strict=True):
+        for (step, _, sums, _, rate), row in zip(self._unread, table.tolist(), strict=True):
             values: dict[str, Any] = sums.means(row[:-1]) | {"grad_norm": row[-1]}
             for name in ("loss", "grad_norm"):
                 if not math.isfinite(values[name]):

@@ -20,6 +20,7 @@ from ..model.adapter import add_adapter
 from ..model.head import find_head
 from ..model.layout import Layout
 from ..model.scorer import Scorer, load_scorer
+from ..parallel.world import ALONE, World
 from ..reference import (
     LogpStore,
     ReferenceReport,
@@ -33,7 +34,12 @@ logger = logging.getLogger(__name__)
 
 
 def make_reference(
-    config: TrainConfig, policy: Scorer, data: Data, loss: TrainingLoss, max_tokens: int
+    config: TrainConfig,
+    policy: Scorer,
+    data: Data,
+    loss: TrainingLoss,
+    max_tokens: int,
+    world: World = ALONE,
 ) -> tuple[OnlineReference | None, dict[str, str]]:
     """The reference that is evaluated while training, None where its log-probabilities are in the
     groups now or the loss needs none; and digests of the models that the run begins with, by what
@@ -45,7 +51,9 @@ def make_reference(
     needed = needs_reference(loss, data)
     precomputes = needed and config.precomputes
     if precomputes:
-        _, digests["reference model"] = precompute_reference(config, policy, data, loss, max_tokens)
+        _, digests["reference model"] = precompute_reference(
+            config, policy, data, loss, max_tokens, world
+        )
     elif not needed:
         digests["starting model"] = weights_digest(policy.model)
     elif config.ref_model_name_or_path or not config.use_peft:
@@ -67,7 +75,12 @@ def make_reference(
 
 
 def precompute_reference(
-    config: TrainConfig, policy: Scorer, data: Data, loss: TrainingLoss, max_tokens: int
+    config: TrainConfig,
+    policy: Scorer,
+    data: Data,
+    loss: TrainingLoss,
+    max_tokens: int,
+    world: World = ALONE,
 ) -> tuple[ReferenceReport, str]:
     """Reference log-probabilities of every group, from the cache or from a pass over the data in
     rows of `max_tokens` and more; and the digest of the reference's weights.
@@ -91,6 +104,7 @@ def precompute_reference(
         max_tokens=reference_budget(max_tokens, scorer.device.type),
         progress=progress,
         by_tokens=loss.by_tokens,
+        world=world,
     )
     logger.info(f"reference log-probabilities: {report}")
     return report, weights

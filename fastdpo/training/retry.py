@@ -76,6 +76,7 @@ def retried(trainer: Trainer) -> Generator[None, None, None]:
     config = trainer.config
     # Weights that are stepped during a backward cannot be put back.
     repeats = config.memory == "auto" and not config.optimizer_in_backward
+    repeats = repeats and trainer.world.size == 1  # the others would wait in the middle of the step
     while trainer.step < trainer.total_steps:
         with closing(ahead(trainer.steps_left())) as made:
             for step in made:
@@ -91,7 +92,7 @@ def _take(trainer: Trainer, step: StepBatches, repeats: bool) -> bool:
     try:
         sums = trainer.gradients(step)
         finishing = True
-        trainer.finish(sums, start)
+        trainer.finish(step, sums, start)
         return True
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):

@@ -18,7 +18,8 @@ from ..hub import reached
 from ..model.adapter import adopt_adapter
 from ..model.layout import restore_attention
 from ..model.lent import lent
-from ..terminal import progress_bars, withheld
+from ..parallel.world import World, joined
+from ..terminal import progress_bars, silent, withheld
 from .card import model_card
 from .loop import Trainer
 from .output import Output, claim
@@ -74,14 +75,14 @@ def train(
         raise ConfigError(f"config: expected a TrainConfig, got {type(config).__name__}")
     _check_callback(on_step)
     given.check(config)
-    with claim(config) as output, _surroundings(config):
+    with joined(config) as world, claim(config, world) as output, _surroundings(config, world):
         if given.is_empty and config.resume_from_checkpoint is True and output.holds_this_run():
             logger.info(
                 f"{output.path}: the run with these keys is finished (step {output.step}), nothing "
                 "is left to do"
             )
             return TrainResult(output.step, {}, output.path)
-        return _train(config, given, output, on_step)
+        return _train(config, given, world, output, on_step)
 
 
 def _check_callback(on_step: Any) -> None:
@@ -95,11 +96,15 @@ def _check_callback(on_step: Any) -> None:
 
 
 def _train(
-    config: TrainConfig, given: InMemory, output: Output, on_step: Callable[..., None] | None
+    config: TrainConfig,
+    given: InMemory,
+    world: World,
+    output: Output,
+    on_step: Callable[..., None] | None,
 ) -> TrainResult:
     with nullcontext() if given.model is None else lent(given.model):
         with withheld():
-            trainer = set_up(config, given, output, on_step)
+            trainer = set_up(config, given, world, output, on_step)
         return _finish(config, given, output, trainer)
 
 
@@ -137,23 +142,28 @@ def precompute(config: TrainConfig) -> dict[str, Any]:
         raise config.error("loss_type", f"{losses} without a reference: nothing to precompute")
     if config.sync_ref_model:
         raise config.error("sync_ref_model", "the reference moves: nothing to precompute")
-    with _surroundings(config), withheld():
-        loaded = load(adopt_adapter(config), InMemory(), config.bf16, trains=False)
+    with joined(config) as world, _surroundings(config, world), withheld():
+        loaded = load(adopt_adapter(config), InMemory(), config.bf16, world, trains=False)
         if not needs_reference(loaded.loss, loaded.data):
             raise loaded.config.error(
                 "beta",
                 "is 0 and every row has logps, so no reference is read: nothing to precompute",
             )
         report, _ = precompute_reference(
-            loaded.config, loaded.policy, loaded.data, loaded.loss, loaded.max_tokens
+            loaded.config, loaded.policy, loaded.data, loaded.loss, loaded.max_tokens, world
         )
     return {"found": report.found, "computed": report.computed, "cache": str(report.directory)}
 
 
 @contextmanager
-def _surroundings(config: TrainConfig) -> Iterator[None]:
+def _surroundings(config: TrainConfig, world: World) -> Iterator[None]:
     """Terminal, network and memory, each of which may be less than what libraries expect."""
     for line in config.notes():
         logger.warning(f"note: {line}")
-    with progress_bars(config.disable_tqdm), reached(config), enough_memory():
+    with (
+        nullcontext() if world.first else silent(),
+        progress_bars(config.disable_tqdm),
+        reached(config),
+        enough_memory(),
+    ):
         yield

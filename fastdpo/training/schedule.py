@@ -17,9 +17,11 @@ class Schedule:
         steps: optimizer steps of the whole run.
     """
 
-    def __init__(self, config: TrainConfig, groups: Sequence[Group]) -> None:
+    def __init__(
+        self, config: TrainConfig, groups: Sequence[Group], units: int | None = None
+    ) -> None:
         self.config = config
-        self.units = units_per_step(config)
+        self.units = units or units_per_step(config)
         self.steps_per_epoch = math.ceil(count_units(groups) / self.units)
         epochs = math.ceil(config.num_train_epochs * self.steps_per_epoch)
         self.steps = config.max_steps if config.max_steps > 0 else epochs

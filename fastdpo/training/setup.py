@@ -1,8 +1,7 @@
 """Everything that is loaded, checked and computed before the first step."""
 
 import logging
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from ..config.inputs import DTYPES
 from ..data.dataset import Data, RowsInMemory, load_data, needs_reference
 from ..data.groups import describe_units
 from ..data.packing import longest_unit
-from ..data.plan import row_budget
+from ..data.plan import row_budget, units_per_step
 from ..errors import ConfigError, ModelError
 from ..losses import TrainingLoss, loss_of
 from ..memory.allocator import keep_freed_memory, return_freed_memory
@@ -33,6 +32,7 @@ from ..model.offload import transfer_of
 from ..model.paths import activations_path, attention_path, run_device
 from ..model.precision import choose_precision
 from ..model.scorer import Scorer, load_scorer
+from ..parallel.world import ALONE, World
 from .changes import check_keys
 from .checkpoint import read_state
 from .loop import Trainer
@@ -95,9 +95,17 @@ class Loaded:
     max_tokens: int
 
 
-def load(config: TrainConfig, given: InMemory, bf16: bool | None, *, trains: bool = True) -> Loaded:
+def load(
+    config: TrainConfig,
+    given: InMemory,
+    bf16: bool | None,
+    world: World = ALONE,
+    *,
+    trains: bool = True,
+) -> Loaded:
     """Tokenizer, data and policy, made to fit the device if it `trains` and `memory` is auto;
-    `bf16` as the configuration or a checkpoint has it.
+    `bf16` as the configuration or a checkpoint has it. What is measured here, the first rank
+    measures for all.
     """
     loss_of(config)  # an unknown one is an error before anything is read
     if given.model is None:
@@ -110,23 +118,29 @@ def load(config: TrainConfig, given: InMemory, bf16: bool | None, *, trains: boo
     if given.model is not None:  # the path was for the tokenizer
         config = config.choose("model", model_name_or_path=None)
     vocab_size = getattr(model_config.get_text_config(), "vocab_size", None)
-    data = load_data(config, with_pad_token(tokenizer), vocab_size, given.rows, given.eval_rows)
+    with world.one_after_another():  # the others find in the cache what the first one has made
+        data = load_data(config, with_pad_token(tokenizer), vocab_size, given.rows, given.eval_rows)
     for line in data.config.notes():  # of a loss that the data's layout named
         if line not in config.notes():
             logger.warning(f"note: {line}")
     config, loss = data.config, loss_of(data.config)
     _note_positions(config, model_config, data)
-    autocast, reason = choose_precision(bf16, device)
+    autocast, reason = world.share(choose_precision(bf16, device) if world.first else None)
     precision = "bf16 autocast" if autocast else config.dtype
     logger.info(f"precision: {precision} on {device.type} ({reason})")
     if trains and config.memory == "auto":
-        config = fit(config, data, model_config, device, autocast)
+        fitted = fit(config, data, model_config, device, autocast) if world.first else config
+        config = world.share(fitted)
     policy = load_scorer(config, device, autocast, model=given.model)
     return Loaded(config, tokenizer, data, policy, loss, row_budget(config, device.type))
 
 
 def set_up(
-    config: TrainConfig, given: InMemory, output: Output, on_step: Callable[..., None] | None
+    config: TrainConfig,
+    given: InMemory,
+    world: World,
+    output: Output,
+    on_step: Callable[..., None] | None,
 ) -> Trainer:
     """A trainer that stands before the first step that is left."""
     attention_path(config)  # a backend that cannot be had here is an error before anything else
@@ -144,11 +158,11 @@ def set_up(
         if bf16 is None and "identity" in state:  # not what this machine would choose
             bf16 = state["identity"]["precision"] == str(torch.bfloat16)
     set_seed(config.seed)
-    loaded = load(config, given, bf16)
+    loaded = load(config, given, bf16, world)
     config, policy, data, loss = loaded.config, loaded.policy, loaded.data, loaded.loss
     if start is not None:
         check_keys(start, state, config)
-    reference, digests = make_reference(config, policy, data, loss, loaded.max_tokens)
+    reference, digests = make_reference(config, policy, data, loss, loaded.max_tokens, world)
     logger.info(f"activations: {activations_path(config)}")
     logger.info(f"optimizer: {optimizer}")
     _change_layers(config, policy.model, policy.device, output)
@@ -160,12 +174,14 @@ def set_up(
             config.per_device_train_batch_size,
             reference,
             compares=needs_reference(loss, data),
+            world=world,
         ),
         tokenizer=loaded.tokenizer,
         data=data,
         max_tokens=loaded.max_tokens,
         output=output,
         identity={"precision": str(policy.autocast), **digests},
+        units=_units(config, world, state if start is not None else {}),
         on_step=on_step,
     )
     _log_training(trainer, loaded)
@@ -200,12 +216,17 @@ def _keep_memory(loaded: Loaded) -> None:
         return_freed_memory()
 
 
+def _units(config: TrainConfig, world: World, saved: Mapping[str, Any]) -> int:
+    """Units of a step. A run that goes on with other devices and the same keys keeps its own."""
+    units = units_per_step(config, world.data_size)
+    before = saved.get("config", {})
+    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size")
+    if all(before.get(name) == getattr(config, name) for name in sizes):
+        units = saved.get("units", units)
+    return units
+
+
 def _device(config: TrainConfig) -> torch.device:
-    world = os.environ.get("WORLD_SIZE", "1")
-    if not world.isdecimal() or int(world) > 1:
-        raise ConfigError(
-            f"WORLD_SIZE: expected 1, since several processes are not supported yet, got {world}"
-        )
     if run_device(config).type == "cpu":
         keep_freed_memory()
     if config.tf32 is not None:

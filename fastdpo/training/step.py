@@ -2,6 +2,7 @@
 whole evaluation.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,16 +13,17 @@ from fastdpo_kernels.problem import Problem, scored_units
 from torch import Tensor
 
 from ..data.ahead import ahead
-from ..data.batch import Batch, make_batch
+from ..data.batch import Batch, idle_batch, make_batch
 from ..data.groups import Group, count_units, step_constants
-from ..data.packing import PackedRow
+from ..data.packing import PackedRow, row_tokens, sequence_tokens
 from ..data.plan import Step, make_plan
 from ..losses import TrainingLoss
 from ..model.scorer import TOKEN_STATS, Scorer
+from ..parallel.world import ALONE, World
 from .accuracy import GroupRewards
 from .metrics import StepSums
 from .online import OnlineReference
-from .terms import StepTerms, pass_before
+from .terms import StepTerms, gather_rows, pass_before
 
 _EVAL_WINDOW = 1024
 
@@ -31,14 +33,17 @@ class StepBatches:
     """A step on the host.
 
     Attributes:
-        units: how many it holds.
-        batches: the rows that are trained on.
+        units: how many it holds, over all ranks.
+        batches: the rows that this rank trains on.
         first: the rows that are scored before them; None where that are the same ones.
+        pair_tokens, computed_tokens: of the rows of all ranks, as `Batch` counts them.
     """
 
     units: int
     batches: list[Batch]
     first: list[Batch] | None = None
+    pair_tokens: int = 0
+    computed_tokens: int = 0
 
 
 @dataclass
@@ -50,6 +55,7 @@ class Objective:
         reference: evaluated at every step; None where its log-probabilities are in the groups, or
             none are needed.
         compares: whether reference log-probabilities are read.
+        world: the ranks that the rows of a step are dealt to.
         running: means over all batches so far, with their number, of what the loss wants so.
     """
 
@@ -58,19 +64,48 @@ class Objective:
     batch_size: int
     reference: OnlineReference | None = None
     compares: bool = True
+    world: World = ALONE
     running: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
     _next_running: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    _eval_names: list[str] = field(default_factory=list)
 
     def batches(
         self, groups: Sequence[Group], step: Step, batch_size: int | None = None
     ) -> StepBatches:
-        """The rows of a step, for one process."""
+        """The rows of a step, for this rank."""
         constants = step_constants(groups, step.placed(), batch_size or self.batch_size)
-        batches = [self.batch(groups, row, constants) for row in step.ranks[0]]
+        rows = [row for rank in step.ranks for row in rank]
         first = None
         if self.loss.mismatched:
-            first = [self.batch(groups, row, constants, mismatched=True) for row in step.first]
-        return StepBatches(step.units, batches, first)
+            size = self.world.data_size
+            dealt = [step.first[rank::size] for rank in range(size)]
+            first = self._dealt(groups, dealt, constants, mismatched=True)
+        return StepBatches(
+            step.units,
+            self._dealt(groups, step.ranks, constants),
+            first,
+            sum(sequence_tokens(groups, row) for row in rows),
+            sum(row_tokens(groups, row, self.policy.layout.name) for row in rows),
+        )
+
+    def _dealt(
+        self,
+        groups: Sequence[Group],
+        ranks: Sequence[Sequence[PackedRow]],
+        constants: Mapping[str, np.ndarray],
+        mismatched: bool = False,
+    ) -> list[Batch]:
+        """This rank's rows. Ranks that hold shares of the weights run every forward together: where
+        others have a row and this one has none, it runs one of two tokens.
+        """
+        made = []
+        for rows in itertools.zip_longest(*ranks, fillvalue=()):
+            row = rows[self.world.data_rank]
+            if row:
+                made.append(self.batch(groups, row, constants, mismatched))
+            elif self.world.sharded and any(rows):
+                made.append(idle_batch(self.policy.layout.name))
+        return made
 
     def batch(
         self,
@@ -99,7 +134,9 @@ class Objective:
             return None
         mode = self.policy.model.training
         self.policy.model.eval()  # what dropout draws here would not be what it draws for the rows
-        rows = (self._scored(batch) for batch in step.first or step.batches)
+        batches = step.batches if step.first is None else step.first
+        rows = [scored for batch in batches if (scored := self._scored(batch))]
+        rows = gather_rows(rows, self.world, self.policy.device)
         terms = pass_before(self.loss, rows, step.units, size, self.running, updates=training)
         self.policy.model.train(mode)
         self._next_running = terms.running
@@ -132,6 +169,9 @@ class Objective:
         `terms` are those of the step; `rewards` collects what accuracy is measured by.
         """
         batch = batch.to(self.policy.device)
+        if batch.idle:
+            self._idle_reference(batch)
+            return self.policy.idle_loss(batch)
         given, loss = dict(batch.given), self.loss.loss
         if terms is not None:
             given |= terms.given(batch.places)
@@ -147,9 +187,13 @@ class Objective:
         return result.loss
 
     @torch.no_grad()
-    def _scored(self, batch: Batch) -> tuple[Tensor, Scored]:
+    def _scored(self, batch: Batch) -> tuple[Tensor, Scored] | None:
         """The places of a batch's units in the step, and what they are seen as; no gradient."""
         batch = batch.to(self.policy.device)
+        if batch.idle:
+            self._idle_reference(batch)
+            self.policy.token_logps(batch)
+            return None
         ref, ref_tokens = self._reference(batch)
         token_logps = self.policy.token_logps(batch)
         return batch.places, self._view(batch, token_logps, ref, ref_tokens, batch.given)
@@ -179,6 +223,11 @@ class Objective:
             given,
         )
         return scored_units(problem, token_logps)
+
+    def _idle_reference(self, batch: Batch) -> None:
+        """Run what `_reference` runs on other ranks."""
+        if self.compares and self.reference is not None:
+            self.reference.token_logps(batch)
 
     def _reference(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """The reference's log-probabilities of responses (R,), or of tokens (T,) where the loss
@@ -213,22 +262,26 @@ class Objective:
             max_tokens=max_tokens,
             layout=self.policy.layout.name,
             seed=None,
+            world_size=self.world.data_size,
             by_rows=True,
         )
         for step, parts in self._windows(groups, plan, batch_size):
             terms = self.terms(step, batch_size)
-            for batch, row in zip(step.batches, parts, strict=True):
-                if rewards is not None:
+            if rewards is not None:
+                for row in parts:
                     rewards.row(row)
+            for batch in step.batches:
                 self.score(batch, total, sums, terms, rewards)
         model.train(training)
+        sums.over(self.world, self._eval_names)
         found = sums.means()
         if rewards is not None:
-            found |= rewards.accuracy()
+            found |= rewards.accuracy(self.world)
         return {f"eval_{name}": value for name, value in found.items()}
 
     def _windows(
         self, groups: Sequence[Group], plan: Sequence[Step], batch_size: int
     ) -> Iterator[tuple[StepBatches, Sequence[PackedRow]]]:
-        made = ((self.batches(groups, step, batch_size), step.ranks[0]) for step in plan)
+        rank = self.world.data_rank
+        made = ((self.batches(groups, step, batch_size), step.ranks[rank]) for step in plan)
         yield from ahead(made, depth=1)

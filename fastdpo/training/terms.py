@@ -6,7 +6,7 @@ rows then have a loss that is linear in their log-probabilities.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from fastdpo_kernels.losses import Comparisons, Loss, Scored
 from torch import Tensor
 
 from ..losses import TrainingLoss
+from ..parallel.world import World
 
 Running = dict[str, tuple[Tensor, int]]
 _LEAVES = ("chosen_logps", "rejected_logps", "chosen_sums", "prompt_logps")
@@ -98,15 +99,34 @@ def _whole(rows: Iterable[tuple[Tensor, Scored]], units: int) -> Scored:
 
 def _part(scored: Scored, some: slice) -> Scored:
     """Some of the units."""
+    return _each(scored, lambda value: value[some])
 
-    def cut(value: Any) -> Any:
+
+def _each(scored: Scored, function: Callable[[Tensor], Tensor]) -> Scored:
+    """The function of every tensor."""
+
+    def of(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value[some]
+            return function(value)
         if isinstance(value, Mapping):
-            return {name: cut(one) for name, one in value.items()}
+            return {name: of(one) for name, one in value.items()}
         return value
 
-    return replace(scored, **{f.name: cut(getattr(scored, f.name)) for f in fields(scored)})
+    return replace(scored, **{f.name: of(getattr(scored, f.name)) for f in fields(scored)})
+
+
+def gather_rows(
+    rows: list[tuple[Tensor, Scored]], world: World, device: torch.device
+) -> list[tuple[Tensor, Scored]]:
+    """The scored rows of all ranks, on this one's device."""
+    if world.data_size == 1:
+        return rows
+
+    def moved(rows: list[tuple[Tensor, Scored]], to: str | torch.device) -> list[Any]:
+        return [(places.to(to), _each(seen, lambda t: t.to(to))) for places, seen in rows]
+
+    gathered = world.gather(moved(rows, "cpu"))
+    return moved([row for rank in gathered for row in rank], device)
 
 
 def _if_finite(batch: Any, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:

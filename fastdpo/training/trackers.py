@@ -72,10 +72,14 @@ def make_trackers(
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line; what is written before `open` waits for it."""
+    """`metrics.jsonl`: one JSON object a line; what is written before `open` waits for it. Of
+    several processes one `writes`.
+    """
 
-    def __init__(self, path: Path, trackers: list[Tracker], resumed_step: int | None) -> None:
-        self.path, self.trackers = path, trackers
+    def __init__(
+        self, path: Path, trackers: list[Tracker], resumed_step: int | None, writes: bool = True
+    ) -> None:
+        self.path, self.trackers, self.writes = path, trackers, writes
         self._waiting: list[tuple[dict[str, float], int]] | None = []
         self._kept: list[str] = []
         if resumed_step is not None and path.exists():
@@ -92,7 +96,7 @@ class MetricsLog:
 
     def open(self) -> None:
         """Start the file; a resumed run keeps the lines of the steps that it does not repeat."""
-        if self._waiting is None:
+        if self._waiting is None or not self.writes:
             return
         write_text(self.path, "".join(line + "\n" for line in self._kept))
         self._kept = []
@@ -102,6 +106,8 @@ class MetricsLog:
 
     def write(self, metrics: dict[str, float], step: int) -> None:
         """Append the metrics of a step and hand them to the trackers."""
+        if not self.writes:
+            return
         if self._waiting is not None:
             self._waiting.append((metrics, step))
             return
@@ -112,6 +118,8 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Bring every line to the disk, where a checkpoint of their steps is about to be."""
+        if not self.writes:
+            return
         with explain(self.path):
             sync(self.path)
 

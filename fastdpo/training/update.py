@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..config import TrainConfig
@@ -19,14 +20,23 @@ from ..data.groups import Group
 from ..data.packing import part_tokens
 from ..data.plan import Step
 from ..errors import ConfigError
+from ..parallel.gradients import add_gradients
+from ..parallel.world import ALONE, World
 from .optimizer import make_optimizer
 from .pending import Pending
 
 
 class Update:
-    """Gradients of a whole step, clipped, then one step of the optimizer."""
+    """Gradients of a whole step over all ranks, clipped, then one step of the optimizer."""
 
-    def __init__(self, model: torch.nn.Module, config: TrainConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: TrainConfig,
+        device: torch.device,
+        world: World = ALONE,
+    ) -> None:
+        self.world = world
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.max_norm = config.max_grad_norm or math.inf
         self.free = device.type == "cuda"
@@ -45,10 +55,12 @@ class Update:
 
     def norm(self) -> Tensor:
         """The norm of the step's gradient, (); it is scaled to `max_grad_norm` where larger."""
+        if self.world.size > 1 and not self.world.sharded:  # FSDP has added them up by now
+            add_gradients(self.parameters)
         norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if math.isfinite(self.max_norm):
             self.clip(norm)
-        return norm
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def clip(self, norm: Tensor) -> None:
         """Scale the gradients as their norm asks for."""
@@ -161,11 +173,15 @@ class Offloaded(Update):
         torch._foreach_mul_([g for g in grads if g is not None], factor)
 
 
-def make_update(model: torch.nn.Module, config: TrainConfig, device: torch.device) -> Update:
+def make_update(
+    model: torch.nn.Module, config: TrainConfig, device: torch.device, world: World = ALONE
+) -> Update:
     """What the keys `optim` and `optimizer_*` ask for."""
     if config.optimizer_offload:
         return Offloaded(model, config, device)
-    return (InBackward if config.optimizer_in_backward else Update)(model, config, device)
+    if config.optimizer_in_backward:
+        return InBackward(model, config, device)
+    return Update(model, config, device, world)
 
 
 def require_one_row(

@@ -1,0 +1,72 @@
+"""FSDP2: each rank holds a share of every weight, of its gradient and of its states.
+
+Every layer is gathered when a row comes to it and forgotten after it; what lies outside of layers
+(embedding, last norm, head) is the root's and stays whole while a row is scored. The head is no
+layer that is called: its weight is read. So everything that reads the root's weights runs inside a
+method of the root that FSDP knows, and `inside` is the way there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+
+from .head import base_causal_lm
+from .layers import layers_of
+
+T = TypeVar("T")
+
+
+def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard a model, which may be a PeftModel, over `mesh`: (replicas, shares) of ranks.
+
+    Losses have to be a rank's share of the step's: gradients are summed over ranks, in fp32 at
+    least.
+    """
+    replicas = mesh.size(0)
+    trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    reduce_dtype = torch.float32 if trained & {torch.bfloat16, torch.float16} else None
+    options: dict[str, Any] = {
+        "mesh": mesh if replicas > 1 else mesh["shard"],
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False),
+    }
+    for layer in layers_of(base_causal_lm(model)):
+        fully_shard(layer, reshard_after_forward=True, **options)
+    fully_shard(model, **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    # What a weight needs is fixed when it is first gathered; a reference has adapters switched off.
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()
+    model.fastdpo_inside = _call  # type: ignore[assignment]
+    register_fsdp_forward_method(model, "fastdpo_inside")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard_model` was here."""
+    return isinstance(model, FSDPModule)
+
+
+def inside(model: Any, function: Callable[[], T]) -> T:
+    """What the function returns, called where the weights outside of layers are whole. All ranks
+    call it together.
+    """
+    return model.fastdpo_inside(function) if is_sharded(model) else function()
+
+
+def _call(function: Callable[[], T]) -> T:
+    return function()

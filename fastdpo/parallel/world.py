@@ -1,0 +1,216 @@
+"""The processes of a run, one a device, as torchrun started them.
+
+A rank has three coordinates: which replica of the model it belongs to, which share of that replica
+it holds, and which stretch of a row it computes. Ranks that differ in the last alone are given the
+same rows; every other rank has rows of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from ..config import TrainConfig
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+"""What torchrun tells each process that it starts."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run; the default is a run of one process.
+
+    Attributes:
+        rank, size: this process's number and how many there are.
+        local_rank, local_size: the same on this host.
+        cp_size: ranks that compute each row together.
+        mesh: (replicas, shares) of ranks; None where each has the whole model.
+        context: the ranks that share this one's rows, where there are others.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    cp_size: int = 1
+    mesh: DeviceMesh | None = None
+    context: Any = None
+    data: Any = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and talks."""
+        return self.rank == 0
+
+    @property
+    def sharded(self) -> bool:
+        """Whether ranks hold shares of the weights and run every forward together."""
+        return self.mesh is not None
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the ranks with rows of their own this is."""
+        return self.rank // self.cp_size
+
+    @property
+    def data_size(self) -> int:
+        """How many ranks have rows of their own."""
+        return self.size // self.cp_size
+
+    def share(self, value: Any) -> Any:
+        """The first rank's value, on every rank."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks with rows of their own, on every rank."""
+        if self.data_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.data_size
+        dist.all_gather_object(values, value, group=self.data)
+        return values
+
+    def gather_all(self, value: Any) -> list[Any]:
+        """The values of all ranks, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks with rows of their own, in place."""
+        if self.data_size > 1:
+            dist.all_reduce(tensor, group=self.data)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+    @contextmanager
+    def one_after_another(self) -> Iterator[None]:
+        """What the first rank of each host makes is there when its other ranks begin."""
+        if self.local_rank == 0:
+            yield
+        self.barrier()
+        if self.local_rank != 0:
+            yield
+        self.barrier()
+
+
+ALONE = World()
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is one of several, or of one, that torchrun started."""
+    return all(name in os.environ for name in VARIABLES)
+
+
+@contextmanager
+def joined(config: TrainConfig) -> Iterator[World]:
+    """The processes of this run, connected for the time of the block.
+
+    Raises:
+        ConfigError: what torchrun says does not fit the configuration.
+    """
+    numbers = _numbers()
+    if numbers is None:
+        if (config.devices or 1) > 1:
+            raise config.error(
+                "devices",
+                f"expected 1 in a process of its own, got {config.devices}; start the script with "
+                f"torchrun --nproc_per_node {config.devices}",
+            )
+        _check_size(config, 1)
+        yield ALONE
+        return
+    rank, size, local_rank, local_size = numbers
+    if config.devices not in (None, local_size):
+        raise config.error(
+            "devices", f"torchrun started {local_size} on this host, got {config.devices}"
+        )
+    _check_size(config, size)
+    world = World(rank, size, local_rank, local_size, config.cp_size)
+    if size == 1:
+        yield world
+        return
+    cuda = torch.cuda.is_available() and not config.use_cpu
+    if cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"rank {rank} on {socket.gethostname()}: expected a GPU for each of its "
+                f"{local_size} processes, found {torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(local_rank)
+    ours = not dist.is_initialized()
+    if ours:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=config.ddp_timeout)
+        )
+    try:
+        yield _with_groups(world)
+    finally:
+        if ours and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _numbers() -> tuple[int, int, int, int] | None:
+    """Rank, size and the same on this host; None for a process that stands alone."""
+    if "WORLD_SIZE" not in os.environ:
+        return None
+    found = []
+    for name in VARIABLES:
+        text = os.environ.get(name, "")
+        if not text.isdecimal():
+            if os.environ["WORLD_SIZE"] == "1":
+                return None
+            raise ConfigError(
+                f"{name}: expected a number, as torchrun sets it, got {text or 'nothing'}"
+            )
+        found.append(int(text))
+    rank, size, local_rank, local_size = found
+    return rank, size, local_rank, local_size
+
+
+def _check_size(config: TrainConfig, size: int) -> None:
+    if size % config.cp_size:
+        raise config.error(
+            "cp_size", f"expected a divisor of the {size} processes, got {config.cp_size}"
+        )
+
+
+def _with_groups(world: World) -> World:
+    """The world with its groups of ranks, which every rank has to make in the same order."""
+    from dataclasses import replace
+
+    if world.cp_size == 1:
+        return replace(world, data=dist.group.WORLD)
+    context = data = None
+    for start in range(0, world.size, world.cp_size):
+        ranks = list(range(start, start + world.cp_size))
+        group = dist.new_group(ranks)
+        context = group if world.rank in ranks else context
+    for start in range(world.cp_size):
+        ranks = list(range(start, world.size, world.cp_size))
+        group = dist.new_group(ranks)
+        data = group if world.rank in ranks else data
+    return replace(world, context=context, data=data)
