@@ -3,28 +3,46 @@
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import GenerationConfig
 
 from .dropout import original_dropout
 from .head import base_causal_lm
+from .sharding import is_sharded
 
 
-def save_weights(model: Any, path: Path) -> None:
-    """The model, or its adapter alone, as `AutoModelForCausalLM` or peft loads it.
+def whole_state(model: Any) -> dict[str, Tensor] | None:
+    """The state of a sharded model, or of its adapter, on the first rank's host: gathered tensor by
+    tensor, so that no device holds more than one of them. Empty on the other ranks, which all have
+    to call it; None where the model is whole anyway.
+    """
+    if not is_sharded(model):
+        return None
+    adapter = hasattr(model, "peft_config")
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter)
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    return state
+
+
+def save_weights(model: Any, path: Path, state: dict[str, Tensor] | None = None) -> None:
+    """The model, or its adapter alone, as `AutoModelForCausalLM` or peft loads it; `state` is that
+    of `whole_state`.
 
     transformers refuses to save a generation configuration that it calls invalid (sampling flags
     without `do_sample`, which published models have), after everything has been trained; here it is
     written as it was read.
     """
     base = base_causal_lm(model)
+    given = {} if state is None else {"state_dict": state}
     generation = getattr(base, "generation_config", None)
     with original_dropout(base):
         if generation is None or base is not model:
-            model.save_pretrained(path)
+            model.save_pretrained(path, **given)
             return
         base.generation_config = GenerationConfig()
         try:
-            model.save_pretrained(path)
+            model.save_pretrained(path, **given)
         finally:
             base.generation_config = generation
         generation.to_json_file(path / "generation_config.json")

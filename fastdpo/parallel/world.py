@@ -11,7 +11,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,19 @@ class World:
     def data_size(self) -> int:
         """How many ranks have rows of their own."""
         return self.size // self.cp_size
+
+    @property
+    def hosts(self) -> int:
+        """How many hosts there are, each with as many ranks as this one."""
+        return max(1, self.size // self.local_size)
+
+    def with_shares(self, replicas: int, device: torch.device) -> World:
+        """The world with so many replicas of the model, each in shares of the ranks of it."""
+        from torch.distributed.device_mesh import DeviceMesh
+
+        ranks = torch.arange(self.size).view(replicas, -1)
+        mesh = DeviceMesh(device.type, ranks, mesh_dim_names=("replicate", "shard"))
+        return replace(self, mesh=mesh)
 
     def share(self, value: Any) -> Any:
         """The first rank's value, on every rank."""
@@ -200,8 +213,6 @@ def _check_size(config: TrainConfig, size: int) -> None:
 
 def _with_groups(world: World) -> World:
     """The world with its groups of ranks, which every rank has to make in the same order."""
-    from dataclasses import replace
-
     if world.cp_size == 1:
         return replace(world, data=dist.group.WORLD)
     context = data = None

@@ -85,9 +85,13 @@ def _appear(made: Path, path: Path) -> None:
     files.sync(path.parent)
 
 
-def save_model(path: Path, model: Any, tokenizer: Any) -> None:
-    """What `AutoModelForCausalLM` (or peft) and `AutoTokenizer` load, as safetensors."""
-    save_weights(model, path)
+def save_model(
+    path: Path, model: Any, tokenizer: Any, weights: dict[str, torch.Tensor] | None = None
+) -> None:
+    """What `AutoModelForCausalLM` (or peft) and `AutoTokenizer` load, as safetensors; `weights` are
+    those of a sharded model.
+    """
+    save_weights(model, path, weights)
     tokenizer.save_pretrained(path)
 
 

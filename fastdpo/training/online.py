@@ -11,6 +11,7 @@ import torch
 from ..data.batch import Batch
 from ..errors import CheckpointError
 from ..model.scorer import Scorer
+from ..model.sharding import is_sharded
 
 
 @dataclass
@@ -26,12 +27,12 @@ class OnlineReference:
 
     def response_logps(self, batch: Batch) -> torch.Tensor:
         """Log-probability (R,) of every response of the batch, nats; no gradient."""
-        with self._model():
+        with self.as_it_was():
             return self.scorer.response_logps(batch)
 
     def token_logps(self, batch: Batch) -> torch.Tensor:
         """Log-probability (T,) of every scored token of the batch, nats; no gradient."""
-        with self._model():
+        with self.as_it_was():
             return self.scorer.token_logps(batch)
 
     @torch.no_grad()
@@ -62,7 +63,7 @@ class OnlineReference:
             weight.copy_(weights[name])
 
     @contextmanager
-    def _model(self) -> Iterator[None]:
+    def as_it_was(self) -> Iterator[None]:
         """The model as the reference is."""
         model: Any = self.scorer.model
         switched: AbstractContextManager[Any] = nullcontext()
@@ -86,13 +87,23 @@ def trained_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def _parameters_of(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> Iterator[None]:
-    """`values` in place of the parameters' own; nothing is copied."""
+    """`values` in place of the parameters' own; nothing is copied, but shares of FSDP's, which it
+    knows by where they lie.
+    """
     own = {name: model.get_parameter(name) for name in values}
-    now = {name: parameter.data for name, parameter in own.items()}
-    try:
+    copies = is_sharded(model)
+    now = {name: p.detach().clone() if copies else p.data for name, p in own.items()}
+
+    @torch.no_grad()
+    def put(tensors: dict[str, torch.Tensor]) -> None:
         for name, parameter in own.items():
-            parameter.data = values[name]
+            if copies:
+                parameter.copy_(tensors[name])
+            else:
+                parameter.data = tensors[name]
+
+    try:
+        put(values)
         yield
     finally:
-        for name, parameter in own.items():
-            parameter.data = now[name]
+        put(now)

@@ -17,6 +17,7 @@ from .. import files
 from ..config import TrainConfig
 from ..errors import CheckpointError, ConfigError, some
 from ..model.place import find_model
+from ..model.save import whole_state
 from ..parallel.world import ALONE, World
 from . import checkpoint
 from .changes import deciding
@@ -132,17 +133,18 @@ class Output:
             files.write_text(self.path / CONFIG, config.to_yaml())
 
     def finish(self, config: TrainConfig, step: int, model: Any, tokenizer: Any, card: str) -> None:
-        """Save the trained model and its card; files of an earlier model that it lacks go.
+        """Save the trained model and its card; files of an earlier model that it lacks go. Where
+        ranks hold shares of the model, each of them has to call it.
 
         Earlier weights go first and new ones come last, the index of shards after them: at no
         moment can what lies there be loaded as a mixture of two models.
         """
         self.begin(config)
         self.require()
-        earlier = set(self._files)
+        earlier, weights = set(self._files), whole_state(model)
         with files.explain(self.path):
             with files.temporary_directory(self.path / "model") as made:
-                checkpoint.save_model(made, model, tokenizer)
+                checkpoint.save_model(made, model, tokenizer, weights)
                 (made / "README.md").write_text(card, encoding="utf-8")
                 files.flush(made)
                 names = set(files.names_below(made))
@@ -183,9 +185,8 @@ class SeenOutput(Output):
 
     def save_config(self, config: TrainConfig) -> None: ...
 
-    def finish(
-        self, config: TrainConfig, step: int, model: Any, tokenizer: Any, card: str
-    ) -> None: ...
+    def finish(self, config: TrainConfig, step: int, model: Any, tokenizer: Any, card: str) -> None:
+        whole_state(model)
 
 
 def _weights_last(name: str) -> tuple[bool, bool, str]:

@@ -4,6 +4,7 @@ policy without what is trained.
 
 import copy
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..model.adapter import add_adapter
 from ..model.head import find_head
 from ..model.layout import Layout
 from ..model.scorer import Scorer, load_scorer
+from ..model.sharding import shard_model
 from ..parallel.world import ALONE, World
 from ..reference import (
     LogpStore,
@@ -50,10 +52,13 @@ def make_reference(
     digests, reference = {}, None
     needed = needs_reference(loss, data)
     precomputes = needed and config.precomputes
+    fill = _Filling(config, data, loss, max_tokens, world)
+    own = precomputes and not config.ref_model_name_or_path
     if precomputes:
-        _, digests["reference model"] = precompute_reference(
-            config, policy, data, loss, max_tokens, world
-        )
+        source = _second_scorer(config, policy) if config.ref_model_name_or_path else policy
+        store, digests["reference model"] = fill.store_of(source)
+        if not own or not world.sharded:
+            fill(source, store)
     elif not needed:
         digests["starting model"] = weights_digest(policy.model)
     elif config.ref_model_name_or_path or not config.use_peft:
@@ -64,9 +69,17 @@ def make_reference(
     if config.use_peft:
         if config.ref_model_name_or_path or not precomputes:
             digests["starting model"] = weights_digest(policy.model)
-        without = _add_adapter(config, policy)
+        without = _add_adapter(config, policy, world)
         if needed and reference is None and not precomputes:
             reference = without
+    else:
+        without = OnlineReference(policy)
+        _shard(policy, world)
+    if own and world.sharded:  # with what is trained switched off, since it had to be there first
+        with without.as_it_was():
+            fill(policy, store)
+    if reference is not None and reference.scorer is not policy:
+        _shard(reference.scorer, world)
     said = _describe(reference) if needed else "none, the loss needs none"
     if config.sync_ref_model:
         said += f", moved towards the policy every {config.ref_model_sync_steps} steps"
@@ -81,45 +94,77 @@ def precompute_reference(
     loss: TrainingLoss,
     max_tokens: int,
     world: World = ALONE,
-) -> tuple[ReferenceReport, str]:
+) -> ReferenceReport:
     """Reference log-probabilities of every group, from the cache or from a pass over the data in
-    rows of `max_tokens` and more; and the digest of the reference's weights.
+    rows of `max_tokens` and more.
     """
-    scorer = policy
-    if config.ref_model_name_or_path:
-        scorer = load_scorer(config, policy.device, policy.autocast, config.ref_model_name_or_path)
-    root = Path(config.reference_cache_dir or cache_root() / "reference").expanduser()
-    weights = weights_digest(scorer.model)
-    name = model_fingerprint(scorer.model, scorer.autocast, weights)
-    store = LogpStore(root / (f"{name}-tokens" if loss.by_tokens else name))
+    scorer = _second_scorer(config, policy) if config.ref_model_name_or_path else policy
+    fill = _Filling(config, data, loss, max_tokens, world)
+    store, _ = fill.store_of(scorer)
+    _shard(scorer, world)
+    return fill(scorer, store)
 
-    def progress(rows: Any, total: int) -> Any:
-        return tqdm(rows, total=total, desc="reference", unit="row", disable=config.disable_tqdm)
 
-    scorer.model.eval()
-    report = fill_reference(
-        [*data.train, *data.evaluation],
-        scorer,
-        store,
-        max_tokens=reference_budget(max_tokens, scorer.device.type),
-        progress=progress,
-        by_tokens=loss.by_tokens,
-        world=world,
-    )
-    logger.info(f"reference log-probabilities: {report}")
-    return report, weights
+@dataclass(frozen=True)
+class _Filling:
+    """The pass that gives every group its reference log-probabilities."""
+
+    config: TrainConfig
+    data: Data
+    loss: TrainingLoss
+    max_tokens: int
+    world: World
+
+    def store_of(self, scorer: Scorer) -> tuple[LogpStore, str]:
+        """Where the log-probabilities of a whole model are kept, and its weights' digest."""
+        config = self.config
+        root = Path(config.reference_cache_dir or cache_root() / "reference").expanduser()
+        weights = weights_digest(scorer.model)
+        name = model_fingerprint(scorer.model, scorer.autocast, weights)
+        return LogpStore(root / (f"{name}-tokens" if self.loss.by_tokens else name)), weights
+
+    def __call__(self, scorer: Scorer, store: LogpStore) -> ReferenceReport:
+        hidden = self.config.disable_tqdm if self.world.first else True
+
+        def progress(rows: Any, total: int) -> Any:
+            return tqdm(rows, total=total, desc="reference", unit="row", disable=hidden)
+
+        scorer.model.eval()
+        report = fill_reference(
+            [*self.data.train, *self.data.evaluation],
+            scorer,
+            store,
+            max_tokens=reference_budget(self.max_tokens, scorer.device.type),
+            progress=progress,
+            by_tokens=self.loss.by_tokens,
+            world=self.world,
+        )
+        logger.info(f"reference log-probabilities: {report}")
+        return report
+
+
+def _shard(scorer: Scorer, world: World) -> None:
+    """Leave this rank its share of a model, where ranks hold shares."""
+    if world.mesh is not None:
+        shard_model(scorer.model, world.mesh)
+
+
+def _second_scorer(config: TrainConfig, policy: Scorer) -> Scorer:
+    """The model that `ref_model_name_or_path` names, or the policy's own files once more."""
+    path = config.ref_model_name_or_path or config.model_name_or_path
+    return load_scorer(config, policy.device, policy.autocast, path)
 
 
 def _second_model(config: TrainConfig, policy: Scorer) -> OnlineReference:
     """The model that `ref_model_name_or_path` names, or the policy as it is at the start."""
-    device, autocast, path = policy.device, policy.autocast, config.ref_model_name_or_path
+    autocast, path = policy.autocast, config.ref_model_name_or_path
     if path is None and config.model_name_or_path is None:  # it came from memory
         scorer = Scorer(
             copy.deepcopy(policy.model), policy.head, policy.layout, autocast, policy.workspace_mib
         )
         scorer.head = find_head(scorer.model)
     else:
-        scorer = load_scorer(config, device, autocast, path or config.model_name_or_path)
+        scorer = _second_scorer(config, policy)
     scorer.model.requires_grad_(False)
     if policy.layout.name != scorer.layout.name:
         weaker = max(policy.layout, scorer.layout, key=lambda layout: LAYOUTS.index(layout.name))
@@ -141,7 +186,7 @@ def _check_same_shapes(config: TrainConfig, policy: Scorer, reference: OnlineRef
         )
 
 
-def _add_adapter(config: TrainConfig, policy: Scorer) -> OnlineReference:
+def _add_adapter(config: TrainConfig, policy: Scorer, world: World) -> OnlineReference:
     """Put the adapter to train on the policy, unless it was loaded with one; the policy as it was
     before, as a reference.
     """
@@ -153,6 +198,7 @@ def _add_adapter(config: TrainConfig, policy: Scorer) -> OnlineReference:
         reason = "packed: with lora_dropout, responses must not share what was dropped"
         policy.layout = Layout("packed", reason)
         logger.info(f"model: {reason}")
+    _shard(policy, world)
     if not loaded:
         return OnlineReference(policy, adapter_off=True)
     return OnlineReference(policy, start=trained_parameters(policy.model))

@@ -149,7 +149,7 @@ def precompute(config: TrainConfig) -> dict[str, Any]:
                 "beta",
                 "is 0 and every row has logps, so no reference is read: nothing to precompute",
             )
-        report, _ = precompute_reference(
+        report = precompute_reference(
             loaded.config, loaded.policy, loaded.data, loaded.loss, loaded.max_tokens, world
         )
     return {"found": report.found, "computed": report.computed, "cache": str(report.directory)}

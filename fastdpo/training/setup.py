@@ -33,6 +33,7 @@ from ..model.paths import activations_path, attention_path, run_device
 from ..model.precision import choose_precision
 from ..model.scorer import Scorer, load_scorer
 from ..parallel.world import ALONE, World
+from .arrangement import arranged
 from .changes import check_keys
 from .checkpoint import read_state
 from .loop import Trainer
@@ -93,6 +94,7 @@ class Loaded:
     policy: Scorer
     loss: TrainingLoss
     max_tokens: int
+    world: World
 
 
 def load(
@@ -131,8 +133,12 @@ def load(
     if trains and config.memory == "auto":
         fitted = fit(config, data, model_config, device, autocast) if world.first else config
         config = world.share(fitted)
-    policy = load_scorer(config, device, autocast, model=given.model)
-    return Loaded(config, tokenizer, data, policy, loss, row_budget(config, device.type))
+    world = arranged(config, given.model, world, device)
+    # What is going to be sharded is not whole on any device.
+    place = torch.device("cpu") if world.sharded else device
+    policy = load_scorer(config, place, autocast, model=given.model)
+    budget = row_budget(config, device.type)
+    return Loaded(config, tokenizer, data, policy, loss, budget, world)
 
 
 def set_up(
@@ -160,6 +166,7 @@ def set_up(
     set_seed(config.seed)
     loaded = load(config, given, bf16, world)
     config, policy, data, loss = loaded.config, loaded.policy, loaded.data, loaded.loss
+    world = loaded.world
     if start is not None:
         check_keys(start, state, config)
     reference, digests = make_reference(config, policy, data, loss, loaded.max_tokens, world)
