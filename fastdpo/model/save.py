@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import GenerationConfig
 
@@ -22,6 +22,11 @@ def whole_state(model: Any) -> dict[str, Tensor] | None:
     adapter = hasattr(model, "peft_config")
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter)
     state: dict[str, Any] = get_model_state_dict(model, options=options)
+    first: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        own = first.setdefault(parameter, name)
+        if own in state and name in state:  # transformers saves a tied weight once
+            state[name] = state[own]
     return state
 
 
