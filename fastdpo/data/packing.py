@@ -4,8 +4,10 @@ A part is some responses of one group. A single unit is never split, so it may m
 than the budget.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush, heapreplace
 
 from .groups import Group
 
@@ -108,21 +110,19 @@ def split(
 
 
 def pack(
-    groups: Sequence[Group], parts: list[Part], max_tokens: int, layout: str, multiple: int
+    groups: Sequence[Group], parts: list[Part], max_tokens: int, layout: str
 ) -> list[PackedRow]:
-    """Rows of at most `max_tokens`, as few as best-fit-decreasing needs, then evened out; their
-    number is a multiple of `multiple`.
+    """Rows of one rank of at most `max_tokens`, as few as best-fit-decreasing needs, then evened
+    out.
     """
     costs = [part_tokens(groups[p.group], p.responses, layout) for p in parts]
     if layout == "padded":
         bins = _by_length(groups, parts, max_tokens)
     else:
         bins = best_fit_decreasing(costs, max_tokens)
-    number = -(-len(bins) // multiple) * multiple
     if layout != "padded":
         work = [_attention_and_linear(groups[p.group], p, layout) for p in parts]
-        bins = balance(costs, work, number, max_tokens) or bins
-    bins += [[] for _ in range(number - len(bins))]
+        bins = balance(costs, work, len(bins), max_tokens) or bins
     return [tuple(parts[i] for i in sorted(members)) for members in bins]
 
 
@@ -131,17 +131,16 @@ def best_fit_decreasing(costs: Sequence[int], capacity: int) -> list[list[int]]:
     room.
     """
     bins: list[list[int]] = []
-    room: list[int] = []
+    rooms: list[tuple[int, int]] = []  # of every bin, the least first
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        fitting = [b for b, left in enumerate(room) if left >= costs[index]]
-        if fitting:
-            best = min(fitting, key=lambda b: (room[b], b))
+        at = bisect_left(rooms, (costs[index], -1))
+        if at < len(rooms):
+            room, best = rooms.pop(at)
         else:
-            best = len(bins)
+            room, best = max(capacity, costs[index]), len(bins)
             bins.append([])
-            room.append(max(capacity, costs[index]))
         bins[best].append(index)
-        room[best] -= costs[index]
+        insort(rooms, (room - costs[index], best))
     return bins
 
 
@@ -152,15 +151,22 @@ def balance(
     that fails.
     """
     bins: list[list[int]] = [[] for _ in range(number)]
-    load, room = [0.0] * number, [capacity] * number
+    room, smallest = [capacity] * number, min(costs, default=0)
+    loads = [(0.0, b) for b in range(number)]  # a heap: the least loaded first
     for index in sorted(range(len(costs)), key=lambda i: (-work[i], i)):
-        fitting = [b for b in range(number) if room[b] >= costs[index] or not bins[b]]
-        if not fitting:
+        full = []
+        while loads and room[loads[0][1]] < costs[index] and bins[loads[0][1]]:
+            passed = heappop(loads)
+            if room[passed[1]] >= smallest:  # otherwise nothing fits there any more
+                full.append(passed)
+        if not loads:
             return None
-        best = min(fitting, key=lambda b: (load[b], b))
+        load, best = loads[0]
         bins[best].append(index)
-        load[best] += work[index]
         room[best] -= costs[index]
+        heapreplace(loads, (load + work[index], best))
+        for other in full:
+            heappush(loads, other)
     return bins
 
 

@@ -16,6 +16,7 @@ import xxhash
 from ..config import TrainConfig
 from .groups import Group
 from .packing import PackedRow, Part, Placed, pack, part_tokens, split
+from .ranks import TYPICAL, Work, spread
 
 TOKENS_PER_ROW = {"cuda": 16384, "cpu": 1024}
 """The budget of a row where `max_tokens_per_batch` is unset: on a CPU longer rows cost memory and
@@ -29,16 +30,21 @@ activations for a backward."""
 @dataclass(frozen=True)
 class Step:
     """One optimizer step: for every rank its rows, as many on each, and the units in all of them
-    together.
+    together. A row may be empty where there are many ranks.
 
     Attributes:
-        first: rows that are scored before the others, for what the loss has to know of the whole
-            step: KTO's mismatched responses.
+        first_of_ranks: likewise the rows that are scored before the others, for what the loss has
+            to know of the whole step: KTO's mismatched responses. No ranks where it needs none.
     """
 
     ranks: tuple[tuple[PackedRow, ...], ...]
     units: int
-    first: tuple[PackedRow, ...] = ()
+    first_of_ranks: tuple[tuple[PackedRow, ...], ...] = ()
+
+    @property
+    def first(self) -> tuple[PackedRow, ...]:
+        """The rows of all ranks that are scored before the others."""
+        return tuple(row for rank in self.first_of_ranks for row in rank if row)
 
     def placed(self) -> list[tuple[int, int]]:
         """The group and the number of every unit, in the order of their places."""
@@ -77,6 +83,7 @@ def epoch_plan(
     epoch: int = 0,
     ranks: int = 1,
     units: int | None = None,
+    work: Work = TYPICAL,
 ) -> list[Step]:
     """The steps of an epoch of a run, of `units` (default: as the configuration says) each: the
     same for the same data, seed and step size.
@@ -85,12 +92,13 @@ def epoch_plan(
     return make_plan(
         groups,
         units_per_step=units or units_per_step(config, ranks),
-        world_size=ranks,
         max_tokens=max_tokens,
         layout=layout,
         seed=seed if config.shuffles else None,
         epoch=epoch,
         by_rows=True,
+        world_size=ranks,
+        work=work,
     )
 
 
@@ -104,8 +112,12 @@ def make_plan(
     epoch: int = 0,
     world_size: int = 1,
     by_rows: bool = False,
+    work: Work = TYPICAL,
 ) -> list[Step]:
     """The steps of one epoch. `seed=None` keeps the order of the data.
+
+    `world_size`, the budget and `work` decide who computes what in which row, never which units
+    share a step.
 
     A group at the end of a step is split between two steps, and one that alone exceeds the budget
     between rows; its prompt is then computed in each. A single unit is never split, so it may make
@@ -114,23 +126,21 @@ def make_plan(
     """
 
     def packed(
-        units: Mapping[int, list[Placed]], budget: int, multiple: int, mismatched: bool
-    ) -> list[PackedRow]:
+        units: Mapping[int, list[Placed]], mismatched: bool
+    ) -> tuple[tuple[PackedRow, ...], ...]:
         pieces = [
             piece
             for index, placed in units.items()
-            for piece in split(groups[index], index, placed, budget, layout, mismatched)
+            for piece in split(groups[index], index, placed, max_tokens, layout, mismatched)
         ]
-        return pack(groups, pieces, budget, layout, multiple)
+        if world_size == 1:
+            return (tuple(pack(groups, pieces, max_tokens, layout)),)
+        return spread(groups, pieces, max_tokens, layout, world_size, work)
 
     steps = []
     for units, count in _cut_into_steps(_in_order(groups, seed, epoch, by_rows), units_per_step):
-        rows = packed(units, max_tokens, world_size, False)
-        ranks = tuple(tuple(rows[rank::world_size]) for rank in range(world_size))
-        first: tuple[PackedRow, ...] = ()
-        if groups[0].mismatched:
-            first = tuple(packed(units, max_tokens, 1, True))
-        steps.append(Step(ranks, count, first))
+        first = packed(units, True) if groups[0].mismatched else ()
+        steps.append(Step(packed(units, False), count, first))
     return steps
 
 
@@ -177,9 +187,9 @@ def reference_rows(
     for start in range(0, len(parts), window):
         some = parts[start : start + window]
         if missing is None:
-            yield pack(groups, some, max_tokens, layout, 1)
+            yield pack(groups, some, max_tokens, layout)
         elif any(_only(part, missing) for part in some):
-            packed = pack(groups, some, max_tokens, layout, 1)
+            packed = pack(groups, some, max_tokens, layout)
             rows = [tuple(left for p in row if (left := _only(p, missing))) for row in packed]
             yield [row for row in rows if row]
 
