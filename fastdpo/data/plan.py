@@ -84,6 +84,7 @@ def epoch_plan(
     ranks: int = 1,
     units: int | None = None,
     work: Work = TYPICAL,
+    lockstep: bool = True,
 ) -> list[Step]:
     """The steps of an epoch of a run, of `units` (default: as the configuration says) each: the
     same for the same data, seed and step size.
@@ -99,6 +100,7 @@ def epoch_plan(
         by_rows=True,
         world_size=ranks,
         work=work,
+        lockstep=lockstep,
     )
 
 
@@ -113,11 +115,12 @@ def make_plan(
     world_size: int = 1,
     by_rows: bool = False,
     work: Work = TYPICAL,
+    lockstep: bool = True,
 ) -> list[Step]:
     """The steps of one epoch. `seed=None` keeps the order of the data.
 
-    `world_size`, the budget and `work` decide who computes what in which row, never which units
-    share a step.
+    Which units share a step depends on neither `world_size`, the budget, the layout, `work` nor
+    `lockstep`: these decide who computes what, in which row (see `ranks.spread`).
 
     A group at the end of a step is split between two steps, and one that alone exceeds the budget
     between rows; its prompt is then computed in each. A single unit is never split, so it may make
@@ -135,7 +138,7 @@ def make_plan(
         ]
         if world_size == 1:
             return (tuple(pack(groups, pieces, max_tokens, layout)),)
-        return spread(groups, pieces, max_tokens, layout, world_size, work)
+        return spread(groups, pieces, max_tokens, layout, world_size, work, lockstep)
 
     steps = []
     for units, count in _cut_into_steps(_in_order(groups, seed, epoch, by_rows), units_per_step):

@@ -19,18 +19,18 @@ from typing import NamedTuple
 import numpy as np
 
 from .groups import Group
-from .packing import PackedRow, Part, balance, best_fit_decreasing, part_tokens
+from .packing import PackedRow, Part, balance, best_fit_decreasing, pack, part_tokens
 
 _TOKEN = 1 << 20
 """A token's work: fine enough for that of a query and a key, and sums of a step fit in int64."""
 
-_SWEEPS = 64
+_SWEEPS = 256
 """Exchanges between rows are given up after so many; a few do where a row holds ten parts."""
 
 _NEAR = 1000
 """Rows are even enough when the dearest exceeds the mean by a thousandth."""
 
-_IDLE = 8
+_IDLE = 32
 """So many sweeps without an exchange are the end, each with other pairs of rows."""
 
 _AT_ONCE = 1 << 21
@@ -85,10 +85,13 @@ def spread(
     layout: str,
     ranks: int,
     work: Work = TYPICAL,
+    lockstep: bool = True,
 ) -> tuple[tuple[PackedRow, ...], ...]:
     """The rows of every rank, as many on each and as few as the budget allows; some may be empty.
 
-    The rows of a round are of similar work, and so are the sums of all ranks.
+    The rows of a round are of similar work, and so are the sums of all ranks. Where units fill a
+    row, both cannot be had: without `lockstep`, which FSDP asks for, the sums then count alone, and
+    ranks may have more rows.
     """
     if layout == "padded":
         lines = [_lines(groups[part.group], part) for part in parts]
@@ -97,6 +100,10 @@ def spread(
         costs = [part_tokens(groups[p.group], p.responses, layout) for p in parts]
         works = [part_work(groups[p.group], p, layout, work) for p in parts]
         bins = even_rows(costs, works, max_tokens, ranks)
+        if not lockstep and not _sums_are_even(bins, works, ranks):
+            return _sums_first(
+                groups, parts, max_tokens, layout, even_rows(costs, works, sum(costs), ranks)
+            )
     rows = [tuple(parts[i] for i in sorted(members)) for members in bins]
     loads = [row_work(groups, row, layout, work) for row in rows]
     return tuple(tuple(rows[b] for b in chosen) for chosen in in_rounds(loads, ranks))
@@ -133,6 +140,25 @@ def in_rounds(loads: Sequence[int], ranks: int) -> list[list[int]]:
             chosen[rank].append(b)
             sums[rank] += loads[b]
     return chosen
+
+
+def _sums_are_even(bins: Sequence[Sequence[int]], work: Sequence[int], ranks: int) -> bool:
+    loads = [sum(work[i] for i in members) for members in bins]
+    dearest = max(sum(loads[b] for b in chosen) for chosen in in_rounds(loads, ranks))
+    return dearest <= max(1.01 * sum(loads) / ranks, max(work))
+
+
+def _sums_first(
+    groups: Sequence[Group],
+    parts: Sequence[Part],
+    max_tokens: int,
+    layout: str,
+    of_ranks: Sequence[Sequence[int]],
+) -> tuple[tuple[PackedRow, ...], ...]:
+    """Rows of each rank's own parts, padded with empty ones to as many on each."""
+    rows = [pack(groups, [parts[i] for i in sorted(held)], max_tokens, layout) for held in of_ranks]
+    rounds = max(map(len, rows))
+    return tuple((*own, *[()] * (rounds - len(own))) for own in rows)
 
 
 def _exchanged(
