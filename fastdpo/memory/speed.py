@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from ..data.ranks import Work
 from ..devices import Device
 from .components import Run, optimizer_states
-from .shapes import RowShape
+from .shapes import ModelShape, RowShape
 
 UTILISATION = 0.45
 """The share of a GPU's peak that a step is assumed to reach."""
@@ -118,3 +119,15 @@ def update_seconds(run: Run, device: Device) -> float:
         elements = sum(count for count, _ in run.model.trained)
         return 2 * trained / device.host_link + 28 * elements / _HOST_BANDWIDTH
     return (3 * trained + 2 * optimizer_states(run.model, run.config)) / device.bandwidth
+
+
+def step_work(model: ModelShape) -> Work:
+    """What a plan over ranks has to know of a model: what a query and a key in attention, and a
+    token in the head, cost beside a token in the layers.
+    """
+    token = 4.0 * model.linear + 2.0 * model.linear_trained
+    products = 6.0 if model.head_trained else 4.0
+    return Work(
+        pair=14.0 * model.heads * model.head_dim * model.layers / token,
+        scored=products * model.vocab * model.hidden / token,
+    )
