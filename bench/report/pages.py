@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from ..cli import Parser
+from .balance import balance_block
 from .convergence import convergence_block, convergence_chart, convergence_table
 from .heads import head_tables, heads_all_block, heads_block, heads_chart
 from .losses import demo_block, forms_block, kto_tokens_block
@@ -27,7 +28,14 @@ from .tables import NOTHING
 from .trainers import gaps_block, losses_block, trainer_tables, trainers_block, trainers_chart
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/benchmarks.md", "docs/losses.md", "docs/memory.md", "kernels/README.md")
+PAGES = (
+    "README.md",
+    "docs/benchmarks.md",
+    "docs/devices.md",
+    "docs/losses.md",
+    "docs/memory.md",
+    "kernels/README.md",
+)
 RESULTS = Path("bench/results")
 FULL = RESULTS / "README.md"
 _BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
@@ -44,6 +52,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "forms": forms_block,
     "kto-tokens": kto_tokens_block,
     "memory": memory_block,
+    "balance": balance_block,
     "kill": kill_block,
     "soak": soak_block,
 }
