@@ -31,7 +31,6 @@ def balance_block(folder: Path) -> str:
         "least possible",
         "for another model",
         "at random",
-        "rows of best-fit",
         "s to plan",
     )
     table = markdown(columns, [_line(row) for row in newest.values()], 2)
@@ -40,7 +39,7 @@ def balance_block(folder: Path) -> str:
 
 def _line(row: Row) -> list[str]:
     figures = [row["imbalance"], row["imbalance_of_rounds"], row["worst_step"], row["bound"]]
-    figures += [max(row["other_models"].values()), row.get("at_random"), row.get("best_fit")]
+    figures += [max(row["other_models"].values()), row.get("at_random")]
     return [
         row["workload"],
         row["layout"],
