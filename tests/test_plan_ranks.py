@@ -166,6 +166,33 @@ def test_rows_that_are_full_differ_and_the_sums_of_the_ranks_do_not():
     assert [[loads[b] for b in chosen] for chosen in in_rounds(loads, 4)] == [[130, 100]] * 4
 
 
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 50)), min_size=1, max_size=24))
+def test_no_exchange_between_the_dearest_and_the_cheapest_row_is_left(parts):
+    costs, work = map(list, zip(*parts, strict=True))
+    bins = even_rows(costs, work, 12, 3)
+    assert len(bins) == -(-len(best_fit_decreasing(costs, 12)) // 3) * 3
+    assert sorted(i for members in bins for i in members) == list(range(len(parts)))
+    assert max(sum(costs[i] for i in members) for members in bins) <= 12
+    loads = [sum(work[i] for i in members) for members in bins]
+    mean = sum(work) // len(bins)
+    if max(loads) <= max(mean + mean // 1000, *work):
+        return
+    dear, cheap = loads.index(max(loads)), len(loads) - 1 - loads[::-1].index(min(loads))
+    for give, take in itertools.product([None, *bins[dear]], [None, *bins[cheap]]):
+        moved, tokens = (
+            sum(v[i] for i in [give] if i is not None) - sum(v[i] for i in [take] if i is not None)
+            for v in (work, costs)
+        )
+        fits = sum(costs[i] for i in bins[cheap]) + tokens <= 12
+        fits = fits and sum(costs[i] for i in bins[dear]) - tokens <= 12
+        assert not fits or not 0 < moved < loads[dear] - loads[cheap]
+
+
+def test_the_dearest_row_of_a_round_goes_where_the_sum_is_least():
+    assert in_rounds([0, 1, 2, 3, 4, 5], 3) == [[5, 0], [4, 1], [3, 2]]
+
+
 def test_padded_rows_are_evener_than_full_ones():
     groups = bench.made_up(LENGTHS["hh-rlhf"], 8 * 64)
     keys: dict[str, Any] = {"units_per_step": 8 * 64, "max_tokens": 16384, "layout": "padded"}
