@@ -78,6 +78,7 @@ class Trainer:
             epoch=epoch,
             ranks=self.world.data_size,
             units=self.schedule.units,
+            lockstep=self.world.sharded,
         )
 
     def train(self, steps: Generator[None, None, None] | None = None) -> dict[str, float]:

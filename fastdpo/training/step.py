@@ -77,9 +77,7 @@ class Objective:
         rows = [row for rank in step.ranks for row in rank]
         first = None
         if self.loss.mismatched:
-            size = self.world.data_size
-            dealt = [step.first[rank::size] for rank in range(size)]
-            first = self._dealt(groups, dealt, constants, mismatched=True)
+            first = self._dealt(groups, step.first_of_ranks, constants, mismatched=True)
         return StepBatches(
             step.units,
             self._dealt(groups, step.ranks, constants),
@@ -263,6 +261,7 @@ class Objective:
             layout=self.policy.layout.name,
             seed=None,
             world_size=self.world.data_size,
+            lockstep=self.world.sharded,
             by_rows=True,
         )
         for step, parts in self._windows(groups, plan, batch_size):
