@@ -195,7 +195,7 @@ def ended(keys: dict[str, Any]) -> int:
         ("fsdp", "float32", True, {}),
         ("fsdp", "float64", True, LORA | {"precompute_ref_log_probs": False}),
         ("hsdp", "float32", False, LORA),
-        ("hsdp", "float64", False, {"loss_type": ["kto"]}),
+        ("hsdp", "float64", False, {"loss_type": ["kto"], "convert": "unpair"}),
     ],
 )
 def test_ten_steps_end_with_the_weights_of_one_process(

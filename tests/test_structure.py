@@ -19,7 +19,7 @@ LAYERS = (
     ("reference", "hub", "memory"),
     ("training",),
     ("doctor", "demo"),
-    ("cli",),
+    ("cli", "__main__"),
 )
 """The files and folders of fastdpo, from the bottom up; those of one line do not need each other,
 unless they stand to the right of what they import.

@@ -65,7 +65,12 @@ def inside(model: Any, function: Callable[[], T]) -> T:
     """What the function returns, called where the weights outside of layers are whole. All ranks
     call it together.
     """
-    return model.fastdpo_inside(function) if is_sharded(model) else function()
+    if not is_sharded(model):
+        return function()
+    result = model.fastdpo_inside(function)
+    if not torch.is_grad_enabled():  # no backward will do it, and parameters are the shares again
+        model.reshard()
+    return result
 
 
 def _call(function: Callable[[], T]) -> T:
