@@ -16,10 +16,10 @@ from torch.library import custom_op
 from . import regimes
 from .arguments import check_problem
 from .call import begin, empty, inside_operator, names, once, wide
+from .gradients import Dtypes, Needs
 from .head import OUTPUTS, transposed
 from .losses import Loss
 from .problem import Problem
-from .regimes import Dtypes, Needs
 
 _HEAD = (
     "float? softcap, float logit_scale, float temperature, int ignore_index, ScalarType dtype, "
