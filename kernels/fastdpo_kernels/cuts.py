@@ -4,7 +4,6 @@ Works on the host: nothing waits for a device if `response_ids` and `units` lie 
 """
 
 from collections.abc import Iterator
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -52,7 +51,7 @@ def whole_units(problem: Problem, rows: int) -> Iterator[tuple[slice, Selection]
         return
     cuts, unit_begin = unit_cuts(problem)
     start = 0
-    for here, following in pairwise([*cuts, None]):
+    for here, following in zip(cuts, [*cuts[1:], None], strict=True):
         if here > start and (following is None or following - start > rows):
             piece = slice(start, here)
             yield piece, units_between(unit_begin, piece, problem.targets.device)
