@@ -15,9 +15,10 @@ from fastdpo_kernels import (
     register_loss,
 )
 from fastdpo_kernels.backends import backend_name, choose_backend
+from fastdpo_kernels.cuts import whole_units
 from fastdpo_kernels.head import OUTPUTS
 from fastdpo_kernels.losses import Loss
-from fastdpo_kernels.problem import Problem, whole_units
+from fastdpo_kernels.problem import Problem
 from head_problems import (
     HEADS,
     NAIVE,

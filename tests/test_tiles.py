@@ -6,10 +6,10 @@ import pytest
 import torch
 from fastdpo_kernels import arguments, naive, products, regimes
 from fastdpo_kernels.backends import choose_backend, make_tiles
+from fastdpo_kernels.gradients import Dtypes, Gradients, Needs
 from fastdpo_kernels.head import OUTPUTS, Head
 from fastdpo_kernels.losses import Loss
 from fastdpo_kernels.problem import Problem
-from fastdpo_kernels.regimes import Dtypes, Gradients, Needs
 from fastdpo_kernels.tiles import TorchTiles
 from head_problems import HEADS, make, packed, poison
 

@@ -3,9 +3,9 @@ logits.
 
 Needs torch alone. `linear_logprob` gives the log-probability of given tokens, `linear_dpo_loss` the
 loss of packed preference comparisons together with its gradient, `linear_loss` any other loss of
-the family. `LinearDPOLoss` and `patch_trl`
-put them into trainers that are written for Liger and into TRL. `workspace_bytes` says beforehand
-what memory they take.
+the family. `vocab_parallel_logprob` and `vocab_parallel_loss` are those for a head that is spread
+over devices by its vocabulary. `LinearDPOLoss` and `patch_trl` put them into trainers that are
+written for Liger and into TRL. `workspace_bytes` says beforehand what memory they take.
 """
 
 from .backends import workspace_bytes
@@ -13,7 +13,13 @@ from .head import WorkspaceBytes
 from .integrations.liger import LinearDPOLoss
 from .integrations.trl import patch_trl
 from .losses import LOSSES, Comparisons, Responses, register_loss
-from .ops import linear_dpo_loss, linear_logprob, linear_loss
+from .ops import (
+    linear_dpo_loss,
+    linear_logprob,
+    linear_loss,
+    vocab_parallel_logprob,
+    vocab_parallel_loss,
+)
 
 __all__ = [
     "LOSSES",
@@ -26,5 +32,7 @@ __all__ = [
     "linear_loss",
     "patch_trl",
     "register_loss",
+    "vocab_parallel_logprob",
+    "vocab_parallel_loss",
     "workspace_bytes",
 ]

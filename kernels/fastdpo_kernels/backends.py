@@ -6,8 +6,9 @@ from functools import cache
 import torch
 
 from .head import WORKSPACE_MIB, Head, Layout, Tiles, WorkspaceBytes
+from .sharded.tiles import ShardLayout
 from .tiles import TorchLayout, TorchTiles
-from .triton.layout import TritonLayout
+from .triton.layout import TritonLayout, TritonShardLayout
 
 BACKENDS = ("auto", "triton", "torch", "naive")
 _NARROWEST_FUSED_HEAD = 16
@@ -68,6 +69,7 @@ def workspace_bytes(
     workspace_mib: int = WORKSPACE_MIB,
     outputs: tuple[str, ...] = (),
     softcap: bool = False,
+    shards: int = 1,
     backend: str = "auto",
 ) -> WorkspaceBytes:
     """Bytes that a call takes for its tiles, by the rules that lay them out, before it runs.
@@ -82,6 +84,8 @@ def workspace_bytes(
         device: "cpu" or "cuda", which need not be there; nor need Triton for backend "triton".
         outputs, workspace_mib, backend: as in `linear_logprob`.
         softcap: whether the head has a soft cap.
+        shards: over how many ranks the head is spread (`vocab_parallel_loss`), about evenly; what a
+            rank takes, and `tokens` are those of all ranks.
 
     Raises:
         ValueError: an unknown backend, or "naive", which has the whole logits and no tiles.
@@ -89,7 +93,13 @@ def workspace_bytes(
     engine = choose_backend(backend, device, dtype, width)
     if engine not in _LAYOUTS:
         raise ValueError(f'backend: expected "auto", "triton" or "torch", got {backend!r}')
-    layout = _LAYOUTS[engine](vocab, width, dtype, device.type, workspace_mib)
+    columns = -(-vocab // shards)
+    if shards == 1:
+        layout = _LAYOUTS[engine](vocab, width, dtype, device.type, workspace_mib)
+    elif engine == "triton":
+        layout = TritonShardLayout(columns, width, dtype, device.type, workspace_mib)
+    else:
+        layout = ShardLayout(columns, width, dtype, device.type, workspace_mib, shards)
     return layout.bytes(tokens, outputs, softcap)
 
 

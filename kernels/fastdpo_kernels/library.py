@@ -16,10 +16,10 @@ from torch.library import custom_op
 from . import regimes
 from .arguments import check_problem
 from .call import begin, empty, inside_operator, names, once, wide
+from .gradients import Dtypes, Needs
 from .head import OUTPUTS, transposed
 from .losses import Loss
 from .problem import Problem
-from .regimes import Dtypes, Needs
 
 _HEAD = (
     "float? softcap, float logit_scale, float temperature, int ignore_index, ScalarType dtype, "
@@ -278,7 +278,7 @@ def _(hidden, weight, bias, targets, ids, pairs, ref, *_, dtype, outputs, needs,
     return loss, logps, token_logps, *_fake_outputs(hidden, dtype, outputs), *gradients
 
 
-def _times(kept: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def times(kept: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """kept·factor as `dtype`; in place where nobody can ask again, for a (V, H) more or less."""
     plain = type(kept) is Tensor and type(factor) is Tensor  # not while a compiler looks on
     if not plain or torch._C._autograd._get_current_graph_task_keep_graph():
@@ -302,7 +302,7 @@ def _dpo_gradients(ctx, grad_loss, *_):
         with torch.no_grad(), inside_operator(grad_loss):
             for place, kept in enumerate(ctx.saved_tensors):
                 if ctx.needs[place]:
-                    gradients[place] = _times(kept, grad_loss, ctx.dtypes[place])
+                    gradients[place] = times(kept, grad_loss, ctx.dtypes[place])
     return *once(*gradients), *(None,) * 6
 
 

@@ -4,7 +4,7 @@
 
 from collections import namedtuple
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,19 +12,18 @@ from torch import Tensor
 from . import library, naive
 from .arguments import (
     check_comparisons,
-    check_constants,
     check_head,
     check_problem,
-    check_units,
     scored_targets,
 )
 from .backends import backend_name
 from .call import wide
 from .head import OUTPUTS, WORKSPACE_MIB
 from .logprob import check_outputs, head_options, naive_stats, needs_of
-from .losses import Comparisons, Loss, get_loss
-from .losses.registry import Kind, check_options
-from .problem import Problem, add_sums
+from .losses import Comparisons, Loss
+from .losses.registry import Kind
+from .problem import Problem
+from .unit_arguments import UnitArguments, loss_of, unit_arguments
 
 
 def linear_dpo_loss(
@@ -181,24 +180,25 @@ def linear_loss(
         ValueError: as `linear_dpo_loss`, and for constants or a reference that the loss needs and
             that are missing, an option that it does not take, or an unknown kind.
     """
-    made = _loss_of(loss, kind, beta, label_smoothing, options)
-    given, name = given or {}, loss if isinstance(loss, str) else made.name
-    check_units(hidden, response_ids, units, made.kind, name is not None and get_loss(name).prompt)
-    check_constants(hidden, units, made.kind, given, unit_weights, ref_token_logps)
-    if name is not None:
-        _check_given(name, given, ref_logps is not None or ref_token_logps is not None)
-    units = units.unsqueeze(1) if units.ndim == 1 else units
-    if ref_logps is None:
-        scored = targets != ignore_index
-        ref_logps = _reference_sums(scored, response_ids, units, response_lengths, ref_token_logps)
-    rest = (response_ids, units, ref_logps, unit_weights, response_lengths)
-    check_problem(hidden, *rest)
+    made = loss_of(loss, kind, beta, label_smoothing, options)
+    constants = library.Given(made, ref_token_logps, given or {})
+    rest = unit_arguments(
+        hidden,
+        targets != ignore_index,
+        response_ids,
+        units,
+        ref_logps,
+        loss if isinstance(loss, str) else made.name,
+        constants,
+        unit_weights,
+        response_lengths,
+    )
     head = {"softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index}
     return _preference_loss(
         (hidden, weight, bias),
         targets,
         rest,
-        library.Given(made, ref_token_logps, given),
+        constants,
         head,
         outputs=outputs,
         backend=backend,
@@ -214,61 +214,10 @@ def _check_loss(loss_type: object) -> None:
         )
 
 
-def _loss_of(
-    loss: str | Loss | Callable[[Any], Tensor],
-    kind: Kind,
-    beta: float,
-    label_smoothing: float,
-    options: dict[str, Any],
-) -> Loss:
-    if isinstance(loss, str):
-        check_options(loss, options)
-        return Loss.named(loss, beta=beta, label_smoothing=label_smoothing, **options)
-    if options:
-        raise ValueError(f"{', '.join(options)}: options of a registered loss, not of a function")
-    if isinstance(loss, Loss):
-        return loss
-    if not callable(loss):
-        raise ValueError(f"loss: expected the name of a loss or a function, got {loss!r}")
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind: expected one of {', '.join(get_args(Kind))}, got {kind!r}")
-    return Loss(loss, kind=kind)
-
-
-def _check_given(name: str, given: Mapping[str, Tensor], has_reference: bool) -> None:
-    """`ValueError` where a registered loss needs what is not there."""
-    registered = get_loss(name)
-    sampled = registered.kind == "tokens" and "logp" in given
-    if registered.reference and not (has_reference or sampled):
-        raise ValueError(f"{name}: needs ref_logps, the reference's log-probabilities")
-    for column in registered.columns:
-        if column not in given:
-            raise ValueError(f"{name}: needs given[{column!r}], one number a unit")
-
-
-def _reference_sums(
-    scored: Tensor,
-    response_ids: Tensor,
-    units: Tensor,
-    lengths: Tensor | None,
-    ref_token_logps: Tensor | None,
-) -> Tensor:
-    """(R,) sums of `ref_token_logps` over `scored` tokens (T,), zeros without them."""
-    if lengths is not None:
-        count = lengths.shape[0]
-    else:
-        count = 1 + max((int(t.max()) for t in (response_ids, units) if t.numel()), default=-1)
-    sums = torch.zeros(count, dtype=torch.float64, device=scored.device)
-    if ref_token_logps is not None:
-        values = ref_token_logps.double().where(scored, 0)
-        add_sums(sums, values, response_ids.to(sums.device))
-    return sums
-
-
 def _preference_loss(
     operands: tuple[Tensor, Tensor, Tensor | None],
     targets: Tensor,
-    rest: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    rest: UnitArguments,
     given: library.Given,
     head: dict[str, Any],
     *,
@@ -296,10 +245,11 @@ def _preference_loss(
         results = call(*tensors, given=given, **options)
     value, logps, token_logps, *others = results
     stats = dict(zip(OUTPUTS, others[: len(OUTPUTS)], strict=True))
-    return LinearLoss(value, logps, token_logps, _named_stats(stats, outputs))
+    return LinearLoss(value, logps, token_logps, named_stats(stats, outputs))
 
 
-def _named_stats(stats: dict[str, Tensor], outputs: tuple[str, ...]) -> Any:
+def named_stats(stats: dict[str, Tensor], outputs: tuple[str, ...]) -> Any:
+    """Those of the outputs that were asked for, as a named tuple."""
     return namedtuple("TokenStats", outputs)(*(stats[name] for name in outputs))
 
 
@@ -312,7 +262,7 @@ def _with_given(*tensors: Tensor | None, given: library.Given, **options: Any):
 def _naive_loss(
     operands: tuple[Tensor, Tensor, Tensor | None],
     targets: Tensor,
-    rest: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    rest: UnitArguments,
     given: library.Given,
     options: dict[str, Any],
     outputs: tuple[str, ...],
@@ -323,5 +273,5 @@ def _naive_loss(
     value, logps = naive.preference_loss(stats, problem)
     dtype = wide(options["dtype"])
     token_logps = stats["logprob"].detach().to(dtype)
-    found = _named_stats(stats, outputs)
+    found = named_stats(stats, outputs)
     return LinearLoss(value.to(dtype), logps.detach().to(dtype), token_logps, found)

@@ -19,7 +19,7 @@ from .losses.registry import Kind
 
 Selection = slice | Tensor
 """Some of the units: a range, or indices (n,) int64."""
-_NONE = -1
+NONE = -1
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class Problem:
             ValueError: `response_ids` or `units` on the host that name no response.
         """
         count = ref_logps.shape[0]
-        response_ids = _responses("response_ids", response_ids, count)
-        none = units == _NONE if loss.kind == "group" else torch.zeros_like(units, dtype=torch.bool)
+        response_ids = responses_of("response_ids", response_ids, count)
+        none = units == NONE if loss.kind == "group" else torch.zeros_like(units, dtype=torch.bool)
         name = "comparisons" if loss.kind in ("comparison", "step") else "units"
-        units = _responses(name, units.masked_fill(none, 0), count).masked_fill(none, _NONE)
+        units = responses_of(name, units.masked_fill(none, 0), count).masked_fill(none, NONE)
         ref = ref_logps.detach().to(targets.device, torch.float64)
         if weights is None:
             weights = ref.new_full((units.shape[0],), 1.0 / max(1, units.shape[0]))
@@ -103,7 +103,7 @@ class Problem:
             return self._discounted(pairs, units, tokens, token_logps)
         members = None
         if self.loss.kind == "group":
-            members = units != _NONE
+            members = units != NONE
             units = units.clamp(min=0)
         else:
             units = units[:, 0]
@@ -261,7 +261,8 @@ def _sums(values: Tensor, ids: Tensor, count: int) -> Tensor:
     return total.index_add(0, ids, values)
 
 
-def _responses(name: str, values: Tensor, count: int) -> Tensor:
+def responses_of(name: str, values: Tensor, count: int) -> Tensor:
+    """Indices of `count` responses, as `indices`."""
     return indices(name, values, count, f"the {count} responses of ref_logps")
 
 
@@ -274,48 +275,3 @@ def _autograd_inside_an_op() -> Iterator[None]:
             stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
         stack.enter_context(torch.enable_grad())
         yield
-
-
-def whole_units(problem: Problem, rows: int) -> Iterator[tuple[slice, Selection]]:
-    """Cut the tokens where no response or unit is cut, into pieces of at most `rows` tokens where
-    possible; a loss of a whole step has one piece.
-
-    Yields the token slice and the units inside it; together they cover everything once. Works on
-    the host: nothing waits for a device if `response_ids` and `units` lie there.
-    """
-    tokens, responses = problem.targets.shape[0], problem.ref_logps.shape[0]
-    if tokens == 0 or problem.loss.kind == "step":
-        yield slice(0, tokens), slice(None)
-        return
-    ids = _responses("response_ids", problem.response_ids.cpu(), responses)
-    units = problem.units.cpu()
-    none, units = units == _NONE, units.clamp(min=0)
-    position = torch.arange(tokens)
-    first = torch.full((responses,), tokens).scatter_reduce(0, ids, position, "amin")
-    last = torch.full((responses,), -1).scatter_reduce(0, ids, position, "amax")
-    unit_first = first[units].masked_fill(none, tokens).amin(1)
-    begin = torch.cat([first, unit_first])
-    end = torch.cat([last, last[units].masked_fill(none, -1).amax(1)])
-    held = end >= begin
-    crossed = torch.zeros(tokens + 2, dtype=torch.int64)
-    crossed.index_add_(0, begin[held] + 1, torch.ones_like(begin[held]))
-    crossed.index_add_(0, end[held] + 1, -torch.ones_like(end[held]))
-    cuts = (crossed.cumsum(0)[: tokens + 1] == 0).nonzero().squeeze(1).tolist()
-    unit_begin = unit_first.clamp(max=tokens - 1)
-    start = 0
-    for here, following in zip(cuts, [*cuts[1:], None], strict=True):
-        if here > start and (following is None or following - start > rows):
-            inside = (unit_begin >= start) & (unit_begin < here)
-            yield slice(start, here), _range_or_indices(inside, problem.targets.device)
-            start = here
-
-
-def _range_or_indices(inside: Tensor, device: torch.device) -> Selection:
-    indices = inside.nonzero().squeeze(1)
-    count = indices.shape[0]
-    if count == 0:
-        return slice(0, 0)
-    start = int(indices[0])
-    if int(indices[-1]) - start + 1 == count:
-        return slice(start, start + count)
-    return indices.to(device)

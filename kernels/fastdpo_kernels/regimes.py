@@ -14,134 +14,29 @@ Nothing here waits for a device, but for the plan of tokens that do not fit one 
 on the host, and for losses of tokens, which ask how many tokens their units have.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .head import Stats, Tiles, transposed
-from .problem import Problem, Selection, whole_units
-from .products import addmm_, mm
+from .cuts import whole_units
+from .gradients import Dtypes, Gradients, Needs
+from .head import Stats, Tiles
+from .problem import Problem, Selection
 
 
-class Needs(NamedTuple):
-    """Of which tensors a gradient is wanted."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-
-    @property
-    def head(self) -> bool:
-        """Whether the head is trained."""
-        return self.weight or self.bias
-
-
-class Dtypes(NamedTuple):
-    """In which dtypes gradients are wanted."""
-
-    hidden: torch.dtype
-    weight: torch.dtype
-    bias: torch.dtype
-
-
-class Gradients:
-    """Accumulates the gradients of `Σ c_t·logp_t` from tiles, the coefficients kept off the tile.
-
-    The weight's is fp32 (fp64 for fp64) while tiles are added up; a single tile's is rounded once.
-    """
-
-    def __init__(self, tiles: Tiles, hidden: Tensor, needs: Needs, dtypes: Dtypes) -> None:
-        self._tiles, self._x, self._needs, self._dtypes = tiles, hidden, needs, dtypes
-        self._wide = torch.promote_types(hidden.dtype, torch.float32)
-        self.hidden: Tensor | None = None
-        if needs.hidden:
-            self.hidden = hidden.new_empty(hidden.shape, dtype=dtypes.hidden)
-        self._weight: Tensor | None = None  # (V, H), but (H, V) of a transposed weight
-        self._bias: Tensor | None = None
-        # fp16 rounds a small coefficient to 0: the sums are kept in units of the largest so far.
-        self._unit: Tensor | None = None
-
-    def add(self, rows: slice, tile: Tensor, scale: Tensor) -> None:
-        """Add the contribution of `rows`: tile (t, V), and row_scale times c_t, (t,)."""
-        scale = scale * -self._tiles.head.gradient_scale
-        if self.hidden is not None:
-            self._put_hidden(rows, tile, scale)
-        if not self._needs.head:
-            return
-        if tile.dtype == torch.float16:
-            scale = self._in_units(scale)
-        if self._needs.weight:
-            self._add_weight(rows, tile, scale)
-        if self._needs.bias:
-            row = scale.unsqueeze(0).to(tile.dtype)
-            part = mm(row, tile, self._wide, operands=tile.dtype).squeeze(0)
-            self._bias = part if self._bias is None else self._bias.add_(part)
-
-    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients that were wanted, in `dtypes`."""
-        head, weight, bias = self._tiles.head, None, None
-        if self._needs.weight:
-            columns = transposed(head.weight)
-            like = head.weight.T if columns else head.weight
-            weight = self._finished(self._weight, like, self._dtypes.weight)
-            weight = weight.T if columns else weight
-        if self._needs.bias and head.bias is not None:
-            bias = self._finished(self._bias, head.bias, self._dtypes.bias)
-        return self.hidden, weight, bias
-
-    def _put_hidden(self, rows: slice, tile: Tensor, scale: Tensor) -> None:
-        assert self.hidden is not None
-        out = self.hidden[rows]
-        weight, operands = self._tiles.head.weight, self._x.dtype
-        in_place = out if out.dtype == self._wide else None
-        product = mm(tile, weight, self._wide, operands=operands, out=in_place)
-        torch.mul(product, scale.unsqueeze(1), out=out)
-
-    def _add_weight(self, rows: slice, tile: Tensor, scale: Tensor) -> None:
-        x = (self._x[rows] * scale.unsqueeze(1)).to(tile.dtype)
-        operands = self._x.dtype
-        a, b = (x.T, tile) if transposed(self._tiles.head.weight) else (tile.T, x)
-        if self._weight is not None:
-            addmm_(self._weight, a, b, operands=operands)
-            return
-        single = x.shape[0] == self._x.shape[0] and self._unit is None
-        dtype = self._dtypes.weight if single else self._wide
-        self._weight = mm(a, b, dtype, operands=operands)
-
-    def _in_units(self, scale: Tensor) -> Tensor:
-        """Coefficients in units of the largest so far, which the sums are brought to as well."""
-        smallest = torch.finfo(scale.dtype).tiny
-        unit = scale.abs().amax().clamp(min=smallest)
-        if self._unit is not None:
-            unit = torch.maximum(unit, self._unit)
-            for total in (self._weight, self._bias):
-                if total is not None:
-                    total.mul_(self._unit / unit)
-        self._unit = unit
-        return scale / unit
-
-    def _finished(self, total: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
-        if total is None:
-            return like.new_zeros(like.shape, dtype=dtype)
-        if self._unit is not None:
-            total.mul_(self._unit)
-        return total.to(dtype)
-
-
-def _ranges(start: int, stop: int, rows: int) -> Iterator[slice]:
+def ranges(start: int, stop: int, rows: int) -> Iterator[slice]:
     """The tokens of each tile in turn."""
     for first in range(start, stop, rows):
         yield slice(first, min(first + rows, stop))
 
 
-def _part(stats: Stats, rows: slice) -> Stats:
+def part_of(stats: Stats, rows: slice) -> Stats:
     return {name: value[rows] for name, value in stats.items()}
 
 
-def _join(parts: list[Stats]) -> Stats:
+def join(parts: list[Stats]) -> Stats:
     if len(parts) == 1:
         return parts[0]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -154,12 +49,12 @@ def score_with_gradient(
     none = Dtypes(dtype, dtype, dtype)
     grads = Gradients(tiles, hidden, Needs(True, False, False), none)
     parts = []
-    for rows in _ranges(0, targets.shape[0], tiles.rows):
+    for rows in ranges(0, targets.shape[0], tiles.rows):
         tile, row_scale, stats = tiles.exponentials(hidden[rows], targets[rows], outputs)
         grads.add(rows, tile, row_scale)
         parts.append(stats)
     assert grads.hidden is not None
-    return _join(parts) if parts else tiles.score(hidden, targets, outputs), grads.hidden
+    return join(parts) if parts else tiles.score(hidden, targets, outputs), grads.hidden
 
 
 def logprob_gradients(
@@ -173,8 +68,8 @@ def logprob_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of Σ c_t·logp_t for any coefficients (T,), from the statistics of the forward."""
     grads = Gradients(tiles, hidden, needs, dtypes)
-    for rows in _ranges(0, targets.shape[0], tiles.rows):
-        tile, row_scale = tiles.probabilities(hidden[rows], targets[rows], _part(stats, rows))
+    for rows in ranges(0, targets.shape[0], tiles.rows):
+        tile, row_scale = tiles.probabilities(hidden[rows], targets[rows], part_of(stats, rows))
         grads.add(rows, tile, row_scale * coefficients[rows])
     return grads.result()
 
@@ -215,7 +110,7 @@ def preference_loss(
         part, stats = _piece(tiles, hidden, problem, piece, selected, outputs, logps, grads)
         loss = loss + part
         parts.append(stats)
-    return LossResult(loss, logps, _join(parts), grads.result())
+    return LossResult(loss, logps, join(parts), grads.result())
 
 
 def _frozen_head(
@@ -258,18 +153,35 @@ def _piece(
         stats = tiles.score(hidden[piece], targets[piece], outputs)
         loss, _ = tiles.loss_and_coefficients(problem, piece, stats, logps, selected, False)
         return loss, stats
-    *earlier, last = _ranges(piece.start, piece.stop, tiles.rows)
+
+    def answer(stats: Stats) -> tuple[Tensor, Tensor | None]:
+        return tiles.loss_and_coefficients(problem, piece, stats, logps, selected, True)
+
+    return piece_gradients(tiles, hidden, targets, piece, outputs, grads, answer)
+
+
+def piece_gradients(
+    tiles: Tiles,
+    hidden: Tensor,
+    targets: Tensor,
+    piece: slice,
+    outputs: tuple[str, ...],
+    grads: Gradients,
+    answer: Callable[[Stats], tuple[Tensor, Tensor | None]],
+) -> tuple[Tensor, Stats]:
+    """Score a range of tokens, ask for its loss and the coefficient of every token in it (t,), and
+    add its gradients; the last tile is not projected twice. Returns the loss and the statistics.
+    """
+    *earlier, last = ranges(piece.start, piece.stop, tiles.rows)
     before = slice(piece.start, last.start)
     parts = [tiles.score(hidden[before], targets[before], outputs)] if earlier else []
     tile, row_scale, stats = tiles.exponentials(hidden[last], targets[last], outputs)
-    stats = _join([*parts, stats])
-    loss, coefficients = tiles.loss_and_coefficients(
-        problem, piece, stats, logps, selected, differentiate=True
-    )
+    stats = join([*parts, stats])
+    loss, coefficients = answer(stats)
     assert coefficients is not None
     grads.add(last, tile, row_scale * coefficients[before.stop - before.start :])
     for rows in earlier:
         inside = slice(rows.start - piece.start, rows.stop - piece.start)
-        tile, row_scale = tiles.probabilities(hidden[rows], targets[rows], _part(stats, inside))
+        tile, row_scale = tiles.probabilities(hidden[rows], targets[rows], part_of(stats, inside))
         grads.add(rows, tile, row_scale * coefficients[inside])
     return loss, stats

@@ -14,13 +14,13 @@ from torch import Tensor
 from .head import Head, Layout, Stats, Tiles, WorkspaceBytes
 from .products import mm
 
-_MAX_TILE_ROWS = 2048
+MAX_TILE_ROWS = 2048
 _TARGET_ROWS = 64
-_TILE_SHARE = 0.98
-_FAR = 1e4  # nats beyond which exp is 0 in any dtype
+TILE_SHARE = 0.98
+FAR = 1e4  # nats beyond which exp is 0 in any dtype
 _CACHE_BLOCK_BYTES = 3 << 20
 _DEVICE_BLOCK_BYTES = 64 << 20
-_APART = {"entropy", "log_sum_sq_prob"}
+APART = {"entropy", "log_sum_sq_prob"}
 """Outputs that need the exponentials and the logits of a block at once."""
 _workspaces: dict[torch.dtype, Tensor] = {}
 
@@ -58,8 +58,8 @@ class TorchLayout(Layout):
     @property
     def rows(self) -> int:
         """On a CPU a tile and the blocks beside it stay within `workspace_mib` MiB."""
-        budget = int((self.workspace_mib << 20) * _TILE_SHARE)
-        return max(1, min(_MAX_TILE_ROWS, budget // self._row_bytes))
+        budget = int((self.workspace_mib << 20) * TILE_SHARE)
+        return max(1, min(MAX_TILE_ROWS, budget // self._row_bytes))
 
     @property
     def block_rows(self) -> int:
@@ -71,7 +71,7 @@ class TorchLayout(Layout):
         rows = min(tokens, self.rows)
         states = rows * self.width * self.tile_dtype.itemsize
         # The slope of a soft cap; the exponentials and their products with something else.
-        copies = int(softcap) + (2 if _APART & set(outputs) else 0)
+        copies = int(softcap) + (2 if APART & set(outputs) else 0)
         blocks = copies * min(rows, self.block_rows) * self._row_bytes
         targets = 3 * min(rows, _TARGET_ROWS) * self.width * torch.float64.itemsize
         rounded = self.tile_dtype != self.dtype
@@ -93,9 +93,14 @@ class TorchTiles(Tiles):
     def __init__(self, head: Head, workspace_mib: int) -> None:
         weight = head.weight
         vocab, width = weight.shape
-        layout = TorchLayout(vocab, width, weight.dtype, weight.device.type, workspace_mib)
-        self._operands, self._dtype = weight.dtype, layout.tile_dtype
-        self.head = head.cast(weight.dtype if layout.native else self._dtype)
+        self._lay_out(
+            head, TorchLayout(vocab, width, weight.dtype, weight.device.type, workspace_mib)
+        )
+
+    def _lay_out(self, head: Head, layout: TorchLayout) -> None:
+        self._operands, self._dtype = layout.dtype, layout.tile_dtype
+        self.head = head.cast(layout.dtype if layout.native else self._dtype)
+        self.vocab = layout.vocab
         self.rows, self.block_rows = layout.rows, layout.block_rows
         self._buffer: Tensor | None = None
 
@@ -183,11 +188,11 @@ class TorchTiles(Tiles):
             torch.ge(target_logit.squeeze(1), 0, out=stats["is_top1"])
         if "mean_logit" in stats:
             torch.add(z.mean(-1), peak.squeeze(1), out=stats["mean_logit"])
-        apart = _APART & stats.keys()
+        apart = APART & stats.keys()
         e = z.exp() if apart else z.exp_()
         moment = None
         if "entropy" in stats:  # where a logit is −∞, 0·log 0 = 0
-            moment = torch.linalg.vecdot(e, z.clamp_(min=-_FAR))
+            moment = torch.linalg.vecdot(e, z.clamp_(min=-FAR))
         square = torch.linalg.vecdot(e, e) if "log_sum_sq_prob" in stats else None
         # torch.sum adds in a cascade; log_softmax adds one after the other and drifts by 1e-5.
         rest = e.scatter_(1, target, 0.0).sum(-1, keepdim=True)
@@ -234,12 +239,12 @@ class TorchTiles(Tiles):
 
     def _index(self, targets: Tensor) -> Tensor:
         """Where every target is in the vocabulary (t, 1), anywhere for those that are not."""
-        return targets.clamp(0, self.head.weight.shape[0] - 1).unsqueeze(1)
+        return targets.clamp(0, self.vocab - 1).unsqueeze(1)
 
     def _mark(self, values: Tensor, targets: Tensor) -> None:
         """Make values (t,) 0 where a token is ignored and NaN where its target does not exist."""
         values.masked_fill_(targets < 0, 0)
-        values.masked_fill_(targets >= self.head.weight.shape[0], torch.nan)
+        values.masked_fill_(targets >= self.vocab, torch.nan)
 
     def _marked(self, stats: Stats, targets: Tensor) -> Stats:
         self._mark(stats["logprob"], targets)

@@ -203,36 +203,72 @@ def exponentials(
     outputs: tuple[str, ...],
 ) -> tuple[Tensor, Stats]:
     """Fill tile (t, V) with E; returns row_scale (t,) and the statistics of `Tiles.score`."""
+    anchor = anchors(head, hidden, targets)
+    partial, clamp, flags = anchored(head, hidden, targets, tile, anchor, outputs)
+    results, row_scale, flagged = finish(head, targets, anchor, tile, partial, clamp, flags)
+    score_into(results, head, hidden, flagged, outputs)
+    again(head, hidden, flagged, tile, anchor, results[0])
+    return row_scale, unpack(results, outputs)
+
+
+def clamp_of(flags: dict[str, bool]) -> float:
+    """The exponent at which the sums end, nats."""
+    return _CLAMP_SQUARED if flags["HAS_SQUARES"] else _CLAMP
+
+
+def anchored(
+    head: Head,
+    hidden: Tensor,
+    targets: Tensor,
+    tile: Tensor,
+    anchor: Tensor,
+    outputs: tuple[str, ...],
+) -> tuple[Tensor, float, dict[str, bool]]:
+    """Fill tile (t, V) with E but for the targets' entries, from known anchors (t,); returns the
+    partial sums of `exponential_kernel`, the exponent they end at, and which of them there are.
+    """
     tokens, vocab = tile.shape
     config = choose(head, hidden, outputs)
     flags = {**extras(outputs), "HAS_TOP1": "is_top1" in outputs}
-    clamp = _CLAMP_SQUARED if flags["HAS_SQUARES"] else _CLAMP
-    anchor = anchors(head, hidden, targets)
+    clamp = clamp_of(flags)
     blocks = triton.cdiv(vocab, config.block_v)
     partial = anchor.new_empty((1 + sum(flags.values()), blocks, tokens))
     _launch(head, hidden, targets, tile, config, anchor, anchor, partial, clamp, flags)
-    results, row_scale, flagged = finish(head, targets, anchor, tile, partial, clamp, flags)
-    score_into(results, head, hidden, flagged, outputs)
+    return partial, clamp, flags
+
+
+def again(
+    head: Head, hidden: Tensor, flagged: Tensor, tile: Tensor, anchor: Tensor, logprob: Tensor
+) -> None:
+    """Rows of the tile (t, V) whose target in `flagged` (t,) is not negative become softmax −
+    onehot, from their anchors and log-probabilities (t,).
+    """
     launch = prepare(head, hidden, choose(head, hidden, descriptors=False))
     again_kernel[(multiprocessors(hidden.device),)](
         **launch,
         targets=flagged,
         anchor=anchor,
-        logprob=results[0],
+        logprob=logprob,
         tile=tile,
         stride_tile=tile.stride(0),
     )
-    return row_scale, unpack(results, outputs)
 
 
 def probabilities(
     head: Head, hidden: Tensor, targets: Tensor, tile: Tensor, stats: Stats
 ) -> Tensor:
     """Fill tile (t, V) with softmax − onehot from known statistics; returns row_scale (t,)."""
-    config = choose(head, hidden)
     anchor, logprob = anchors(head, hidden, targets), stats["logprob"]
-    _launch(head, hidden, targets, tile, config, anchor, logprob, anchor, 0.0, None)
+    normalised(head, hidden, targets, tile, anchor, logprob)
     return (targets >= 0).to(logprob.dtype)
+
+
+def normalised(
+    head: Head, hidden: Tensor, targets: Tensor, tile: Tensor, anchor: Tensor, logprob: Tensor
+) -> None:
+    """Fill tile (t, V) with softmax − onehot from anchors and log-probabilities (t,)."""
+    config = choose(head, hidden)
+    _launch(head, hidden, targets, tile, config, anchor, logprob, anchor, 0.0, None)
 
 
 def _launch(

@@ -39,6 +39,14 @@ class TritonLayout(Layout):
         return 4 * sums * blocks + self.width * (4 + self.dtype.itemsize)
 
 
+class TritonShardLayout(TritonLayout):
+    """`TritonLayout` for the columns of the widest rank, the same on all of them."""
+
+    def _beside(self, outputs: tuple[str, ...]) -> int:
+        """With the states of all ranks, and what is sent and received of their gradients."""
+        return super()._beside(outputs) + 3 * self.width * self.dtype.itemsize
+
+
 def _narrowest_block(device: str) -> int:
     """The fewest columns of a block of logits in any configuration of a kind of device."""
     entries = [entry for arch, entry in TABLE.items() if (arch > 0) == (device == "cuda")]

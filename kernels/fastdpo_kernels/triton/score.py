@@ -221,6 +221,23 @@ def score_into(
     outputs: tuple[str, ...],
 ) -> None:
     """Write the rows of results (6, t) for the tokens that are not ignored."""
+    partial = partial_sums(head, hidden, targets, outputs)
+    merge_kernel[(triton.cdiv(hidden.shape[0], _MERGED),)](
+        targets,
+        partial,
+        results,
+        results.stride(0),
+        hidden.shape[0],
+        head.weight.shape[0],
+        partial.shape[1],
+        BLOCK_T=_MERGED,
+        BLOCK_S=32,
+        **extras(outputs),
+    )
+
+
+def partial_sums(head: Head, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> Tensor:
+    """What `score_kernel` writes, (3 + extras, segments, t), for the tokens not ignored."""
     tokens, vocab = hidden.shape[0], head.weight.shape[0]
     config = choose(head, hidden, outputs, online=True)
     launch, flags = prepare(head, hidden, config), extras(outputs)
@@ -240,15 +257,4 @@ def score_into(
         GROUP=GROUP,
         **flags,
     )
-    merge_kernel[(triton.cdiv(tokens, _MERGED),)](
-        targets,
-        partial,
-        results,
-        results.stride(0),
-        tokens,
-        vocab,
-        segments,
-        BLOCK_T=_MERGED,
-        BLOCK_S=32,
-        **flags,
-    )
+    return partial
