@@ -21,11 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed import _functional_collectives as functional
 
 from ..data.batch import Batch
 from ..data.segments import Segments
 from ..errors import ConfigError
+
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""One function under its newer name, where torch has that."""
 
 
 class Stretch(NamedTuple):
@@ -153,7 +155,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return functional.wait_tensor(functional.all_gather_tensor(x.contiguous(), 0, group))
+        output = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
+        _all_gather(output, x.contiguous(), group=group)
+        return output
 
     @staticmethod
     @once_differentiable
