@@ -14,7 +14,6 @@ kernels on a GPU do not. Rows go to bench/results/context-cpu.jsonl.
 import argparse
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np

@@ -4,6 +4,7 @@ of ranks, in stretches; how far the two are apart.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from families import VOCABULARY, build
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from bench import context as bench
 from fastdpo.config import TrainConfig
 from fastdpo.data.batch import Batch
 from fastdpo.data.groups import Group
@@ -31,8 +33,8 @@ from fastdpo.model.scorer import TOKEN_STATS, Scorer
 from fastdpo.training.step import Objective
 
 WORLD = 4
-THREE_GROUPS = ((6, (5, 2)), (9, (4, 7, 3)), (1, (3, 8)))
-"""Prompts and responses; together of 45 tokens, which 2 and 4 do not divide."""
+THREE_GROUPS = ((6, (5, 2)), (9, (4, 7, 3)), (1, (3, 9)))
+"""Prompts and responses, 49 tokens in all, which 2 and 4 do not divide."""
 PROMPT_FIRST = ((30, (7, 6)),)
 """All scored tokens but the first of each lie on the last rank, of two and of four."""
 SIX_HEADS = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}
@@ -118,8 +120,7 @@ class Row:
             "loss": found.loss.detach(),
             "response_logps": found.response_logps,
             "token_logps": found.token_logps,
-            "token_logps again": self.scorer.token_logps(batch),
-            "response_logps again": self.scorer.response_logps(batch),
+            "token_logps summed": self.scorer.response_logps(batch),
             **{name: getattr(found.stats, name).double() for name in TOKEN_STATS},
         }
         named = self.model.named_parameters()
@@ -165,23 +166,38 @@ def errors(row: Row, context: ContextGroup) -> dict[str, float]:
     """How far the numbers of a group of ranks are from those of one device: the largest error of
     each kind of number, as a share of the largest or of 1, and of the gradients by parameter.
     """
-    expected = row.numbers()
+    alone = row.numbers() if context.rank == 0 else {}
     row.scorer.context = context
     found = row.numbers()
-    assert found.keys() == expected.keys()
-    grads = [name for name in expected if name.startswith("gradient of ")]
+    grads = [name for name in found if name.startswith("gradient of ")]
+    flat = torch.cat([found[name].flatten() for name in grads])
+    dist.all_reduce(flat, group=context.group)
+    sizes = [found[name].numel() for name in grads]
+    found |= dict(zip(grads, flat.split(sizes), strict=True))
+    expected = one_of_all(alone, found, context)
     total = torch.stack([expected[name].norm() for name in grads]).norm()
     wrong = {}
     for name, value in expected.items():
         if name in grads:
-            dist.all_reduce(found[name], group=context.group)
             # Where a response sees one token, a key's gradient is 0 but for rounding.
             error = (found[name] - value).norm() / (value.norm() + 1e-3 * total)
         else:
-            assert found[name].shape == value.shape, name
             error = (found[name] - value).abs().max() / value.abs().max().clamp(min=1)
         wrong[name] = error.item()
     return wrong
+
+
+def one_of_all(
+    alone: dict[str, Tensor], like: dict[str, Tensor], context: ContextGroup
+) -> dict[str, Tensor]:
+    """What the first rank has, on all of them; each tensor flat, as long as those of `like`."""
+    sizes = [value.numel() for value in like.values()]
+    flat = torch.empty(sum(sizes), dtype=torch.float64)
+    if context.rank == 0:
+        assert {n: v.numel() for n, v in alone.items()} == {n: v.numel() for n, v in like.items()}
+        flat = torch.cat([value.flatten() for value in alone.values()])
+    dist.broadcast(flat, group=context.group, group_src=0)
+    return dict(zip(like, flat.split(sizes), strict=True))
 
 
 @contextmanager
@@ -198,8 +214,29 @@ def world(rank: int, folder: Path) -> Iterator[dict[int, ContextGroup]]:
     dist.destroy_process_group()
 
 
+def shares(context: ContextGroup) -> dict[str, float]:
+    """What this rank has, as a share of what one device has: activations that it keeps, with and
+    without gradient checkpointing, and hidden states that it scores.
+    """
+    sizes = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2}
+    options = Namespace(prompt=601, response=97, **sizes)
+    found = {}
+    for checkpointing in (False, True):
+        one, here = (bench.measure(options, checkpointing, group) for group in (None, context))
+        found[f"kept, checkpointing {checkpointing}"] = here.kept / one.kept
+    row = Row(Case(lengths=((40, (8, 8)),)))
+    row.scorer.context = context
+    found["scored"] = len(row.scorer.scored_states(row.batch)) / len(row.batch.targets)
+    return found
+
+
 def run(rank: int, folder: Path) -> None:
-    """All cases; the errors that this rank saw go to a file."""
+    """All cases; what this rank saw goes to a file."""
     with world(rank, folder) as groups:
-        seen = {name: errors(Row(case), groups[case.ranks]) for name, case in CASES.items()}
-        torch.save(seen, folder / f"{rank}.pt")
+        seen = {
+            name: errors(Row(case), groups[case.ranks])
+            for number, (name, case) in enumerate(CASES.items())
+            if case.ranks == WORLD or number % 2 == rank // 2  # one pair has the one, one the other
+        }
+        held = {ranks: shares(context) for ranks, context in groups.items()}
+        torch.save((seen, held), folder / f"{rank}.pt")
