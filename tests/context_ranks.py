@@ -33,8 +33,8 @@ from fastdpo.model.scorer import TOKEN_STATS, Scorer
 from fastdpo.training.step import Objective
 
 WORLD = 4
-THREE_GROUPS = ((6, (5, 2)), (9, (4, 7, 3)), (1, (3, 9)))
-"""Prompts and responses, 49 tokens in all, which 2 and 4 do not divide."""
+THREE_GROUPS = ((7, (8, 2)), (6, (6, 3, 3)), (2, (5, 7)))
+"""Prompts and responses, 49 tokens in all: 2 and 4 do not divide them, and cut inside responses."""
 PROMPT_FIRST = ((30, (7, 6)),)
 """All scored tokens but the first of each lie on the last rank, of two and of four."""
 SIX_HEADS = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}
