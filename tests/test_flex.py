@@ -40,16 +40,16 @@ def dense_flex(
     scores = q @ k.transpose(-1, -2) * scale
     if score_mod is not None:
         scores = score_mod(scores, None, None, None, None)
-    seen = visited(block_mask, q.shape[2])
+    seen = visited(block_mask, q.shape[2], k.shape[2])
     scores = scores.masked_fill(~seen, float("-inf"))
     out = scores.softmax(-1) @ v
     return (out, AuxOutput(lse=scores.logsumexp(-1))) if return_aux else out
 
 
-def visited(mask: Any, length: int) -> Tensor:
-    """(S, S): whole blocks where they are full, the mask's own answer where they are partial."""
-    exact = create_mask(mask.mask_mod, 1, 1, length, length, device="cpu")[0, 0]
-    seen = torch.zeros(length, length, dtype=torch.bool)
+def visited(mask: Any, queries: int, keys: int) -> Tensor:
+    """(Q, K): whole blocks where they are full, the mask's own answer where they are partial."""
+    exact = create_mask(mask.mask_mod, 1, 1, queries, keys, device="cpu")[0, 0]
+    seen = torch.zeros(queries, keys, dtype=torch.bool)
     lists = ((mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices))
     for whole, (counts, indices) in zip((False, True), lists, strict=True):
         for q, count in enumerate(counts[0, 0].tolist()):
@@ -83,7 +83,7 @@ def test_blocks_cover_what_is_seen_and_little_else(groups: Any, window: int | No
     row = pack(groups, share=True)
     mask = block_mask(Segments.build(row.bounds), window, torch.device("cpu"))
     seen = row.seen(window)
-    assert torch.equal(visited(mask, len(row.ids)), seen)
+    assert torch.equal(visited(mask, len(row.ids), len(row.ids)), seen)
     blocks = [rows.split(BLOCK, dim=1) for rows in seen.split(BLOCK)]
     some = [sum(bool(block.any()) for block in line) for line in blocks]
     full = [sum(bool(b.all()) and b.shape[1] == BLOCK for b in line) for line in blocks]

@@ -40,9 +40,12 @@ class Segments:
     kv_index: torch.Tensor | None
     """int64 (T,): the stream position of every gathered key; None where no segment has a prefix."""
     own_index: torch.Tensor | None
-    """int64 (S,): where each stream token lies among the gathered keys, in its own segment."""
+    """int64 (S,): where each stream token lies among the gathered keys, in its own segment; None
+    in a `stretch`, which does not have them all.
+    """
     copies: tuple[tuple[torch.Tensor, torch.Tensor], ...]
-    """int64 `(stream positions, gathered positions)` of prompts, one pair per further response.
+    """int64 `(stream positions, gathered positions)` of prompts, one pair per further response; in
+    a `stretch` the segments' own ones before them.
 
     Positions are unique within a pair, so that adding gradients up is deterministic.
     """
@@ -50,12 +53,16 @@ class Segments:
     max_seqlen_k: int
     trace: list[dict[str, Any]] | None = None
     """Where the attention function notes its calls, for the start-up check; None in training."""
+    opens: int = 0
+    """Where the first segment's own keys begin: with its queries, but in a `stretch`."""
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
-    """Masks by (queries, keys, window, device), and this row's tensors on other devices."""
+    """Masks by (queries, keys, window, device), this row's tensors on other devices, and what
+    `filled` and `stretch` made of it.
+    """
 
     @property
     def length(self) -> int:
-        """S, the number of tokens of the row."""
+        """S, the number of tokens of the row; of a `stretch`, up to its end."""
         return self.bounds[-1][1]
 
     @property
@@ -66,7 +73,9 @@ class Segments:
     @property
     def key_lengths(self) -> list[int]:
         """Number of keys of each segment, its prefix included."""
-        return [end - start + stop - first for start, end, first, stop in self.bounds]
+        lengths = [end - start + stop - first for start, end, first, stop in self.bounds]
+        lengths[0] += self.bounds[0][0] - self.opens
+        return lengths
 
     @classmethod
     def build(
@@ -85,6 +94,29 @@ class Segments:
         _validate(checked)
         segments = cls(checked, **_index_tensors(checked), trace=trace)
         return segments.to(device)
+
+    def filled(self, length: int) -> Segments:
+        """These segments and one more, of what `length` tokens have beyond the row; made once."""
+        if length == self.length:
+            return self
+        if ("filled", length) not in self.cache:
+            bounds = (*self.bounds, (self.length, length, self.length, self.length))
+            made = Segments.build(bounds, self.cu_seqlens_q.device, trace=self.trace)
+            self.cache["filled", length] = made
+        return self.cache["filled", length]
+
+    def stretch(self, start: int, end: int) -> Segments:
+        """The queries `stream[start:end]` alone, with the keys that they see, to be gathered from
+        the whole stream; made once.
+        """
+        if ("stretch", start, end) not in self.cache:
+            inside = [b for b in self.bounds if b[0] < end and b[1] > start]
+            opens = inside[0][0]
+            bounds = tuple((max(start, a), min(end, b), c, d) for a, b, c, d in inside)
+            tensors = _index_tensors(bounds, opens, whole=False)
+            made = Segments(bounds, **tensors, trace=self.trace, opens=opens)
+            self.cache["stretch", start, end] = made.to(self.cu_seqlens_q.device)
+        return self.cache["stretch", start, end]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Segments:
         """These segments with their tensors on `device`; a copy is made once per device."""
@@ -112,6 +144,7 @@ class Segments:
             self.max_seqlen_q,
             self.max_seqlen_k,
             self.trace,
+            self.opens,
         )
 
     def causal_mask(
@@ -141,24 +174,31 @@ def _validate(bounds: tuple[Bound, ...]) -> None:
         position = end
 
 
-def _index_tensors(bounds: tuple[Bound, ...]) -> dict[str, Any]:
+def _index_tensors(
+    bounds: tuple[Bound, ...], opens: int = 0, *, whole: bool = True
+) -> dict[str, Any]:
+    """The tensors of `Segments`; of the whole stream, or of a stretch of its queries."""
+    begins = [opens, *(start for start, *_ in bounds[1:])]
     queries = torch.tensor([end - start for start, end, _, _ in bounds])
-    keys = queries + torch.tensor([stop - first for _, _, first, stop in bounds])
+    keys = torch.tensor(
+        [b[1] - begin + b[3] - b[2] for b, begin in zip(bounds, begins, strict=True)]
+    )
     tensors: dict[str, Any] = {
         "cu_seqlens_q": F.pad(queries.cumsum(0), (1, 0)).to(torch.int32),
         "cu_seqlens_k": F.pad(keys.cumsum(0), (1, 0)).to(torch.int32),
         "max_seqlen_q": int(queries.max()),
         "max_seqlen_k": int(keys.max()),
     }
-    if torch.equal(queries, keys):
+    if whole and torch.equal(queries, keys):
         return tensors | {"kv_index": None, "own_index": None, "copies": ()}
     offsets = tensors["cu_seqlens_k"].tolist()[:-1]
-    kv_index, own_index = [], []
+    kv_index, own, own_index = [], [], []
     rounds: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
     uses: dict[tuple[int, int], int] = {}
-    for (start, end, first, stop), offset in zip(bounds, offsets, strict=True):
-        kv_index += [torch.arange(first, stop), torch.arange(start, end)]
-        own_index.append(torch.arange(end - start) + offset + stop - first)
+    for (_, end, first, stop), begin, offset in zip(bounds, begins, offsets, strict=True):
+        kv_index += [torch.arange(first, stop), torch.arange(begin, end)]
+        own.append(torch.arange(begin, end))
+        own_index.append(torch.arange(end - begin) + offset + stop - first)
         if stop > first:
             nth = uses.get((first, stop), 0)
             uses[first, stop] = nth + 1
@@ -166,9 +206,11 @@ def _index_tensors(bounds: tuple[Bound, ...]) -> dict[str, Any]:
                 rounds.append(([], []))
             rounds[nth][0].append(torch.arange(first, stop))
             rounds[nth][1].append(torch.arange(stop - first) + offset)
+    if not whole:
+        rounds.insert(0, (own, own_index))
     copies = tuple((torch.cat(stream), torch.cat(gathered)) for stream, gathered in rounds)
-    gather = {"kv_index": torch.cat(kv_index), "own_index": torch.cat(own_index), "copies": copies}
-    return tensors | gather
+    gather = {"kv_index": torch.cat(kv_index), "copies": copies}
+    return tensors | gather | {"own_index": torch.cat(own_index) if whole else None}
 
 
 class _Gather(torch.autograd.Function):
@@ -182,14 +224,16 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, segments: Segments) -> torch.Tensor:
         assert segments.kv_index is not None
-        ctx.segments = segments
+        ctx.segments, ctx.rows = segments, x.shape[0]
         return x.index_select(0, segments.kv_index)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         segments: Segments = ctx.segments
-        assert segments.own_index is not None
-        total = grad.index_select(0, segments.own_index)
+        if segments.own_index is None:
+            total = grad.new_zeros((ctx.rows, *grad.shape[1:]))
+        else:
+            total = grad.index_select(0, segments.own_index)
         for stream, gathered in segments.copies:
             total.index_add_(0, stream, grad.index_select(0, gathered))
         return total, None

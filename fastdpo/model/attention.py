@@ -2,7 +2,8 @@
 
 `register()` makes the name known; `model.set_attn_implementation("fastdpo")` selects it; the row's
 `Segments` travel as the extra keyword `fastdpo_segments=` of the model's forward, also into the
-recomputation of gradient checkpointing. The name is deliberately unknown to transformers' mask
+recomputation of gradient checkpointing; where its tokens are spread over devices, so does their
+`ContextGroup`, as `fastdpo_context=`. The name is deliberately unknown to transformers' mask
 interface: no mask is ever built, so attention costs no memory in S².
 
 The kernels are in `backends`. With a prompt of P tokens and N responses the gathered keys and
@@ -20,6 +21,8 @@ from transformers import AttentionInterface
 from ..data.segments import Segments
 from ..errors import ModelError
 from .backends import Call, activate, by_segments, choose_backend, flash_attn, varlen
+from .context import ContextGroup
+from .context_attention import spread
 from .flex import flex
 
 _KERNELS = {"sdpa": by_segments, "flex": flex, "flash_attn": flash_attn}
@@ -51,6 +54,7 @@ def attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     fastdpo_segments: Segments | None = None,
+    fastdpo_context: ContextGroup | None = None,
     backend: str | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -59,10 +63,12 @@ def attention(
     query (1, Hq, S, D), key and value (1, Hkv, S, D) and (1, Hkv, S, Dv), Hq a multiple of Hkv;
     s_aux (Hq,) are sink logits. Query q sees key k of its segment when `0 <= q - k <
     sliding_window`; scores are `softcap · tanh(q·k · scaling / softcap)`. Returns the output (1,
-    S, Hq, Dv) in the query's dtype, and None for the weights. Raises ModelError for what a packed
-    row cannot honour: no segments, a mask, dropout, a position bias, a batch.
+    S, Hq, Dv) in the query's dtype, and None for the weights. With a context all these are this
+    rank's S / N tokens, and the segments those of the whole row. Raises ModelError for what a
+    packed row cannot honour: no segments, a mask, dropout, a position bias, a batch.
     """
-    segments = _checked(query, attention_mask, dropout, fastdpo_segments, module, kwargs)
+    ranks = 1 if fastdpo_context is None else fastdpo_context.size
+    segments = _checked(query, ranks, attention_mask, dropout, fastdpo_segments, module, kwargs)
     if segments.trace is not None:
         segments.trace.append({"module": module, "sliding_window": sliding_window})
     segments = segments.to(query.device)
@@ -80,11 +86,13 @@ def attention(
         wanted=backend,
     )
     call = Call(query, key, value, segments, scale, sliding_window, softcap, s_aux)
-    return _KERNELS.get(selected.name, varlen)(call), None
+    kernel = _KERNELS.get(selected.name, varlen)
+    return kernel(call) if fastdpo_context is None else spread(call, kernel, fastdpo_context), None
 
 
 def _checked(
     query: torch.Tensor,
+    ranks: int,
     attention_mask: torch.Tensor | None,
     dropout: float,
     segments: Segments | None,
@@ -104,9 +112,9 @@ def _checked(
         raise ModelError(f"{name}: expected causal attention")
     if dropout:
         raise ModelError(f"{name}: expected attention dropout 0 in packed rows, got {dropout}")
-    if query.shape[0] != 1 or query.shape[2] != segments.length:
+    if query.shape[0] != 1 or query.shape[2] * ranks != segments.length:
         raise ModelError(
-            f"{name}: expected one row of {segments.length} tokens, "
-            f"got {query.shape[0]} of {query.shape[2]}"
+            f"{name}: expected one row of {segments.length} tokens over {ranks} device(s), "
+            f"got {query.shape[0]} of {query.shape[2]} on this one"
         )
     return segments

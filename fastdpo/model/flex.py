@@ -43,7 +43,9 @@ def flex(call: Call) -> torch.Tensor:
         call.key,
         call.value,
         score_mod=_capped(call.softcap) if call.softcap else None,
-        block_mask=block_mask(call.segments, call.sliding_window, call.query.device),
+        block_mask=block_mask(
+            call.segments, call.sliding_window, call.query.device, call.key.shape[2]
+        ),
         scale=call.scale,
         enable_gqa=call.query.shape[1] != call.key.shape[1],
         return_aux=None if call.sinks is None else AuxRequest(lse=True),
@@ -55,57 +57,66 @@ def flex(call: Call) -> torch.Tensor:
     return out.transpose(1, 2)
 
 
-def block_mask(segments: Segments, window: int | None, device: torch.device) -> BlockMask:
-    """What each query of a row sees, and which blocks are seen in part or in full; made once."""
+def block_mask(
+    segments: Segments, window: int | None, device: torch.device, keys: int | None = None
+) -> BlockMask:
+    """What each query of a row sees among so many `keys` (None: as many as the row has), and which
+    blocks are seen in part or in full; made once.
+    """
     name = ("blocks", window, device)
     if name not in segments.cache:
-        segments.cache[name] = _block_mask(*_intervals(segments, window, device))
+        intervals = _intervals(segments, window, device)
+        begin, keys = segments.bounds[0][0], keys or segments.length
+        segments.cache[name] = _block_mask(*intervals, begin, keys)
     return segments.cache[name]
 
 
 def _intervals(
     segments: Segments, window: int | None, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """int32 (S,) each: query q sees keys `own[q] … q` and `first[q] … stop[q] - 1`."""
+    """int32 (Q,) each: query q sees keys `own[q] … q` and `first[q] … stop[q] - 1`."""
     bounds = torch.tensor(segments.bounds, dtype=torch.int32)
-    lengths = bounds[:, 1] - bounds[:, 0]
+    begin, lengths = int(bounds[0, 0]), bounds[:, 1] - bounds[:, 0]
+    bounds[0, 0] = segments.opens
     own, _, first, stop = bounds.repeat_interleave(lengths, dim=0).T
     if window is not None:
-        position = torch.arange(segments.length, dtype=torch.int32)
+        position = torch.arange(begin, segments.length, dtype=torch.int32)
         # A key of the prompt is as far away as if the response followed the prompt at once.
         first = torch.maximum(first, position - own + stop - window + 1)
         own = torch.maximum(own, position - window + 1)
     return own.to(device), first.to(device), stop.to(device)
 
 
-def _block_mask(own: torch.Tensor, first: torch.Tensor, stop: torch.Tensor) -> BlockMask:
-    length = len(own)
+def _block_mask(
+    own: torch.Tensor, first: torch.Tensor, stop: torch.Tensor, begin: int, keys: int
+) -> BlockMask:
+    """Of the intervals (Q,) of queries that lie in the stream from `begin` on."""
 
     def sees(b: Any, h: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return ((k >= own[q]) & (k <= q)) | ((k >= first[q]) & (k < stop[q]))
+        return ((k >= own[q]) & (k <= q + begin)) | ((k >= first[q]) & (k < stop[q]))
 
-    begins = torch.arange(0, length, BLOCK, device=own.device)
+    begins = torch.arange(0, keys, BLOCK, device=own.device)
     ends = begins + BLOCK
-    queries = torch.arange(length, device=own.device)[:, None]
+    queries = torch.arange(begin, begin + len(own), device=own.device)[:, None]
     low, high, until = own[:, None], first[:, None], stop[:, None]
     some = (low < ends) & (queries >= begins) | (torch.maximum(high, begins) < until.minimum(ends))
     every = (low <= begins) & (queries >= ends - 1) | (high <= begins) & (until >= ends)
-    blocks = len(begins)
-    some = _by_block(some, blocks, False).any(1)
-    every = _by_block(every, blocks, True).all(1)
+    some = _by_block(some, False).any(1)
+    every = _by_block(every, True).all(1)
     partial = _ordered(some & ~every)
     return BlockMask.from_kv_blocks(
-        *partial, *_ordered(every), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(length, length)
+        *partial, *_ordered(every), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(len(own), keys)
     )
 
 
-def _by_block(seen: torch.Tensor, blocks: int, filler: bool) -> torch.Tensor:
-    """bool (S, N) → (N, BLOCK, N), the last block of queries filled up."""
-    missing = blocks * BLOCK - len(seen)
-    return torch.nn.functional.pad(seen, (0, 0, 0, missing), value=filler).view(blocks, BLOCK, -1)
+def _by_block(seen: torch.Tensor, filler: bool) -> torch.Tensor:
+    """bool (Q, N) → (Q / BLOCK, BLOCK, N), the last block of queries filled up."""
+    queries, keys = seen.shape
+    missing = -queries % BLOCK
+    return torch.nn.functional.pad(seen, (0, 0, 0, missing), value=filler).view(-1, BLOCK, keys)
 
 
 def _ordered(selected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """bool (N, N) → how many key blocks each query block has, and their numbers, first of all."""
+    """bool (M, N) → how many key blocks each query block has, and their numbers, first of all."""
     order = selected.int().argsort(dim=-1, descending=True, stable=True)
     return selected.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]

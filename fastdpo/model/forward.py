@@ -4,14 +4,31 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import Batch
+from .context import ContextGroup
 from .head import hidden_states
 
 
-def batch_states(model: nn.Module, batch: Batch, *, one_by_one: bool = False) -> Tensor:
+def batch_states(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    one_by_one: bool = False,
+    context: ContextGroup | None = None,
+) -> Tensor:
     """Hidden states (lines, length, H) of all tokens of a batch on the model's device.
 
     Padded lines go through the model together or, with `one_by_one`, each without its padding.
+    With a `context` they are those of this rank's stretch of the row.
     """
+    if context is not None:
+        stretch = context.stretch(batch)
+        return hidden_states(
+            model,
+            input_ids=stretch.input_ids,
+            position_ids=stretch.position_ids,
+            fastdpo_segments=stretch.segments,
+            fastdpo_context=context,
+        )
     if batch.layout != "padded":
         return hidden_states(
             model,

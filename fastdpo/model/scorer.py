@@ -16,6 +16,8 @@ from torch import Tensor
 from ..config import TrainConfig
 from ..data.batch import Batch
 from .adapter import check_targets, load_adapter
+from .context import ContextGroup, padded_context
+from .context_loss import context_loss, scored_part, together
 from .forward import batch_states
 from .head import Head, check_causal, check_head, effective_weight, find_head
 from .layout import Layout, choose_layout
@@ -36,6 +38,9 @@ TOKEN_STATS = ("entropy", "mean_logit", "is_top1")
 class Scorer:
     """A causal language model with its head, the row layout that is exact for it, and the precision
     to run it in.
+
+    With a `context` every method is called by all ranks of the group, with the same batch, and
+    returns the same on each; a weight's gradient is the sum over the ranks.
     """
 
     model: Any  # a transformers or peft model
@@ -43,6 +48,7 @@ class Scorer:
     layout: Layout
     autocast: torch.dtype | None = None
     workspace_mib: int = 512
+    context: ContextGroup | None = None
 
     @property
     def device(self) -> torch.device:
@@ -56,13 +62,23 @@ class Scorer:
         return torch.autocast(self.device.type, self.autocast)
 
     def scored_states(self, batch: Batch) -> Tensor:
-        """Hidden states (T, H) that predict the scored tokens of a batch on this device."""
+        """Hidden states (T, H) that predict the scored tokens of a batch on this device; with a
+        context (t, H), those of this rank's part of them.
+
+        Raises ConfigError for a context where rows are padded.
+        """
         if batch.layout != self.layout.name:
             raise ValueError(
                 f"a {batch.layout} batch for a model whose rows are {self.layout.name}"
             )
+        if self.context is not None and self.layout.name == "padded":
+            raise padded_context(self.layout.reason)
         with self.precision():
-            states = batch_states(self.model, batch, one_by_one=self.layout.one_by_one)
+            states = batch_states(
+                self.model, batch, one_by_one=self.layout.one_by_one, context=self.context
+            )
+        if self.context is not None:
+            return scored_part(states[0], batch, self.context)
         return states.reshape(-1, states.shape[-1]).index_select(0, batch.score_index)
 
     def _head_operands(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -71,6 +87,12 @@ class Scorer:
         if weight is not self.head.weight:  # rounded to bf16, an adapter's update would vanish
             states = states.to(torch.promote_types(states.dtype, weight.dtype))
         return states, weight
+
+    def _own_targets(self, batch: Batch) -> Tensor:
+        """The targets (T,), or (t,) of this rank's part, of what `scored_states` gives."""
+        if self.context is None:
+            return batch.targets
+        return batch.targets[self.context.part(len(batch.targets))]
 
     def _head_arguments(self) -> dict[str, Any]:
         return {
@@ -86,7 +108,11 @@ class Scorer:
 
         def score() -> Tensor:
             states, weight = self._head_operands(batch)
-            return linear_logprob(states, weight, batch.targets, **self._head_arguments())
+            targets = self._own_targets(batch)
+            logps = linear_logprob(states, weight, targets, **self._head_arguments())
+            if self.context is None:
+                return logps
+            return together(logps[None], len(batch.targets), self.context)[0]
 
         return inside(self.model, score)
 
@@ -101,7 +127,8 @@ class Scorer:
 
         def score() -> Tensor:
             states, weight = self._head_operands(batch)
-            return linear_logprob(states, weight, batch.targets, **self._head_arguments()).sum() * 0
+            targets = self._own_targets(batch)
+            return linear_logprob(states, weight, targets, **self._head_arguments()).sum() * 0
 
         return inside(self.model, score)
 
@@ -121,9 +148,24 @@ class Scorer:
         the units.
         """
         indices = batch.host or batch
+        unit_weights = batch.weights / units_in_step
 
         def score() -> LinearLoss:
             states, weight = self._head_operands(batch)
+            if self.context is not None:
+                return context_loss(
+                    states,
+                    weight,
+                    batch,
+                    self.context,
+                    loss,
+                    ref_logps,
+                    ref_token_logps,
+                    given,
+                    unit_weights,
+                    outputs,
+                    **self._head_arguments(),
+                )
             return linear_loss(
                 states,
                 weight,
@@ -134,7 +176,7 @@ class Scorer:
                 loss=loss,
                 given=given,
                 ref_token_logps=ref_token_logps,
-                unit_weights=batch.weights / units_in_step,
+                unit_weights=unit_weights,
                 response_lengths=batch.response_lengths,
                 outputs=outputs,
                 **self._head_arguments(),
