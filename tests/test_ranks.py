@@ -5,7 +5,7 @@ The processes are started once for the file, since each imports torch and transf
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -23,22 +23,37 @@ from fastdpo.data.plan import make_plan
 from fastdpo.losses import TrainingLoss, loss_of
 from fastdpo.model.adapter import add_adapter
 from fastdpo.model.attention import NAME, register
+from fastdpo.model.context import ContextGroup
 from fastdpo.model.head import find_head
 from fastdpo.model.layers import recompute_layers
 from fastdpo.model.layout import Layout
 from fastdpo.model.scorer import Scorer
-from fastdpo.model.sharding import shard_model
 from fastdpo.parallel.world import ALONE, World, joined
+from fastdpo.training.arrangement import shard_scorer
 from fastdpo.training.metrics import StepSums
 from fastdpo.training.step import Objective
 from fastdpo.training.update import Update
 
+
+class Mode(NamedTuple):
+    """How a model and its rows are spread."""
+
+    processes: int
+    replicas: int | None = None
+    """Whole models over all processes; None where each has one."""
+    vocabulary: bool = False
+    context: int = 1
+
+
 MODES = {
-    "replicate of 2": (2, None),
-    "fsdp of 2": (2, 1),
-    "hsdp of 2 x 2": (4, 2),
+    "replicate of 2": Mode(2),
+    "fsdp of 2": Mode(2, 1),
+    "hsdp of 2 x 2": Mode(4, 2),
+    "fsdp of 2, head over the vocabulary": Mode(2, 1, vocabulary=True),
+    "hsdp of 2 x 2, head over the vocabulary": Mode(4, 2, vocabulary=True),
+    "replicate of 2 contexts of 2": Mode(4, context=2),
+    "fsdp of 4 in 2 contexts": Mode(4, 1, context=2),
 }
-"""Processes, and how many whole models they hold; None where each holds one."""
 
 KEYS: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 1e-3}}
 """What a loss cannot do without."""
@@ -107,10 +122,10 @@ def groups_of(loss: TrainingLoss, count: int = 7) -> list[Group]:
     return groups
 
 
-def one_step(model: Any, loss: TrainingLoss, world: World) -> dict[str, Tensor]:
+def one_step(scorer: Scorer, loss: TrainingLoss, world: World) -> dict[str, Tensor]:
     """The loss of a step, the norm of its gradient, and every gradient."""
-    head = find_head(model)
-    objective = Objective(Scorer(model, head, Layout("shared", "")), loss, 7, world=world)
+    model = scorer.model
+    objective = Objective(scorer, loss, 7, world=world)
     groups = groups_of(loss)
     units = sum(group.units for group in groups)
     plan = make_plan(groups, units_per_step=units, max_tokens=70, world_size=world.data_size)
@@ -119,7 +134,8 @@ def one_step(model: Any, loss: TrainingLoss, world: World) -> dict[str, Tensor]:
     for batch in step.batches:
         objective.score(batch, step.units, sums, terms).backward()
     sums.over(world, [])
-    update = Update(model, TrainConfig(max_grad_norm=0.0), torch.device("cpu"), world)
+    rows = scorer.head.weight if world.vocabulary else None
+    update = Update(model, TrainConfig(max_grad_norm=0.0), torch.device("cpu"), world, rows)
     found = {"loss": sums.sums[:1].clone(), "norm": update.norm().clone()}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
@@ -140,21 +156,24 @@ def worst_error(found: dict[str, Tensor], known: dict[str, Tensor]) -> float:
     return max(errors)
 
 
-def errors_of_losses(mode: str, tied: bool, lora: bool, losses: list[str]) -> dict[str, float]:
+def errors_of_losses(mode: Mode, tied: bool, lora: bool, losses: list[str]) -> dict[str, float]:
     """Of each loss, the error of a step in this world beside a step of one process, fp64; on the
     first rank.
     """
-    dtype, (_, replicas) = torch.float64, MODES[mode]
-    with joined(TrainConfig()) as world:
-        alone = a_model(tied, lora, dtype)
-        model = copy.deepcopy(alone)
-        if replicas is not None:
-            world = world.with_shares(replicas, torch.device("cpu"))
-            shard_model(model, world.mesh)
+    with joined(TrainConfig(cp_size=mode.context)) as world:
+        model = a_model(tied, lora, torch.float64)
+        alone = Scorer(copy.deepcopy(model), find_head(model), Layout("shared", ""))
+        alone.head = find_head(alone.model)
+        scorer = Scorer(model, find_head(model), Layout("shared", ""))
+        if world.context is not None:
+            scorer.context = ContextGroup(world.context)
+        if mode.replicas is not None:
+            world = world.with_shares(mode.replicas, torch.device("cpu"), mode.vocabulary)
+        shard_scorer(scorer, world)
         errors = {}
         for name in losses:
             loss = loss_of(TrainConfig(loss_type=[name], **KEYS.get(name, {})))
-            found = one_step(model, loss, world)
+            found = one_step(scorer, loss, world)
             if world.first:
                 errors[name] = worst_error(found, one_step(alone, loss, ALONE))
         return errors
@@ -164,10 +183,13 @@ def errors_of_losses(mode: str, tied: bool, lora: bool, losses: list[str]) -> di
 def test_every_loss_has_the_gradients_of_one_process(started: Ranks, mode: str) -> None:
     """In fp64 to 1e-12; each with one kind of model, since the losses see none of that."""
     kinds = [(False, False), (True, True), (True, False), (False, True)]
+    if MODES[mode].vocabulary:
+        kinds = [(False, False), (False, True)]
     names = list(LOSSES)
     for number, (tied, lora) in enumerate(kinds):
-        some = ["sigmoid", *names[number::4]]
-        errors = started(MODES[mode][0], errors_of_losses, mode, tied, lora, some)[0]
+        some = ["sigmoid", *names[number :: len(kinds)]]
+        size = MODES[mode].processes
+        errors = started(size, errors_of_losses, MODES[mode], tied, lora, some)[0]
         assert errors.keys() == set(some)
         assert max(errors.values()) < 1e-12, errors
 

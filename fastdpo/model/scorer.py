@@ -3,15 +3,24 @@ reference alike.
 """
 
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fastdpo_kernels import linear_logprob, linear_loss
+import torch.distributed as dist
+from fastdpo_kernels import (
+    linear_logprob,
+    linear_loss,
+    vocab_parallel_logprob,
+    vocab_parallel_loss,
+)
 from fastdpo_kernels.losses import Loss
 from fastdpo_kernels.ops import LinearLoss
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..config import TrainConfig
 from ..data.batch import Batch
@@ -40,7 +49,8 @@ class Scorer:
     to run it in.
 
     With a `context` every method is called by all ranks of the group, with the same batch, and
-    returns the same on each; a weight's gradient is the sum over the ranks.
+    returns the same on each; a weight's gradient is the sum over the ranks. With `shares` each of
+    those ranks holds some rows of the head, and calls with a batch of its own.
     """
 
     model: Any  # a transformers or peft model
@@ -49,6 +59,7 @@ class Scorer:
     autocast: torch.dtype | None = None
     workspace_mib: int = 512
     context: ContextGroup | None = None
+    shares: dist.ProcessGroup | None = None
 
     @property
     def device(self) -> torch.device:
@@ -84,6 +95,9 @@ class Scorer:
     def _head_operands(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Hidden states and weight; the head computes in the dtype of the states."""
         states, weight = self.scored_states(batch), effective_weight(self.head)
+        if self.shares is not None:
+            assert isinstance(weight, DTensor)
+            return states, weight.to_local()
         if weight is not self.head.weight:  # rounded to bf16, an adapter's update would vanish
             states = states.to(torch.promote_types(states.dtype, weight.dtype))
         return states, weight
@@ -95,12 +109,28 @@ class Scorer:
         return batch.targets[self.context.part(len(batch.targets))]
 
     def _head_arguments(self) -> dict[str, Any]:
-        return {
+        arguments: dict[str, Any] = {
             "bias": self.head.bias,
             "softcap": self.head.softcap,
             "logit_scale": self.head.logit_scale,
             "workspace_mib": self.workspace_mib,
         }
+        if self.shares is None:
+            return arguments
+        weight, bias = self.head.weight, self.head.bias
+        assert isinstance(weight, DTensor)
+        _, (start, *_) = compute_local_shape_and_global_offset(
+            weight.shape, weight.device_mesh, weight.placements
+        )
+        if bias is not None:
+            arguments["bias"] = bias[start : start + len(weight.to_local())]
+        return arguments | {"group": self.shares}
+
+    def _head_functions(self) -> tuple[Callable[..., Any], Callable[..., LinearLoss]]:
+        """The head's log-probabilities and its loss, with the whole weight or with some rows."""
+        if self.shares is None:
+            return linear_logprob, linear_loss
+        return vocab_parallel_logprob, vocab_parallel_loss
 
     @torch.no_grad()
     def token_logps(self, batch: Batch) -> Tensor:
@@ -109,7 +139,8 @@ class Scorer:
         def score() -> Tensor:
             states, weight = self._head_operands(batch)
             targets = self._own_targets(batch)
-            logps = linear_logprob(states, weight, targets, **self._head_arguments())
+            logprob, _ = self._head_functions()
+            logps = logprob(states, weight, targets, **self._head_arguments())
             if self.context is None:
                 return logps
             return together(logps[None], len(batch.targets), self.context)[0]
@@ -122,8 +153,14 @@ class Scorer:
         total = logps.new_zeros(len(batch.response_lengths), dtype=torch.float64)
         return total.index_add_(0, batch.response_ids, logps.double())
 
-    def idle_loss(self, batch: Batch) -> Tensor:
-        """Zero, (), whose backward takes part in what the other ranks' backward does."""
+    def idle_loss(self, batch: Batch, loss: Loss, outputs: tuple[str, ...] = ()) -> Tensor:
+        """Zero, (), for a batch without units, whose forward and backward take part in those of
+        `loss` on the other ranks.
+        """
+        if self.shares is not None:
+            plain = Loss.named("sigmoid", beta=0.1, use_weighting=loss.use_weighting)
+            ref_logps = batch.response_lengths.new_zeros(len(batch.response_lengths))
+            return self.loss(batch, plain, ref_logps, None, {}, 1, outputs).loss
 
         def score() -> Tensor:
             states, weight = self._head_operands(batch)
@@ -166,7 +203,8 @@ class Scorer:
                     outputs,
                     **self._head_arguments(),
                 )
-            return linear_loss(
+            _, scored = self._head_functions()
+            return scored(
                 states,
                 weight,
                 batch.targets,

@@ -20,6 +20,8 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement
 
 from .head import base_causal_lm
 from .layers import layers_of
@@ -27,11 +29,11 @@ from .layers import layers_of
 T = TypeVar("T")
 
 
-def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
+def shard_model(model: nn.Module, mesh: DeviceMesh, head: nn.Module | None = None) -> None:
     """Shard a model, which may be a PeftModel, over `mesh`: (replicas, shares) of ranks.
 
     Losses have to be a rank's share of the step's: gradients are summed over ranks, in fp32 at
-    least.
+    least. The weight of `head` is not gathered ever: each rank keeps some rows of the vocabulary.
     """
     replicas = mesh.size(0)
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
@@ -40,6 +42,8 @@ def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
         "mesh": mesh if replicas > 1 else mesh["shard"],
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False),
     }
+    if head is not None:
+        options["ignored_params"] = {_over_the_vocabulary(head, mesh)}
     for layer in layers_of(base_causal_lm(model)):
         fully_shard(layer, reshard_after_forward=True, **options)
     fully_shard(model, **options)
@@ -54,6 +58,17 @@ def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
             module.reshard()
     model.fastdpo_inside = _call  # type: ignore[assignment]
     register_fsdp_forward_method(model, "fastdpo_inside")
+
+
+def _over_the_vocabulary(head: nn.Module, mesh: DeviceMesh) -> nn.Parameter:
+    """Leave this rank some rows of a head's weight; the weight, which is a DTensor now."""
+    whole: Any = head.weight
+    placements: tuple[Placement, ...] = (Replicate(), Shard(0))
+    if mesh.size(0) == 1:
+        mesh, placements = mesh["shard"], (Shard(0),)
+    rows = distribute_tensor(whole.detach().to(mesh.device_type), mesh, placements)
+    head.weight = nn.Parameter(rows, requires_grad=whole.requires_grad)
+    return head.weight
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -39,7 +39,9 @@ class World:
         local_rank, local_size: the same on this host.
         cp_size: ranks that compute each row together.
         mesh: (replicas, shares) of ranks; None where each has the whole model.
+        vocabulary: whether the head stays sharded, over the vocabulary.
         context: the ranks that share this one's rows, where there are others.
+        data: the ranks with rows of their own that have this one's place in the context.
     """
 
     rank: int = 0
@@ -48,6 +50,7 @@ class World:
     local_size: int = 1
     cp_size: int = 1
     mesh: DeviceMesh | None = None
+    vocabulary: bool = False
     context: Any = None
     data: Any = None
 
@@ -76,13 +79,15 @@ class World:
         """How many hosts there are, each with as many ranks as this one."""
         return max(1, self.size // self.local_size)
 
-    def with_shares(self, replicas: int, device: torch.device) -> World:
-        """The world with so many replicas of the model, each in shares of the ranks of it."""
+    def with_shares(self, replicas: int, device: torch.device, vocabulary: bool = False) -> World:
+        """The world with so many replicas of the model, each in shares of the ranks of it; the head
+        too, over the `vocabulary`.
+        """
         from torch.distributed.device_mesh import DeviceMesh
 
         ranks = torch.arange(self.size).view(replicas, -1)
         mesh = DeviceMesh(device.type, ranks, mesh_dim_names=("replicate", "shard"))
-        return replace(self, mesh=mesh)
+        return replace(self, mesh=mesh, vocabulary=vocabulary)
 
     def share(self, value: Any) -> Any:
         """The first rank's value, on every rank."""

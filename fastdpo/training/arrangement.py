@@ -10,6 +10,8 @@ from ..config import TrainConfig
 from ..config.optimizer import BITSANDBYTES
 from ..errors import ConfigError
 from ..model.quantised import is_quantised
+from ..model.scorer import Scorer
+from ..model.sharding import shard_model
 from ..parallel.world import World
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,29 @@ def arranged(config: TrainConfig, model: Any, world: World, device: torch.device
     replicas = _replicas(config, world) if name == "hsdp" else 1
     shares = world.size // replicas
     logger.info(f"devices: {ranks}, {replicas} x the model in {shares} shares (FSDP2)")
-    return world.with_shares(replicas, device)
+    return world.with_shares(replicas, device, config.head_parallel == "vocabulary")
+
+
+def shard_scorer(scorer: Scorer, world: World) -> None:
+    """Leave this rank its share of a model, where ranks hold shares.
+
+    Raises:
+        ConfigError: a head that cannot stay sharded.
+    """
+    if world.mesh is None:
+        return
+    if not world.vocabulary:
+        shard_model(scorer.model, world.mesh)
+        return
+    head, embedding = scorer.head.module, scorer.model.get_input_embeddings()
+    if not isinstance(head, torch.nn.Linear) or head.weight is embedding.weight:
+        why = "the embedding too" if head.weight is embedding.weight else "adapted"
+        raise ConfigError(
+            f"head_parallel: vocabulary needs a head of its own, and this model's is {why}; use "
+            "gathered"
+        )
+    shard_model(scorer.model, world.mesh, head)
+    scorer.shares = world.mesh.get_group("shard")
 
 
 def _replicas(config: TrainConfig, world: World) -> int:
@@ -60,6 +84,8 @@ def _obstacles(config: TrainConfig, model: Any, name: str) -> Iterator[tuple[str
             "optimizer_offload",
             "cannot go with several processes; data_parallel: fsdp saves more",
         )
+    if config.head_parallel == "vocabulary" and (name == "replicate" or config.cp_size > 1):
+        yield "head_parallel", "vocabulary goes with data_parallel fsdp or hsdp and cp_size 1"
     if name == "replicate":
         return
     if config.torch_compile:

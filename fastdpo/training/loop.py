@@ -56,7 +56,8 @@ class Trainer:
         self.world = objective.world
         self.schedule = Schedule(config, data.train, units)
         self.total_steps = self.schedule.steps
-        self.update = make_update(self.model, config, self.device, self.world)
+        head = objective.policy.head.weight if self.world.vocabulary else None
+        self.update = make_update(self.model, config, self.device, self.world, head)
         self.optimizer, self.pending = self.update.optimizer, self.update.pending
         self.scheduler = make_scheduler(self.optimizer, config, self.total_steps)
         self.bar = tqdm(total=self.total_steps, unit="step", disable=config.disable_tqdm)

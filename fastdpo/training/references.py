@@ -4,7 +4,7 @@ policy without what is trained.
 
 import copy
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from ..model.adapter import add_adapter
 from ..model.head import find_head
 from ..model.layout import Layout
 from ..model.scorer import Scorer, load_scorer
-from ..model.sharding import shard_model
 from ..parallel.world import ALONE, World
 from ..reference import (
     LogpStore,
@@ -30,6 +29,7 @@ from ..reference import (
     model_fingerprint,
     weights_digest,
 )
+from .arrangement import shard_scorer
 from .online import OnlineReference, trained_parameters
 
 logger = logging.getLogger(__name__)
@@ -74,12 +74,12 @@ def make_reference(
             reference = without
     else:
         without = OnlineReference(policy)
-        _shard(policy, world)
+        shard_scorer(policy, world)
     if own and world.sharded:  # with what is trained switched off, since it had to be there first
         with without.as_it_was():
             fill(policy, store)
     if reference is not None and reference.scorer is not policy:
-        _shard(reference.scorer, world)
+        shard_scorer(reference.scorer, world)
     said = _describe(reference) if needed else "none, the loss needs none"
     if config.sync_ref_model:
         said += f", moved towards the policy every {config.ref_model_sync_steps} steps"
@@ -101,7 +101,7 @@ def precompute_reference(
     scorer = _second_scorer(config, policy) if config.ref_model_name_or_path else policy
     fill = _Filling(config, data, loss, max_tokens, world)
     store, _ = fill.store_of(scorer)
-    _shard(scorer, world)
+    shard_scorer(scorer, world)
     return fill(scorer, store)
 
 
@@ -143,25 +143,19 @@ class _Filling:
         return report
 
 
-def _shard(scorer: Scorer, world: World) -> None:
-    """Leave this rank its share of a model, where ranks hold shares."""
-    if world.mesh is not None:
-        shard_model(scorer.model, world.mesh)
-
-
 def _second_scorer(config: TrainConfig, policy: Scorer) -> Scorer:
     """The model that `ref_model_name_or_path` names, or the policy's own files once more."""
     path = config.ref_model_name_or_path or config.model_name_or_path
-    return load_scorer(config, policy.device, policy.autocast, path)
+    scorer = load_scorer(config, policy.device, policy.autocast, path)
+    scorer.context = policy.context
+    return scorer
 
 
 def _second_model(config: TrainConfig, policy: Scorer) -> OnlineReference:
     """The model that `ref_model_name_or_path` names, or the policy as it is at the start."""
-    autocast, path = policy.autocast, config.ref_model_name_or_path
+    path = config.ref_model_name_or_path
     if path is None and config.model_name_or_path is None:  # it came from memory
-        scorer = Scorer(
-            copy.deepcopy(policy.model), policy.head, policy.layout, autocast, policy.workspace_mib
-        )
+        scorer = replace(policy, model=copy.deepcopy(policy.model))
         scorer.head = find_head(scorer.model)
     else:
         scorer = _second_scorer(config, policy)
@@ -198,7 +192,7 @@ def _add_adapter(config: TrainConfig, policy: Scorer, world: World) -> OnlineRef
         reason = "packed: with lora_dropout, responses must not share what was dropped"
         policy.layout = Layout("packed", reason)
         logger.info(f"model: {reason}")
-    _shard(policy, world)
+    shard_scorer(policy, world)
     if not loaded:
         return OnlineReference(policy, adapter_off=True)
     return OnlineReference(policy, start=trained_parameters(policy.model))

@@ -19,6 +19,7 @@ from ..losses import TrainingLoss, loss_of
 from ..memory.allocator import keep_freed_memory, return_freed_memory
 from ..memory.auto import fit
 from ..model.adapter import adopt_adapter
+from ..model.context import ContextGroup, padded_context
 from ..model.layers import compile_layers, recompute_layers
 from ..model.layout import beyond_positions
 from ..model.load import (
@@ -137,6 +138,10 @@ def load(
     # What is going to be sharded is not whole on any device.
     place = torch.device("cpu") if world.sharded else device
     policy = load_scorer(config, place, autocast, model=given.model)
+    if world.context is not None:
+        if policy.layout.name == "padded":
+            raise padded_context(policy.layout.reason)
+        policy.context = ContextGroup(world.context)
     budget = row_budget(config, device.type)
     return Loaded(config, tokenizer, data, policy, loss, budget, world)
 

@@ -167,10 +167,10 @@ class Objective:
         `terms` are those of the step; `rewards` collects what accuracy is measured by.
         """
         batch = batch.to(self.policy.device)
+        given, loss = dict(batch.given), self.loss.loss
         if batch.idle:
             self._idle_reference(batch)
-            return self.policy.idle_loss(batch)
-        given, loss = dict(batch.given), self.loss.loss
+            return self.policy.idle_loss(batch, loss, TOKEN_STATS)
         if terms is not None:
             given |= terms.given(batch.places)
             loss = terms.loss or loss

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -35,8 +36,9 @@ class Update:
         config: TrainConfig,
         device: torch.device,
         world: World = ALONE,
+        rows: Any = None,
     ) -> None:
-        self.world = world
+        self.world, self.rows = world, rows
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.max_norm = config.max_grad_norm or math.inf
         self.free = device.type == "cuda"
@@ -57,10 +59,23 @@ class Update:
         """The norm of the step's gradient, (); it is scaled to `max_grad_norm` where larger."""
         if self.world.size > 1 and not self.world.sharded:  # FSDP has added them up by now
             add_gradients(self.parameters)
+        self._add_rows()
         norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if math.isfinite(self.max_norm):
             self.clip(norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _add_rows(self) -> None:
+        """Sum the gradient of a head sharded over the vocabulary, which FSDP leaves alone, over the
+        replicas.
+        """
+        mesh = self.world.mesh
+        if mesh is None or self.rows is None or mesh.size(0) == 1 or self.rows.grad is None:
+            return
+        local = self.rows.grad.to_local()
+        total = local.to(torch.promote_types(local.dtype, torch.float32))
+        dist.all_reduce(total, group=mesh.get_group("replicate"))
+        local.copy_(total)
 
     def clip(self, norm: Tensor) -> None:
         """Scale the gradients as their norm asks for."""
@@ -174,14 +189,20 @@ class Offloaded(Update):
 
 
 def make_update(
-    model: torch.nn.Module, config: TrainConfig, device: torch.device, world: World = ALONE
+    model: torch.nn.Module,
+    config: TrainConfig,
+    device: torch.device,
+    world: World = ALONE,
+    rows: Any = None,
 ) -> Update:
-    """What the keys `optim` and `optimizer_*` ask for."""
+    """What the keys `optim` and `optimizer_*` ask for; `rows` is the weight of a head that is
+    sharded over the vocabulary.
+    """
     if config.optimizer_offload:
         return Offloaded(model, config, device)
     if config.optimizer_in_backward:
         return InBackward(model, config, device)
-    return Update(model, config, device, world)
+    return Update(model, config, device, world, rows)
 
 
 def require_one_row(
