@@ -48,6 +48,7 @@ fastdpo {command}: {summary}
 Every key can stand in the YAML file (key: value) or on the command line (--key value), which wins.
 True or false keys may do without a value (--use_peft), or take a no_ (--no_gradient_checkpointing).
 Lists are separated by spaces. Keys, meanings and defaults are TRL's wherever it has the same key.
+--accelerate_config FILE reads a configuration of accelerate's, as TRL's commands do.
 """
 
 DOCTOR_USAGE = """\
