@@ -79,7 +79,7 @@ FSDP_OPTIONS: dict[str, PeerKey] = {
     "backward_prefetch_policy": PeerKey("BACKWARD_PRE", _PREFETCH, also=("NO_PREFETCH",)),
     "limit_all_gathers": PeerKey(True, _PREFETCH),
     "mixed_precision_policy": PeerKey(
-        None, "Use bf16: weights are gathered in bfloat16 and gradients summed in float32."
+        None, "Use dtype and bf16: weights are gathered in dtype and gradients summed in float32."
     ),
     "ignored_modules": PeerKey(None, "All weights are sharded."),
     "xla": PeerKey(False, _XLA),
