@@ -91,7 +91,8 @@ class Run:
 
     def layer(self, row: RowShape) -> LayerBytes:
         """The bytes of a row in one layer."""
-        return self.probe.of_row(row, self.accumulates or self.config.optimizer_in_backward)
+        there = self.accumulates or self.config.optimizer_in_backward
+        return self.probe.of_row(row, there and self.spread.shards == 1)
 
     def checkpointed(self, number: int) -> bool:
         """Whether a layer is recomputed in the backward."""

@@ -143,7 +143,7 @@ def backward(run: Run, row: RowShape) -> list[Estimate]:
         done = model.layers - 1 - number
         grads = {"gradients": held_gradients(run, done), "layer": extra}
         name = f"backward of layer {number + 1} of {model.layers}"
-        whole = gathered(run, min(2, number + 1)) | exchanged(run, layer=True)
+        whole = gathered(run, min(2, number + 1)) | exchanged(run, number)
         moments.append(_moment(name, run, row, grads, held, own, whole))
     return moments
 
@@ -159,7 +159,7 @@ def embedding(run: Run, row: RowShape) -> Estimate:
     temporary = model.embedding_trained if added else 0
     whole = 0 if run.config.optimizer_in_backward else run.spread.share(gradients(model))
     inside = {"gradients": whole + temporary, "activations": run.layer(row).input}
-    rest = gathered(run, 0) | exchanged(run, layer=False)
+    rest = gathered(run, 0) | exchanged(run, None)
     return _moment("backward of the embedding", run, row, inside, rest)
 
 

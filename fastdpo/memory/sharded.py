@@ -28,18 +28,19 @@ def root_weights(run: Run) -> int:
     return model.root_weights - (head_weight(model) if apart else 0)
 
 
-def exchanged(run: Run, *, layer: bool) -> Bytes:
+def exchanged(run: Run, layer: int | None) -> Bytes:
     """Whole gradients until each device has its share of their sum: the head's, through the whole
-    backward; those of the layer at work, or of the root at its end, in the weights' type and, to be
-    added up, in fp32.
+    backward; while a layer is at work, in fp32 those of the layer before it, its own being counted
+    with it; at the end (None) those of the root, in the weights' type and, to be added up, in fp32.
     """
     if run.spread.shards == 1:
         return {}
     model, head = run.model, 0
     if model.head_trained and not (run.spread.vocabulary and not model.tied):
         head = 4 * model.vocab * model.hidden
-    if layer:
-        return {"exchanged": head + model.layer_trained + fp32(run, model.layer_trained)}
+    if layer is not None:
+        before = fp32(run, model.layer_trained) if layer < model.layers - 1 else 0
+        return {"exchanged": head + before}
     root = gradients(model) - model.layers * model.layer_trained
     if run.spread.vocabulary and model.head_trained and not model.tied:
         root -= head_weight(model)
