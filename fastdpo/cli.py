@@ -57,8 +57,11 @@ fastdpo doctor: what is installed here, and which kernels would run and why
   fastdpo doctor
   fastdpo doctor config.yaml
   fastdpo doctor --model_name_or_path MODEL --use_cpu
+  torchrun --nproc_per_node 8 -m fastdpo doctor
 
 With a model, it also says how its rows would be laid out. It takes the keys of fastdpo train.
+Under torchrun, or with --devices N, it first says what each rank sees, in what the ranks differ,
+and how fast they exchange.
 """
 
 PLAN_USAGE = """\
@@ -162,9 +165,14 @@ def _launched(command: str, arguments: Sequence[str], config: TrainConfig) -> bo
 
 
 def _doctor(arguments: Sequence[str]) -> None:
-    from .doctor import report
+    config = TrainConfig.parse(arguments)
+    if _launched("doctor", arguments, config):
+        return
+    from .doctor import report, report_of_ranks
 
-    print(report(TrainConfig.parse(arguments)))
+    text = report_of_ranks(config) if "WORLD_SIZE" in os.environ else report(config)
+    if text is not None:
+        print(text)
 
 
 def _plan(arguments: Sequence[str]) -> None:
