@@ -94,6 +94,10 @@ def test_the_peak_of_a_share_is_as_near_as_that_of_one_device(keys, eight_ranks)
     whole, real = Real(**keys), Real(**keys)
     of_one = whole.predicted_peak() - whole.peak()
     run = replace(real.run, spread=shard(real))
+    with whole.scorer.precision():  # what it keeps of weights is of whole ones
+        assert torch.is_autocast_cache_enabled()
+    with real.scorer.precision():
+        assert torch.is_autocast_cache_enabled() == (real.autocast is None)
     real.step()
     release_workspace()
     shares = [p.to_local().nbytes for p in real.model.parameters()]

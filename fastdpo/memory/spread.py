@@ -75,6 +75,11 @@ def spread_of(config: TrainConfig, devices: int, local: int, name: str) -> Sprea
         if devices % replicas:
             problem = f"expected a divisor of the {devices} devices, got {replicas}"
             raise config.error("dp_replicate_size", problem)
+        if replicas in (1, devices):
+            several = (
+                f"needs replicas of several shares each, got {replicas} over {devices} devices"
+            )
+            raise config.error("data_parallel", f"hsdp {several}; take fsdp or replicate")
     vocabulary = config.head_parallel == "vocabulary" and devices > replicas
     return Spread(name, devices, local, replicas, config.cp_size, vocabulary)
 
