@@ -9,7 +9,7 @@ import importlib
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ fastdpo {command}: {summary}
 Every key can stand in the YAML file (key: value) or on the command line (--key value), which wins.
 True or false keys may do without a value (--use_peft), or take a no_ (--no_gradient_checkpointing).
 Lists are separated by spaces. Keys, meanings and defaults are TRL's wherever it has the same key.
+--accelerate_config FILE reads a configuration of accelerate's, as TRL's commands do.
 """
 
 DOCTOR_USAGE = """\
@@ -56,8 +57,11 @@ fastdpo doctor: what is installed here, and which kernels would run and why
   fastdpo doctor
   fastdpo doctor config.yaml
   fastdpo doctor --model_name_or_path MODEL --use_cpu
+  torchrun --nproc_per_node 8 -m fastdpo doctor
 
 With a model, it also says how its rows would be laid out. It takes the keys of fastdpo train.
+Under torchrun, or with --devices N, it first says what each rank sees, in what the ranks differ,
+and how fast they exchange.
 """
 
 PLAN_USAGE = """\
@@ -66,14 +70,23 @@ fastdpo plan: what a run would need of a GPU's memory, by component, and how lon
   fastdpo plan config.yaml
   fastdpo plan config.yaml --gpu rtx4090-24gb
   fastdpo plan --model_name_or_path MODEL --max_length 4096 --gpu h100-80gb --json
+  fastdpo plan config.yaml --gpu h100-80gb --devices 8 --hosts 4
 
 It takes the keys of fastdpo train, loads the tokenizer, the data and the model's configuration, and
 no weights. Without a dataset_name, rows of max_length tokens are assumed. Where the run does not
 fit, it says which switches make it fit and what each costs in time.
 
-  --gpu NAME   plan for this GPU instead of the device at hand:
-               {gpus}
-  --json       the same as JSON
+With --devices N it plans for N devices on each host: what each of them holds, what they send each
+other in a step, which data_parallel that makes, and what more devices would bring.
+
+  --gpu NAME     plan for this GPU instead of the device at hand:
+                 {gpus}
+  --hosts N      so many hosts, with --devices each
+  --link NAME    what joins the devices of a host, instead of the GPU's own:
+                 {links}
+  --network NAME what joins hosts, a port a device; 400g unless it is given:
+                 {networks}
+  --json         the same as JSON
 """
 
 
@@ -152,36 +165,62 @@ def _launched(command: str, arguments: Sequence[str], config: TrainConfig) -> bo
 
 
 def _doctor(arguments: Sequence[str]) -> None:
-    from .doctor import report
+    config = TrainConfig.parse(arguments)
+    if _launched("doctor", arguments, config):
+        return
+    from .doctor import report, report_of_ranks
 
-    print(report(TrainConfig.parse(arguments)))
+    text = report_of_ranks(config) if "WORLD_SIZE" in os.environ else report(config)
+    if text is not None:
+        print(text)
 
 
 def _plan(arguments: Sequence[str]) -> None:
-    from .memory.plan import plan
+    from .memory.plan import NETWORK, plan
 
-    words = [part for word in arguments for part in _split_gpu(word)]
+    words, flags = _own_flags(arguments, ("gpu", "hosts", "link", "network"))
     as_json = "--json" in words
     words = [word for word in words if word != "--json"]
-    gpu = None
-    if "--gpu" in words:
-        place = words.index("--gpu")
-        if place + 1 == len(words):
-            raise ConfigError("--gpu: expected the name of a GPU (fastdpo plan --help)")
-        gpu = words[place + 1]
-        del words[place : place + 2]
-    print(plan(TrainConfig.parse(words), gpu=gpu, json=as_json))
+    hosts = flags.get("hosts", "1")
+    if not hosts.isascii() or not hosts.isdecimal() or int(hosts) < 1:
+        raise ConfigError(f"--hosts: expected a whole number of at least 1, got {hosts}")
+    print(
+        plan(
+            TrainConfig.parse(words),
+            gpu=flags.get("gpu"),
+            json=as_json,
+            hosts=int(hosts),
+            link=flags.get("link"),
+            network=flags.get("network", NETWORK),
+        )
+    )
 
 
-def _split_gpu(word: str) -> list[str]:
-    return word.split("=", 1) if word.startswith("--gpu=") else [word]
+def _own_flags(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The command line without flags that are no keys of a configuration, and their values."""
+    words: list[str] = []
+    values: dict[str, str] = {}
+    rest = iter(arguments)
+    for word in rest:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in names:
+            words.append(word)
+            continue
+        found = value if equals else next(rest, None)
+        if found is None:
+            what = "a number" if name == "hosts" else f"the name of a {name.replace('gpu', 'GPU')}"
+            raise ConfigError(f"--{name}: expected {what} (fastdpo plan --help)")
+        values[name] = found
+    return words, values
 
 
 def _plan_usage() -> str:
-    from .devices import GPUS
+    from .devices import GPUS, LINKS, NETWORKS
 
-    names = textwrap.wrap(", ".join(GPUS), 82)
-    return PLAN_USAGE.format(gpus=("\n" + " " * 15).join(names))
+    def listed(names: Iterable[str]) -> str:
+        return ("\n" + " " * 17).join(textwrap.wrap(", ".join(names), 80))
+
+    return PLAN_USAGE.format(gpus=listed(GPUS), links=listed(LINKS), networks=listed(NETWORKS))
 
 
 def _bench(arguments: Sequence[str]) -> None:

@@ -10,15 +10,18 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from .errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 GIB = 2**30
 
@@ -52,6 +55,8 @@ class Device:
     """Of its memory, bytes a second."""
     host_link: float | None = None
     """To the host's memory and back, bytes a second each way."""
+    link: str | None = None
+    """What joins the devices of a host, one of `LINKS`."""
 
     @property
     def overhead(self) -> int:
@@ -64,23 +69,55 @@ class Device:
         return int(self.memory * (1 - HEADROOM)) - self.overhead
 
 
-def _gpu(name: str, gib: int, usable: float, bf16: float, fp32: float, gb_s: float, pcie: int):
+LINKS = {
+    # NVIDIA's data sheets of A100, H100 and B200 give 600, 900 and 1,800 GB/s for both ways.
+    "nvlink3": 300e9,
+    "nvlink4": 450e9,
+    "nvlink5": 900e9,
+    # PCI-SIG: 16 and 32 GT/s on each of 16 lanes, with 128b/130b codes.
+    "pcie4": 32e9,
+    "pcie5": 64e9,
+}
+"""What joins the GPUs of a host: bytes a second each way, one of them."""
+
+NETWORKS = {
+    # NVIDIA's data sheets of ConnectX-6 (HDR100, HDR), ConnectX-7 (NDR) and ConnectX-8 (XDR).
+    "100g": 12.5e9,
+    "200g": 25e9,
+    "400g": 50e9,
+    "800g": 100e9,
+}
+"""What joins hosts: bytes a second each way, of the one port of InfiniBand that each GPU has."""
+
+
+def _gpu(
+    name: str,
+    gib: int,
+    usable: float,
+    bf16: float,
+    fp32: float,
+    gb_s: float,
+    pcie: int,
+    nvlink: int = 0,
+) -> Device:
     """Units of the data sheets: GB, TFLOP/s, GB/s. PCIe ×16 of generation 4 or 5 moves 32 or 64
     GB/s, of which about 80 % arrive.
     """
-    link = {4: 32e9, 5: 64e9}[pcie] * 0.8
-    return Device(name, "cuda", int(gib * GIB * usable), bf16 * 1e12, fp32 * 1e12, gb_s * 1e9, link)
+    host = LINKS[f"pcie{pcie}"] * 0.8
+    link = f"nvlink{nvlink}" if nvlink else f"pcie{pcie}"
+    rates = (bf16 * 1e12, fp32 * 1e12, gb_s * 1e9, host)
+    return Device(name, "cuda", int(gib * GIB * usable), *rates, link)
 
 
 # Dense, not sparse; GeForce cards with fp32 accumulation.
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        _gpu("a100-40gb", 40, _HBM, 312, 19.5, 1555, 4),
-        _gpu("a100-80gb", 80, _HBM, 312, 19.5, 2039, 4),
-        _gpu("h100-80gb", 80, _HBM, 989.4, 67, 3350, 5),
-        _gpu("h200-141gb", 141, _HBM, 989.4, 67, 4800, 5),
-        _gpu("b200-180gb", 180, _HBM, 2250, 75, 7700, 5),
+        _gpu("a100-40gb", 40, _HBM, 312, 19.5, 1555, 4, 3),
+        _gpu("a100-80gb", 80, _HBM, 312, 19.5, 2039, 4, 3),
+        _gpu("h100-80gb", 80, _HBM, 989.4, 67, 3350, 5, 4),
+        _gpu("h200-141gb", 141, _HBM, 989.4, 67, 4800, 5, 4),
+        _gpu("b200-180gb", 180, _HBM, 2250, 75, 7700, 5, 5),
         _gpu("l4-24gb", 24, _GDDR_ECC, 121, 30.3, 300, 4),
         _gpu("l40s-48gb", 48, _GDDR_ECC, 362, 91.6, 864, 4),
         _gpu("rtx3090-24gb", 24, _HBM, 71, 35.6, 936, 4),
@@ -93,10 +130,25 @@ GPUS = {
 
 def named(name: str) -> Device:
     """The GPU of that name. ConfigError for one that is not in `GPUS`."""
-    if name not in GPUS:
-        nearest = get_close_matches(name, GPUS, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"--gpu: expected one of {', '.join(GPUS)}, got {name} (near {nearest})")
-    return GPUS[name]
+    return _of(GPUS, name, "--gpu")
+
+
+def link_rate(name: str) -> float:
+    """Bytes a second of a link of `LINKS`. ConfigError for one that is not there."""
+    return _of(LINKS, name, "--link")
+
+
+def network_rate(name: str) -> float:
+    """Bytes a second of a network of `NETWORKS`. ConfigError for one that is not there."""
+    return _of(NETWORKS, name, "--network")
+
+
+def _of(table: Mapping[str, T], name: str, flag: str) -> T:
+    if name not in table:
+        nearest = get_close_matches(name, table, n=1, cutoff=0.0)[0]
+        known = ", ".join(table)
+        raise ConfigError(f"{flag}: expected one of {known}, got {name} (near {nearest})")
+    return table[name]
 
 
 def at_hand(device: torch.device) -> Device:
@@ -108,9 +160,11 @@ def at_hand(device: torch.device) -> Device:
     free, _ = torch.cuda.mem_get_info(device)
     taken = torch.cuda.memory_reserved(device)
     title, known = torch.cuda.get_device_name(device), known_gpu(device)
-    rates = (known.bf16, known.fp32, known.bandwidth, known.host_link) if known else (None,) * 4
     # The context exists by now, and a device's budget takes it off once.
-    return Device(title, "cuda", free + taken + CUDA_OVERHEAD, *rates)
+    memory = free + taken + CUDA_OVERHEAD
+    if known is None:
+        return Device(title, "cuda", memory)
+    return replace(known, name=title, memory=memory)
 
 
 def known_gpu(device: torch.device | None = None) -> Device | None:

@@ -26,6 +26,27 @@ PACKAGES = (
     "trl",
 )
 
+_PATIENCE = 120
+"""Seconds that a rank waits for the others."""
+
+
+def report_of_ranks(config: TrainConfig) -> str | None:
+    """The report of a process that torchrun started: what each rank sees comes first. None on all
+    ranks but the first.
+
+    Raises:
+        ConfigError: what torchrun says does not fit the configuration.
+    """
+    from .parallel.survey import survey
+    from .parallel.world import joined
+
+    with joined(config.choose("doctor", ddp_timeout=_PATIENCE)) as world:
+        lines = survey(world, _paths().run_device(config)) if world.size > 1 else []
+    if not world.first:
+        return None
+    ranks = [f"Ranks, {world.size}", *(f"  {line}" for line in lines), ""] if lines else []
+    return "\n".join([*ranks, report(config)])
+
 
 def report(config: TrainConfig) -> str:
     """The report for a configuration, which may name a model or nothing at all."""

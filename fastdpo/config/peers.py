@@ -4,39 +4,24 @@ The table is static so that reading a configuration imports neither library; a t
 the installed ones.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
-
-@dataclass(frozen=True)
-class PeerKey:
-    """A key of TRL 1.16 that is not ours.
-
-    TRL's command lines read `ModelConfig`, `ScriptArguments`, `DatasetMixtureConfig` and one of
-    `DPOConfig`, `KTOConfig`, `ORPOConfig` and `CPOConfig`.
-
-    Attributes:
-        default: its default there; that value asks for nothing and is accepted.
-        instead: what to do for the effect it has there, one sentence.
-        also: further values that describe what fastdpo does anyway, accepted too.
-        means: further values, each with the key of ours and its value that mean the same.
-    """
-
-    default: Any
-    instead: str
-    also: tuple[Any, ...] = ()
-    means: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
-
+from .accelerate import of_accelerate_config
+from .parallel_peers import (
+    MESH,
+    of_accelerator_config,
+    of_fsdp,
+    of_fsdp_config,
+    of_local_rank,
+)
+from .peer_key import PeerKey
 
 _LOADER = "Rows are packed before the run, so there is no data loader to set up."
 _HUB = "Upload output_dir after the run with the hf command."
 _COMPILE = "torch_compile: true compiles the layers with torch's default backend and mode."
 _METRICS = "Evaluation reports the metrics of the loss and no others."
 _BEST = "Pick the best checkpoint from the eval lines of metrics.jsonl."
-_DEVICES = "A run takes one process and one device."
+_SUMMED = "Gradients are summed once a step, without DDP."
 _REPORT = "Set it in the tracker's own environment variables."
-_NODES = "The one process logs and saves."
+_NODES = "The first process alone logs and saves."
 _DATASETS = "Name one data set with dataset_name; join several into one file first."
 _LAYER_KERNELS = "use_liger_kernel takes all of Liger's kernels for layers; the head is ours."
 
@@ -89,7 +74,7 @@ PEER_KEYS: dict[str, PeerKey] = {
     "dataloader_prefetch_factor": PeerKey(None, _LOADER),
     "dataloader_multiprocessing_context": PeerKey(None, _LOADER),
     "dataloader_in_order": PeerKey(True, _LOADER),
-    "accelerator_config": PeerKey(None, _LOADER),
+    "accelerator_config": PeerKey(None, _LOADER, also=({},), read=of_accelerator_config),
     # Reference and loss
     "precompute_ref_batch_size": PeerKey(
         None, "The reference pass is packed by tokens: use max_tokens_per_batch."
@@ -117,22 +102,31 @@ PEER_KEYS: dict[str, PeerKey] = {
     ),
     "ignore_data_skip": PeerKey(False, "A resumed run goes on where the checkpoint was taken."),
     "restore_callback_states_from_checkpoint": PeerKey(False, "There are no callbacks."),
-    "local_rank": PeerKey(-1, _DEVICES),
+    "local_rank": PeerKey(-1, "Leave it out.", read=of_local_rank),
     "do_train": PeerKey(False, "The train command trains.", also=(True,)),
     "do_predict": PeerKey(False, "There is nothing to predict."),
     "debug": PeerKey("", "Not available.", also=([],)),
     "skip_memory_metrics": PeerKey(True, "peak_memory_mib is always reported."),
-    # Many devices
-    "parallelism_config": PeerKey(None, _DEVICES),
-    "fsdp": PeerKey(None, _DEVICES, also=("", [], False)),
-    "fsdp_config": PeerKey(None, _DEVICES),
-    "deepspeed": PeerKey(None, _DEVICES),
-    "ddp_find_unused_parameters": PeerKey(None, _DEVICES, also=(False,)),
-    "ddp_bucket_cap_mb": PeerKey(None, _DEVICES),
-    "ddp_broadcast_buffers": PeerKey(None, _DEVICES),
-    "ddp_static_graph": PeerKey(None, _DEVICES),
-    "ddp_backend": PeerKey(None, _DEVICES),
-    "ignore_bias_buffers": PeerKey(False, _DEVICES),
+    # Many devices; what a later one says of data_parallel refines what an earlier one says
+    "accelerate_config": PeerKey(None, "Use devices and data_parallel.", read=of_accelerate_config),
+    "fsdp": PeerKey(None, "Use data_parallel.", also=("", [], False), read=of_fsdp),
+    "fsdp_config": PeerKey(
+        None, "Use data_parallel.", also=({},), read=of_fsdp_config, needs="fsdp"
+    ),
+    "parallelism_config": MESH,
+    "deepspeed": PeerKey(
+        None,
+        "Use data_parallel: fsdp, which shards weights, gradients and optimizer states as ZeRO's "
+        "stage 3 does.",
+    ),
+    "ddp_find_unused_parameters": PeerKey(None, _SUMMED, also=(False, True)),
+    "ddp_bucket_cap_mb": PeerKey(None, _SUMMED, also=(25,)),
+    "ddp_broadcast_buffers": PeerKey(None, _SUMMED, also=(False, True)),
+    "ddp_static_graph": PeerKey(None, _SUMMED, also=(False, True)),
+    "ddp_backend": PeerKey(
+        None, "GPUs exchange over nccl and CPUs over gloo: leave it out.", also=("nccl",)
+    ),
+    "ignore_bias_buffers": PeerKey(False, _SUMMED, also=(True,)),
     # Evaluation
     "generate_during_eval": PeerKey(
         False, "Evaluation does not generate: sample from the saved model."
@@ -149,7 +143,7 @@ PEER_KEYS: dict[str, PeerKey] = {
     "greater_is_better": PeerKey(None, _BEST),
     # Logging
     "logging_strategy": PeerKey("steps", "Use logging_steps."),
-    "log_on_each_node": PeerKey(True, _NODES),
+    "log_on_each_node": PeerKey(True, _NODES, also=(False,)),
     "log_level": PeerKey("passive", "Set TRANSFORMERS_VERBOSITY for transformers' messages."),
     "log_level_replica": PeerKey("warning", _NODES),
     "logging_nan_inf_filter": PeerKey(True, "A loss that is not a number stops the run."),

@@ -8,7 +8,7 @@ _ONE_ADAPTER = (
     "One adapter is trained and the reference is the model with it switched off: remove the key."
 )
 _ALWAYS = "That is always so: remove the key."
-_GPU_BF16 = "Use bf16."
+GPU_BF16 = "Use bf16."
 
 REPLACED_KEYS = MappingProxyType(
     {
@@ -41,10 +41,10 @@ REPLACED_KEYS = MappingProxyType(
         "adafactor": "Use optim.",
         "per_gpu_train_batch_size": "Use per_device_train_batch_size.",
         "per_gpu_eval_batch_size": "Use per_device_eval_batch_size.",
-        "fp16_opt_level": _GPU_BF16,
-        "fp16_backend": _GPU_BF16,
-        "half_precision_backend": _GPU_BF16,
-        "bf16_no_autocast": _GPU_BF16,
+        "fp16_opt_level": GPU_BF16,
+        "fp16_backend": GPU_BF16,
+        "half_precision_backend": GPU_BF16,
+        "bf16_no_autocast": GPU_BF16,
         "past_index": "Remove the key: training keeps no cache.",
         "include_tokens_per_second": "tokens_per_second is always reported: remove the key.",
         "include_inputs_for_metrics": "Evaluation reports the loss's own metrics: remove the key.",
@@ -90,6 +90,17 @@ OTHER_NAMES = MappingProxyType(
         "lora_target": "lora_target_modules",
         "output": "output_dir",
         "packing": "share_prefix",
+        "num_processes": "devices",
+        "nproc_per_node": "devices",
+        "num_gpus": "devices",
+        "n_gpu": "devices",
+        "gpus": "devices",
+        "ddp": "data_parallel",
+        "sharding_strategy": "data_parallel",
+        "strategy": "data_parallel",
+        "dp_shard_size": "data_parallel",
+        "context_parallel_size": "cp_size",
+        "sequence_parallel_size": "cp_size",
         "peft": "use_peft",
         "lora": "use_peft",
         "resume": "resume_from_checkpoint",

@@ -1,95 +1,21 @@
-"""Where values come from: YAML files and flags, each value with the words for where it stood."""
+"""Where values come from: flags, and keys of other libraries that say what ours say."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import Field, dataclass
+from dataclasses import Field
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, get_origin
 
 import yaml
 
 from ..errors import ConfigError
+from .files import Given
+from .parallel_peers import check_mesh, together
 from .peers import PEER_KEYS
 from .replaced import OTHER_NAMES, REPLACED_KEYS
-from .values import members_of, show_short
+from .values import members_of
 
-
-@dataclass(frozen=True)
-class Given:
-    """A raw value and its place: `config.yaml, line 3` or `--beta`."""
-
-    value: Any
-    place: str
-
-
-def read_yaml(path: str | Path) -> dict[str, Given]:
-    """The top level of a YAML file, each key with its line.
-
-    Raises:
-        ConfigError: not there, not UTF-8, not YAML, not a mapping, or a key that is there twice.
-    """
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: expected UTF-8 text ({error.reason})") from error
-    except (OSError, RuntimeError, ValueError) as error:  # ~name of nobody; NUL in a name
-        reason = getattr(error, "strerror", error)
-        raise ConfigError(f"{path}: cannot read the configuration file ({reason})") from error
-    try:
-        return _mapping_with_lines(text, str(path))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "a character that YAML does not allow"
-        raise ConfigError(f"{path}{line}: expected YAML ({problem})") from error
-    except RecursionError as error:
-        raise ConfigError(f"{path}: expected YAML (lists nested too deep to be read)") from error
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML whose aliases stand for single values: no key takes more, and aliases of lists of
-    aliases are a few bytes that unfold to gigabytes, or without end.
-    """
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        mark = self.peek_event().start_mark if self.check_event(yaml.AliasEvent) else None
-        node = super().compose_node(parent, index)
-        if mark is not None and not isinstance(node, yaml.ScalarNode):
-            problem = "an alias of a list or a mapping, which is not read"
-            raise yaml.composer.ComposerError(None, None, problem, mark)
-        return node
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep=deep)
-        except (ValueError, OverflowError, AttributeError, KeyError, IndexError) as error:
-            # A date, a number or a tag that is like one, and none.
-            kind = node.tag.rpartition(":")[2]
-            problem = f"{kind} that cannot be read: {show_short(str(node.value))}"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
-
-
-def _mapping_with_lines(text: str, path: str) -> dict[str, Given]:
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return {}
-        if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{path}: expected a mapping of keys to values, one a line")
-        given: dict[str, Given] = {}
-        for key_node, value_node in node.value:
-            place = f"{path}, line {key_node.start_mark.line + 1}"
-            name = loader.construct_object(key_node, deep=True)
-            if not isinstance(name, str):
-                raise ConfigError(f"{place}: expected the name of a key, got {show_short(name)}")
-            name = name.replace("-", "_")
-            if name in given:
-                raise ConfigError(f"{place}: {name} was already given at {given[name].place}")
-            given[name] = Given(loader.construct_object(value_node, deep=True), place)
-        return given
-    finally:
-        loader.dispose()
+_SWITCHED_ON = ("gradient_checkpointing",)
 
 
 def read_flags(
@@ -116,7 +42,9 @@ def read_flags(
             current = flags[name.replace("-", "_")] = [value] if equals else []
         else:
             current.append(argument)
-    types = {name: {type(peer.default)} for name, peer in PEER_KEYS.items()} | {"config": {str}}
+    types = {"config": {str}}
+    for name, peer in PEER_KEYS.items():
+        types[name] = {type(value) for value in (peer.default, *peer.also)}
     for name, declared in keys.items():
         types[name] = {get_origin(member) or member for member in members_of(declared.type)}
     given = {}
@@ -151,8 +79,7 @@ def check_foreign_key(name: str, given: Given, known: Iterable[str]) -> None:
         nearest = OTHER_NAMES.get(name) or get_close_matches(name, candidates, n=1, cutoff=0.0)[0]
         raise ConfigError(f"{given.place}: unknown key {name}; the nearest known key is {nearest}")
     peer = PEER_KEYS[name]
-    accepted = (peer.default, *peer.also, *peer.means)
-    if not any(_same(given.value, value) for value in accepted):
+    if peer.meaning(name, given) is None:
         default = yaml.safe_dump(peer.default, default_flow_style=True).split("\n")[0]
         raise ConfigError(
             f"{given.place}: {name} is a key of TRL's that fastdpo does not honour, so only its "
@@ -160,31 +87,34 @@ def check_foreign_key(name: str, given: Given, known: Iterable[str]) -> None:
         )
 
 
-def meant_by_peers(given: Mapping[str, Given]) -> dict[str, Given]:
-    """Keys of ours that keys of TRL's stand for, with the place of those."""
-    meant = {}
-    for name, entry in given.items():
-        peer = PEER_KEYS.get(name)
-        if peer is not None and str(entry.value) in peer.means:
-            own, value = peer.means[str(entry.value)]
-            meant[own] = Given(value, entry.place)
-    return meant
+def with_peers(given: Mapping[str, Given]) -> dict[str, Given]:
+    """What was given, and keys of ours that keys of TRL's stand for, with the place of those.
+
+    A key of ours that was given too wins, but for `gradient_checkpointing: false`, which stands in
+    TRL's files where FSDP recomputes the layers in its place.
+
+    Raises:
+        ConfigError: two of them contradict each other, or one does nothing without another.
+    """
+    meant: dict[str, Given] = {}
+    for name, peer in PEER_KEYS.items():
+        entry = given.get(name)
+        if entry is None or peer.asks_nothing(entry.value):
+            continue
+        if peer.needs and (peer.needs not in given or not _means(peer.needs, given[peer.needs])):
+            raise ConfigError(
+                f"{entry.place}: {name} does nothing without {peer.needs}, as in TRL: add "
+                f"{peer.needs}: true, or remove it"
+            )
+        for own, value in _means(name, entry).items():
+            meant[own] = together(own, meant.get(own), value)
+    if "parallelism_config" in given:
+        started, key = os.environ.get("WORLD_SIZE"), "devices"
+        devices = given.get(key, meant.get(key, Given(1, ""))).value
+        there = (started, "WORLD_SIZE") if started else (devices, key)
+        check_mesh(given["parallelism_config"], *there)
+    return {**meant, **given, **{own: meant[own] for own in _SWITCHED_ON if own in meant}}
 
 
-def _same(value: Any, accepted: Any) -> bool:
-    """Whether a raw value (text, from a flag) says the same as `accepted`."""
-    if isinstance(value, str) and not isinstance(accepted, str):
-        try:
-            value = yaml.load(value, _Loader)
-        except (yaml.YAMLError, RecursionError):
-            return False
-        if isinstance(value, str) and isinstance(accepted, int | float):
-            try:
-                value = float(value)
-            except ValueError:
-                return False
-        if isinstance(value, str) and value.lower() == "none":
-            value = None
-    if isinstance(value, bool) != isinstance(accepted, bool):
-        return False
-    return bool(value == accepted)
+def _means(name: str, given: Given) -> dict[str, Given]:
+    return PEER_KEYS[name].meaning(name, given) or {}

@@ -7,10 +7,11 @@ from typing import Any
 
 from ..errors import ConfigError
 from .checks import check_together, idle_settings
+from .files import Given, read_yaml
 from .keys import IN_PYTHON, Keys
 from .loss_checks import how_loss_was_read
 from .losses import CPO_KEYS, CPO_ORIGIN, KTO_KEYS, KTO_ORIGIN, as_cpo
-from .source import Given, check_foreign_key, meant_by_peers, read_flags, read_yaml
+from .source import check_foreign_key, read_flags, with_peers
 from .text import as_yaml, table
 from .values import convert, limits, show_short
 
@@ -93,7 +94,7 @@ class TrainConfig(Keys):
         for name, entry in given.items():
             if name not in own:
                 check_foreign_key(name, entry, own)
-        given = {**meant_by_peers(given), **given}
+        given = with_peers(given)
         values = {name: entry.value for name, entry in given.items() if name in own}
         return cls(**values, origins={name: given[name].place for name in values})
 

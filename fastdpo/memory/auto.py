@@ -12,8 +12,10 @@ from ..config import TrainConfig
 from ..config.values import show
 from ..data.dataset import Data
 from ..devices import GIB, at_hand
+from .parallel import choose_spread
 from .planner import Planner
 from .report import changes
+from .spread import ONE, Spread
 from .switches import each_alone, least, strongest
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,7 @@ def fit(
     model_config: Any,
     device: torch.device,
     autocast: torch.dtype | None,
+    spread: Spread = ONE,
 ) -> TrainConfig:
     """The configuration with what its device's free memory asks for; one line about each change.
 
@@ -37,7 +40,7 @@ def fit(
     start = config
     if "gradient_checkpointing" not in config.origins and not config.activation_offloading:
         start = config.choose(REASON, gradient_checkpointing=False)
-    planner = Planner(start, data, at_hand(device), autocast, model_config)
+    planner = Planner(start, data, at_hand(device), autocast, model_config, spread=spread)
     prediction = least(planner, exact=True, without=_missing())
     if prediction is None:
         prediction = planner.predict(strongest(planner, without=_missing()))
@@ -50,6 +53,27 @@ def fit(
     for name, value in changed.items():
         logger.info(f"memory: auto: {name} {show(value)}")
     return config.choose(REASON, **changed) if changed else config
+
+
+def spread_for(
+    config: TrainConfig,
+    data: Data,
+    model_config: Any,
+    device: torch.device,
+    autocast: torch.dtype | None,
+    *,
+    devices: int,
+    local: int,
+) -> Spread:
+    """How a run lies over so many devices, `local` of them on each host, by the memory that is free
+    on this one: one rank asks, and tells the others.
+
+    Raises:
+        ConfigError: devices that do not divide as the configuration says, or keys that cannot be
+            honoured there.
+    """
+    planner = Planner(config, data, at_hand(device), autocast, model_config)
+    return choose_spread(planner, devices, local)
 
 
 def _missing() -> set[str]:

@@ -17,6 +17,7 @@ from ..losses import TrainingLoss
 from ..model.scorer import TOKEN_STATS
 from .layer import Bytes, LayerBytes, LayerProbe
 from .shapes import ModelShape, RowShape
+from .spread import ONE, Spread
 
 _OFFLOADED_BUFFERS = 2
 _SMALL_STATE, _STATE_BLOCK, _LOOKUP = 4096, 256, 2048
@@ -39,6 +40,8 @@ class Run:
     max_tokens: int
     mismatched: Sequence[Sequence[RowShape]] = ()
     """Of every step, the rows of mismatched responses."""
+    spread: Spread = ONE
+    """How the model lies over devices; the rows are those of one of them."""
 
     @property
     def first(self) -> Sequence[Sequence[RowShape]]:
@@ -88,7 +91,8 @@ class Run:
 
     def layer(self, row: RowShape) -> LayerBytes:
         """The bytes of a row in one layer."""
-        return self.probe.of_row(row, self.accumulates or self.config.optimizer_in_backward)
+        there = self.accumulates or self.config.optimizer_in_backward
+        return self.probe.of_row(row, there and self.spread.shards == 1)
 
     def checkpointed(self, number: int) -> bool:
         """Whether a layer is recomputed in the backward."""
@@ -98,12 +102,13 @@ class Run:
 
 def constant(run: Run) -> Bytes:
     """Weights, the online reference's weights (as many; precomputed, or not needed: none) and
-    optimizer states.
+    optimizer states: a device's share of each.
     """
+    weights = run.spread.share(run.model.weights)
     return {
-        "weights": run.model.weights,
-        "reference": run.model.weights if run.second_model else 0,
-        "optimizer": optimizer_states(run.model, run.config),
+        "weights": weights,
+        "reference": weights if run.second_model else 0,
+        "optimizer": run.spread.share(optimizer_states(run.model, run.config)),
     }
 
 
@@ -141,14 +146,17 @@ def gradients(model: ModelShape) -> int:
 
 def held_gradients(run: Run, layers_done: int, *, head: bool = True) -> int:
     """Gradients at a moment of the backward when that of the last `layers_done` layers is over: all
-    of them in a row after the first one, else those so far; none with `optimizer_in_backward`.
+    of them in a row after the first one, else those so far; none with `optimizer_in_backward`. Of
+    a sharded model the device's share.
     """
     if run.config.optimizer_in_backward:
         return 0
     if run.accumulates:
-        return gradients(run.model)
-    own = head_weight(run.model) if head and run.model.head_trained else 0
-    return own + layers_done * run.model.layer_trained
+        return run.spread.share(gradients(run.model))
+    # A sharded head's is whole until the end of the backward: `sharded.exchanged` has it.
+    whole = head and run.model.head_trained and run.spread.shards == 1
+    own = head_weight(run.model) if whole else 0
+    return own + run.spread.share(layers_done * run.model.layer_trained)
 
 
 def row_tensors(run: Run, row: RowShape) -> int:
@@ -181,9 +189,13 @@ def held_by_layers(run: Run, row: RowShape, layers: int) -> Bytes:
 
 
 def cast_weights(run: Run, layers: int) -> int:
-    """The copies that autocast keeps of the trained weights of so many layers."""
+    """The copies that autocast keeps of the trained weights of so many layers; of a sharded model
+    it keeps none beside the layer at work.
+    """
     if run.autocast is None or run.autocast.itemsize >= 4:
         return 0
+    if run.spread.shards > 1:
+        layers = min(layers, 1)
     return layers * run.model.cast * run.autocast.itemsize
 
 
@@ -195,6 +207,16 @@ def dequantised(run: Run) -> int:
 # The head
 
 
+def head_rows(run: Run) -> int:
+    """Rows of the head's weight that a device computes with: V, sharded over the vocabulary V/N."""
+    return run.spread.share(run.model.vocab) if run.spread.vocabulary else run.model.vocab
+
+
+def head_tokens(run: Run, row: RowShape) -> int:
+    """Scored tokens that a device's head sees: its own T, over the vocabulary those of all N."""
+    return row.scored * (run.spread.shards if run.spread.vocabulary else 1)
+
+
 def head_weight(model: ModelShape) -> int:
     """V·H·itemsize."""
     return model.vocab * model.hidden * model.head_dtype.itemsize
@@ -204,7 +226,7 @@ def head_states(run: Run, row: RowShape) -> int:
     """T·H: the scored states, their rounded copy where the head computes in another type, and their
     gradient.
     """
-    gradient = row.scored * run.model.hidden * run.layer(row).states
+    gradient = head_tokens(run, row) * run.model.hidden * run.layer(row).states
     return scored_states(run, row) + gradient
 
 
@@ -212,7 +234,7 @@ def scored_states(run: Run, row: RowShape) -> int:
     """T·H: the scored states, and their rounded copy where the head computes in another type."""
     size, compute = run.layer(row).states, run.head_dtype.itemsize
     rounded = compute if compute != size else 0
-    return row.scored * run.model.hidden * (size + rounded)
+    return head_tokens(run, row) * run.model.hidden * (size + rounded)
 
 
 def head_weights(run: Run) -> int:
@@ -220,7 +242,7 @@ def head_weights(run: Run) -> int:
     than one tile is added up.
     """
     model, total = run.model, rounded_head(run)
-    elements = model.vocab * model.hidden
+    elements = head_rows(run) * model.hidden
     if model.head_trained:
         total += elements * 4
         total += elements * model.head_dtype.itemsize if model.head_dtype.itemsize < 4 else 0
@@ -230,7 +252,7 @@ def head_weights(run: Run) -> int:
 def rounded_head(run: Run) -> int:
     """V·H: the weight rounded to the type of the computation, on a CPU widened again to fp32."""
     compute = run.head_dtype.itemsize
-    elements, total = run.model.vocab * run.model.hidden, 0
+    elements, total = head_rows(run) * run.model.hidden, 0
     if compute != run.model.head_dtype.itemsize:
         total += elements * compute
     if run.kind == "cpu" and compute < 4:
@@ -248,8 +270,8 @@ def head_workspace(run: Run, row: RowShape, *, measures: bool = True) -> Workspa
     alone.
     """
     return workspace_bytes(
-        row.scored,
-        run.model.vocab,
+        head_tokens(run, row),
+        head_rows(run),
         run.model.hidden,
         run.head_dtype,
         torch.device(run.kind),

@@ -31,6 +31,7 @@ from .components import (
 )
 from .layer import Bytes
 from .shapes import RowShape, scaled
+from .sharded import exchanged, gathered, summed
 
 COMPONENTS = {
     "weights": "weights",
@@ -45,6 +46,9 @@ COMPONENTS = {
     "rows": "index tensors",
 }
 """Every component, in the order in which reports show them, and what it is called there."""
+
+OF_SHARDS = {"gathered": "weights gathered to be used", "exchanged": "gradients not yet shared out"}
+"""Those that a sharded model has besides."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Estimate:
 def estimate(run: Run) -> Estimate:
     """The largest moment of a step over the rows that can be the largest."""
     moments = [optimizer_step(run)]
+    if run.spread.devices > 1:
+        moments.append(sum_over_devices(run))
     for row in largest_rows(run.steps):
         moments += [forward(run, row), head(run, row), *backward(run, row), embedding(run, row)]
         if run.second_model:
@@ -101,6 +107,7 @@ def forward(run: Run, row: RowShape) -> Estimate:
         {"gradients": held_gradients(run, 0, head=False), "layer": copies},
         held_by_layers(run, row, model.layers),
         layer.forward,
+        gathered(run, 2),
     )
 
 
@@ -117,6 +124,7 @@ def head(run: Run, row: RowShape) -> Estimate:
         row,
         {"gradients": held_gradients(run, 0, head=False), "head": inside},
         held_by_layers(run, row, run.model.layers),
+        gathered(run, 0),
     )
 
 
@@ -135,7 +143,8 @@ def backward(run: Run, row: RowShape) -> list[Estimate]:
         done = model.layers - 1 - number
         grads = {"gradients": held_gradients(run, done), "layer": extra}
         name = f"backward of layer {number + 1} of {model.layers}"
-        moments.append(_moment(name, run, row, grads, held, own))
+        whole = gathered(run, min(2, number + 1)) | exchanged(run, number)
+        moments.append(_moment(name, run, row, grads, held, own, whole))
     return moments
 
 
@@ -144,27 +153,37 @@ def embedding(run: Run, row: RowShape) -> Estimate:
     embedding before it is added to the one that is there (of another row, or of a tied head).
     """
     model = run.model
-    added = run.accumulates or model.tied or run.config.optimizer_in_backward
+    # Of a sharded model every row's gradients are made anew.
+    before = run.accumulates and run.spread.shards == 1
+    added = before or model.tied or run.config.optimizer_in_backward
     temporary = model.embedding_trained if added else 0
-    whole = 0 if run.config.optimizer_in_backward else gradients(model)
+    whole = 0 if run.config.optimizer_in_backward else run.spread.share(gradients(model))
     inside = {"gradients": whole + temporary, "activations": run.layer(row).input}
-    return _moment("backward of the embedding", run, row, inside)
+    rest = gathered(run, 0) | exchanged(run, None)
+    return _moment("backward of the embedding", run, row, inside, rest)
 
 
 def optimizer_step(run: Run) -> Estimate:
     """Weights, gradients and states; adamw_torch makes two numbers for each element of one weight
     at a time.
     """
-    whole = 0 if run.config.optimizer_in_backward else gradients(run.model)
-    largest = max(size * count for count, size in run.model.trained)
+    whole = 0 if run.config.optimizer_in_backward else run.spread.share(gradients(run.model))
+    largest = run.spread.share(max(size * count for count, size in run.model.trained))
     inside = {"gradients": whole + (2 * largest if run.config.optim == "adamw_torch" else 0)}
     return _moment("optimizer's step", run, None, inside)
+
+
+def sum_over_devices(run: Run) -> Estimate:
+    """What the optimizer's step finds, while whole models add their gradients up."""
+    inside = {"gradients": run.spread.share(gradients(run.model))}
+    return _moment("sum of the gradients", run, None, inside, summed(run))
 
 
 def reference_row(run: Run, row: RowShape) -> Estimate:
     """The online reference's forward, ahead of the policy's."""
     inside = {"gradients": held_gradients(run, 0, head=False), "head": head_states(run, row)}
-    return _moment("forward of the reference", run, row, inside, run.layer(row).forward)
+    of_layer = run.layer(row).forward
+    return _moment("forward of the reference", run, row, inside, of_layer, gathered(run, 2))
 
 
 def scoring(run: Run, row: RowShape) -> list[Estimate]:
@@ -178,9 +197,10 @@ def scoring(run: Run, row: RowShape) -> list[Estimate]:
     states = {"activations": layer.rest + layer.input}
     inside = scored_states(run, row) + rounded_head(run) + tile.beside
     inside += 0 if run.kind == "cpu" else tile.tile
+    parts = (copies, states, layer.forward, gathered(run, 2))
     return [
-        _moment("forward of the scoring pass", run, row, there, copies, states, layer.forward),
-        _moment("head of the scoring pass", run, row, there, {"head": inside}),
+        _moment("forward of the scoring pass", run, row, there, *parts),
+        _moment("head of the scoring pass", run, row, there, {"head": inside}, gathered(run, 0)),
     ]
 
 
@@ -195,12 +215,12 @@ def precompute(run: Run) -> Estimate:
     row = scaled(largest, wanted // largest.sequences * largest.sequences)
     layer = run.layer(row)
     inside = {
-        "weights": run.model.weights,
+        "weights": run.spread.share(run.model.weights),
         "activations": layer.rest + layer.input,
         "head": (row.scored - row.prompts) * run.model.hidden * layer.states,
         "rows": row_tensors(run, row),
     }
-    return _joined("reference pass", row, inside, layer.forward)
+    return _joined("reference pass", row, inside, layer.forward, gathered(run, 2))
 
 
 def _moment(name: str, run: Run, row: RowShape | None, *parts: Bytes) -> Estimate:
@@ -215,5 +235,5 @@ def _joined(name: str, row: RowShape | None, *parts: Bytes) -> Estimate:
     total = dict.fromkeys(COMPONENTS, 0)
     for part in parts:
         for component, size in part.items():
-            total[component] += size
+            total[component] = total.get(component, 0) + size
     return Estimate(name, total, row)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..config import TrainConfig
 from ..data.dataset import Data, load_data, needs_reference
 from ..data.groups import Group, count_units
 from ..data.packing import longest_unit
-from ..data.plan import epoch_plan, row_budget
+from ..data.plan import epoch_plan, row_budget, units_per_step
 from ..devices import Device
 from ..losses import TrainingLoss, loss_of
 from ..model import tiles
@@ -31,6 +31,7 @@ from ..model.precision import choose_precision
 from .assumed import assumed_data
 from .components import Run
 from .estimate import Estimate, estimate
+from .exchange import Links, waits
 from .layer import LayerProbe
 from .shapes import (
     ModelShape,
@@ -40,9 +41,11 @@ from .shapes import (
     linears,
     meta_model,
     mismatched_shapes,
+    scaled,
     step_shapes,
 )
 from .speed import Seconds, step_seconds
+from .spread import ONE, Spread
 
 _SHAPING = ("dtype", "use_peft", "load_in_4bit", "use_bnb_nested_quant", "layer_tile_tokens")
 
@@ -76,8 +79,12 @@ class Planner:
     model_config: Any
     assumed: str | None = None
     """What was assumed in place of data, in words."""
+    spread: Spread = ONE
+    """The devices of the run, `device` each."""
+    links: Links | None = None
+    """What joins them, where it is known."""
     _models: dict[Any, tuple[ModelShape, LayerProbe]] = field(default_factory=dict)
-    _rows: dict[int, _Rows] = field(default_factory=dict)
+    _rows: dict[tuple[int, int], _Rows] = field(default_factory=dict)
 
     @property
     def groups(self) -> Sequence[Group]:
@@ -104,26 +111,36 @@ class Planner:
         """Tokens of the longest unit: no row budget makes rows shorter."""
         return longest_unit(self.groups, self.layout)
 
+    def over(self, spread: Spread) -> Planner:
+        """The same for other devices; what is known of the model is shared."""
+        return replace(self, spread=spread)
+
     def predict(self, config: TrainConfig) -> Prediction:
-        """Peak and time of a configuration."""
+        """Peak and time of a configuration on each device."""
         run = self.run(config)
-        return Prediction(config, estimate(run), step_seconds(run, self.device), run.max_tokens)
+        seconds = step_seconds(run, self.device)
+        if seconds is not None and self.spread.devices > 1:
+            links = self.links
+            waited = None if links is None else waits(run, self.device, links).waited
+            seconds = None if waited is None else replace(seconds, waits=waited)
+        return Prediction(config, estimate(run), seconds, run.max_tokens)
 
     def run(self, config: TrainConfig) -> Run:
         """What is estimated of a configuration."""
         model, probe = self._model(config)
-        rows = self._rows_of(config)
+        rows, cp_size = self._rows_of(config), self.spread.cp_size
         return Run(
             config=config,
             loss=self.loss,
             compares=self.compares,
             model=model,
             probe=probe,
-            steps=rows.steps,
+            steps=_stretches(rows.steps, cp_size),
             kind=self.device.kind,
             autocast=self.autocast,
             max_tokens=row_budget(config, self.device.kind),
-            mismatched=rows.mismatched,
+            mismatched=_stretches(rows.mismatched, cp_size),
+            spread=self.spread,
         )
 
     def fits(self, prediction: Prediction) -> bool:
@@ -139,18 +156,35 @@ class Planner:
         return self._models[key]
 
     def steps(self, config: TrainConfig) -> list[list[RowShape]]:
-        """The rows of every step of the first epoch."""
+        """The rows of every step of the first epoch, whole."""
         return self._rows_of(config).steps
 
     def _rows_of(self, config: TrainConfig) -> _Rows:
         max_tokens = row_budget(config, self.device.kind)
-        if max_tokens not in self._rows:
-            steps = epoch_plan(config, self.groups, layout=self.layout, max_tokens=max_tokens)
-            self._rows[max_tokens] = _Rows(
+        units = units_of_a_rank(config, self.spread.ranks)
+        if (max_tokens, units) not in self._rows:
+            steps = epoch_plan(
+                config, self.groups, layout=self.layout, max_tokens=max_tokens, units=units
+            )
+            self._rows[max_tokens, units] = _Rows(
                 step_shapes(self.groups, steps, self.layout, prompt=self.loss.prompt),
                 mismatched_shapes(self.groups, steps, self.layout),
             )
-        return self._rows[max_tokens]
+        return self._rows[max_tokens, units]
+
+
+def units_of_a_rank(config: TrainConfig, ranks: int) -> int:
+    """Units of a step on each of the ranks with rows of their own. A plan takes them in the order
+    of one device: that one rank of many has other rows, of as many tokens, is left out.
+    """
+    return -(-units_per_step(config, ranks) // ranks)
+
+
+def _stretches(steps: list[list[RowShape]], cp_size: int) -> list[list[RowShape]]:
+    """What each of the devices that share rows computes of them."""
+    if cp_size == 1:
+        return steps
+    return [[scaled(row, -(-row.tokens // cp_size)) for row in step] for step in steps]
 
 
 def probe_of(

@@ -10,12 +10,13 @@ from typing import Any
 from ..config import TrainConfig
 from ..config.values import show
 from ..devices import GIB, HEADROOM
-from .estimate import COMPONENTS
+from .estimate import COMPONENTS, OF_SHARDS
 from .planner import Planner, Prediction, describe_data
+from .report_devices import devices_facts, devices_lines, where
 from .speed import UTILISATION
 from .switches import each_alone, least
 
-_WORDS = {**COMPONENTS, "overhead": "CUDA context and libraries"}
+_WORDS = {**COMPONENTS, **OF_SHARDS, "overhead": "CUDA context and libraries"}
 
 
 def as_dict(planner: Planner) -> dict[str, Any]:
@@ -34,6 +35,8 @@ def as_dict(planner: Planner) -> dict[str, Any]:
     }
     fitting = None if facts["fits"] else least(planner, exact=False)
     facts["least"] = None if fitting is None else _described(planner, fitting, now)
+    if planner.spread.devices > 1:
+        facts["parallel"] = devices_facts(planner, now)
     return facts
 
 
@@ -74,14 +77,17 @@ def as_text(planner: Planner, width: int | None = None) -> str:
     width = width or shutil.get_terminal_size((100, 24)).columns
     width = min(100, max(40, width))
     facts = as_dict(planner)
+    device, several = facts["device"]["name"], facts.get("parallel")
+    device = where(several, device) if several else device
     lines = [
-        f"{planner.config.model_name_or_path} on {facts['device']['name']}, {facts['layout']} rows "
+        f"{planner.config.model_name_or_path} on {device}, {facts['layout']} rows "
         f"of up to {facts['max_tokens_per_batch']} tokens",
         facts["data"],
         "",
         *_bars(facts, width),
         "",
         *_verdict(facts),
+        *(devices_lines(several, width) if several else ()),
         *_switches(facts, width),
     ]
     return "\n".join(
@@ -114,9 +120,10 @@ def _bars(facts: dict[str, Any], width: int) -> list[str]:
 
 def _verdict(facts: dict[str, Any]) -> list[str]:
     device = facts["device"]
+    many = " on each device" if "parallel" in facts else ""
     word = "fits" if facts["fits"] else "does not fit"
     lines = [
-        f"{word}: {_gib(facts['total_bytes'])} of {_gib(device['bytes'])} GiB, of which "
+        f"{word}: {_gib(facts['total_bytes'])} of {_gib(device['bytes'])} GiB{many}, of which "
         f"{HEADROOM:.0%} stay free for the allocator"
     ]
     if facts["step_seconds"] is not None:

@@ -177,9 +177,14 @@ class ModelShape:
     hidden: int
     vocab: int
     heads: int
+    kv_heads: int
     head_dim: int
     weights: int
     """Bytes of all parameters, in 4 bits where the configuration says so."""
+    layer_weights: int
+    """Bytes of the parameters of the largest layer."""
+    root_weights: int
+    """Bytes of those outside the layers: embedding, last norm, head."""
     parameters: int
     trained: tuple[tuple[int, int], ...]
     """(elements, bytes of one element) of each trained parameter."""
@@ -219,14 +224,18 @@ class ModelShape:
         trained = [p for p in model.parameters() if p.requires_grad]
         tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
         vocab, hidden = head.weight.shape
+        sizes = [sum(p.nbytes for p in layer.parameters()) for layer in layers]
         casts = (w.numel() for _, w in matrices if w.requires_grad and w.dtype == torch.float32)
         return cls(
             layers=len(layers),
             hidden=hidden,
             vocab=vocab,
             heads=text.num_attention_heads,
+            kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
             head_dim=getattr(text, "head_dim", None) or hidden // text.num_attention_heads,
             weights=weight_bytes(model.parameters(), base, config),
+            layer_weights=max(sizes),
+            root_weights=sum(p.nbytes for p in model.parameters()) - sum(sizes),
             parameters=sum(p.numel() for p in model.parameters()),
             trained=tuple((p.numel(), p.element_size()) for p in trained),
             embeddings=tuple((p.numel(), p.element_size()) for p in tables if p.requires_grad),

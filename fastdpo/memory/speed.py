@@ -34,6 +34,8 @@ class Seconds:
     """Of the pass over responses that comes before the step's own rows."""
     transfers: float = 0.0
     update: float = 0.0
+    waits: float = 0.0
+    """For what other devices send."""
 
     @property
     def total(self) -> float:
@@ -47,7 +49,9 @@ def step_seconds(run: Run, device: Device) -> Seconds | None:
     if peak is None or device.bandwidth is None or device.host_link is None:
         return None
     rate, steps = peak * UTILISATION, len(run.steps)
-    sums = dict.fromkeys((f.name for f in fields(Seconds) if f.name != "update"), 0.0)
+    sums = dict.fromkeys(
+        (f.name for f in fields(Seconds) if f.name not in ("update", "waits")), 0.0
+    )
     for row in (row for step in run.steps for row in step):
         layers, recomputed, attention = layer_work(run, row)
         waits = transferred(run, row) / device.host_link * rate - layers - recomputed - attention
@@ -109,16 +113,17 @@ def transferred(run: Run, row: RowShape) -> float:
 
 
 def update_seconds(run: Run, device: Device) -> float:
-    """Weights, gradients and states are read once and all but the gradients written once;
-    offloaded, gradients go to the host and weights come back, and the host reads and writes 28
-    bytes an element.
+    """A device's weights, gradients and states are read once and all but the gradients written
+    once; offloaded, gradients go to the host and weights come back, and the host reads and writes
+    28 bytes an element.
     """
     assert device.bandwidth is not None and device.host_link is not None
-    trained = sum(size * count for count, size in run.model.trained)
+    trained = run.spread.share(sum(size * count for count, size in run.model.trained))
     if run.config.optimizer_offload:
         elements = sum(count for count, _ in run.model.trained)
         return 2 * trained / device.host_link + 28 * elements / _HOST_BANDWIDTH
-    return (3 * trained + 2 * optimizer_states(run.model, run.config)) / device.bandwidth
+    states = run.spread.share(optimizer_states(run.model, run.config))
+    return (3 * trained + 2 * states) / device.bandwidth
 
 
 def step_work(model: ModelShape) -> Work:

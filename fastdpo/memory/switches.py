@@ -139,11 +139,19 @@ def demand(config: TrainConfig, planner: Planner) -> Demand:
     return Demand(planner.device.kind, largest, planner.longest)
 
 
+def possible(planner: Planner) -> tuple[Switch, ...]:
+    """The switches that go with the planner's devices."""
+    many, shards = planner.spread.devices > 1, planner.spread.shards > 1
+    without = {"optimizer_offload"} if many else set()
+    without |= {"4-bit base"} if shards else set()
+    return tuple(switch for switch in SWITCHES if switch.name not in without)
+
+
 def each_alone(planner: Planner) -> Iterator[tuple[Switch, Prediction]]:
     """Every switch that can be turned on, by itself and as far as it goes, and what the run would
     need with it.
     """
-    for switch in SWITCHES:
+    for switch in possible(planner):
         changed = turn_up(switch, planner.config, planner)
         if changed is not planner.config:
             yield switch, planner.predict(changed)
@@ -161,7 +169,7 @@ def least(planner: Planner, *, exact: bool, without: Collection[str] = ()) -> Pr
     if planner.fits(now):
         return now
     used: list[Switch] = []
-    for switch in SWITCHES:
+    for switch in possible(planner):
         if (exact and not switch.exact) or switch.name in without:
             continue
         furthest = turn_up(switch, now.config, planner)
@@ -188,7 +196,7 @@ def _first_that_fits(switch: Switch, config: TrainConfig, planner: Planner) -> T
 def strongest(planner: Planner, without: Collection[str] = ()) -> TrainConfig:
     """The configuration with every switch that keeps the numbers."""
     config = planner.config
-    for switch in SWITCHES:
+    for switch in possible(planner):
         if switch.exact and switch.name not in without:
             config = turn_up(switch, config, planner)
     return config

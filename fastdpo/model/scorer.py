@@ -34,7 +34,7 @@ from .load import adopt_model, load_model
 from .paths import attention_path, head_path
 from .place import Place, find_model
 from .quantised import is_quantised, packing
-from .sharding import inside
+from .sharding import inside, is_sharded
 from .tiles import tile_layers
 
 logger = logging.getLogger(__name__)
@@ -67,10 +67,14 @@ class Scorer:
         return self.head.weight.device
 
     def precision(self) -> AbstractContextManager[Any]:
-        """The autocast context of every forward, none in full precision."""
+        """The autocast context of every forward, none in full precision.
+
+        Its cache would keep a rounded copy of every whole weight of a sharded model.
+        """
         if self.autocast is None:
             return nullcontext()
-        return torch.autocast(self.device.type, self.autocast)
+        cached = not is_sharded(self.model)
+        return torch.autocast(self.device.type, self.autocast, cache_enabled=cached)
 
     def scored_states(self, batch: Batch) -> Tensor:
         """Hidden states (T, H) that predict the scored tokens of a batch on this device; with a
