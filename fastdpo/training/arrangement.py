@@ -1,15 +1,13 @@
 """How the model is spread over the ranks, and what cannot go with that."""
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from ..config import TrainConfig
-from ..config.optimizer import BITSANDBYTES
 from ..errors import ConfigError
-from ..model.quantised import is_quantised
+from ..memory.spread import Spread
 from ..model.scorer import Scorer
 from ..model.sharding import shard_model
 from ..parallel.world import World
@@ -17,27 +15,31 @@ from ..parallel.world import World
 logger = logging.getLogger(__name__)
 
 
-def arranged(config: TrainConfig, model: Any, world: World, device: torch.device) -> World:
-    """The world with the model as `data_parallel` says; `model` is one of the caller's, if any.
+def arranged(
+    config: TrainConfig, spread: Spread, model: Any, world: World, device: torch.device
+) -> World:
+    """The world with the model spread over it; `model` is one of the caller's, if any.
 
     Raises:
-        ConfigError: a key that cannot be honoured there.
+        ConfigError: a model in memory that would have to be sharded.
     """
     if world.size == 1:
         return world
-    name = "replicate" if config.data_parallel == "auto" else config.data_parallel
-    for key, problem in _obstacles(config, model, name):
-        raise config.error(key, problem)
     ranks = f"{world.size} processes"
     if world.hosts > 1:
         ranks += f" on {world.hosts} hosts"
-    if name == "replicate":
-        logger.info(f"devices: {ranks}, the whole model on each")
+    why = f" ({spread.reason})" if spread.reason else ""
+    if spread.shards == 1:
+        logger.info(f"devices: {ranks}, the whole model on each{why}")
         return world
-    replicas = _replicas(config, world) if name == "hsdp" else 1
-    shares = world.size // replicas
-    logger.info(f"devices: {ranks}, {replicas} x the model in {shares} shares (FSDP2)")
-    return world.with_shares(replicas, device, config.head_parallel == "vocabulary")
+    if model is not None:
+        raise config.error(
+            "data_parallel",
+            f"{spread.name} loads the model itself: give model_name_or_path instead of a model",
+        )
+    parts = f"{spread.replicas} x the model in {spread.shards} shares"
+    logger.info(f"devices: {ranks}, {parts} (FSDP2){why}")
+    return world.with_shares(spread.replicas, device, spread.vocabulary)
 
 
 def shard_scorer(scorer: Scorer, world: World) -> None:
@@ -60,39 +62,3 @@ def shard_scorer(scorer: Scorer, world: World) -> None:
         )
     shard_model(scorer.model, world.mesh, head)
     scorer.shares = world.mesh.get_group("shard")
-
-
-def _replicas(config: TrainConfig, world: World) -> int:
-    replicas = config.dp_replicate_size or world.hosts
-    if world.size % replicas:
-        raise config.error(
-            "dp_replicate_size", f"expected a divisor of the {world.size} processes, got {replicas}"
-        )
-    if replicas == 1 or replicas == world.size:
-        raise ConfigError(
-            f"data_parallel: hsdp needs replicas of several shares each, got {replicas} over "
-            f"{world.size} processes; set dp_replicate_size, or take fsdp or replicate"
-        )
-    return replicas
-
-
-def _obstacles(config: TrainConfig, model: Any, name: str) -> Iterator[tuple[str, str]]:
-    if config.optimizer_in_backward:
-        yield "optimizer_in_backward", "cannot go with several processes: they add gradients up"
-    if config.optimizer_offload:
-        yield (
-            "optimizer_offload",
-            "cannot go with several processes; data_parallel: fsdp saves more",
-        )
-    if config.head_parallel == "vocabulary" and (name == "replicate" or config.cp_size > 1):
-        yield "head_parallel", "vocabulary goes with data_parallel fsdp or hsdp and cp_size 1"
-    if name == "replicate":
-        return
-    if config.torch_compile:
-        yield "torch_compile", f"cannot go with data_parallel {name}; replicate can"
-    if config.optim in BITSANDBYTES:
-        yield "optim", f"{config.optim} cannot go with data_parallel {name}; adamw_torch_8bit can"
-    if config.load_in_4bit or (model is not None and is_quantised(model)):
-        yield "data_parallel", f"{name} cannot shard a base in 4 bits; replicate holds it whole"
-    if model is not None:
-        yield "data_parallel", f"{name} loads the model itself: give model_name_or_path instead"

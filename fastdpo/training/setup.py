@@ -17,7 +17,8 @@ from ..data.plan import row_budget, units_per_step
 from ..errors import ConfigError, ModelError
 from ..losses import TrainingLoss, loss_of
 from ..memory.allocator import keep_freed_memory, return_freed_memory
-from ..memory.auto import fit
+from ..memory.auto import fit, spread_for
+from ..memory.spread import ONE, Spread, spread_of
 from ..model.adapter import adopt_adapter
 from ..model.context import ContextGroup, padded_context
 from ..model.layers import compile_layers, recompute_layers
@@ -131,10 +132,15 @@ def load(
     autocast, reason = world.share(choose_precision(bf16, device) if world.first else None)
     precision = "bf16 autocast" if autocast else config.dtype
     logger.info(f"precision: {precision} on {device.type} ({reason})")
+    spread = ONE
+    if world.size > 1:
+        spread = _spread(config, data, model_config, device, autocast, world, given.model)
+        world = arranged(config, spread, given.model, world, device)
     if trains and config.memory == "auto":
-        fitted = fit(config, data, model_config, device, autocast) if world.first else config
+        fitted = config
+        if world.first:
+            fitted = fit(config, data, model_config, device, autocast, spread)
         config = world.share(fitted)
-    world = arranged(config, given.model, world, device)
     # What is going to be sharded is not whole on any device.
     place = torch.device("cpu") if world.sharded else device
     policy = load_scorer(config, place, autocast, model=given.model)
@@ -144,6 +150,34 @@ def load(
         policy.context = ContextGroup(world.context)
     budget = row_budget(config, device.type)
     return Loaded(config, tokenizer, data, policy, loss, budget, world)
+
+
+def _spread(
+    config: TrainConfig,
+    data: Data,
+    model_config: Any,
+    device: torch.device,
+    autocast: torch.dtype | None,
+    world: World,
+    model: Any,
+) -> Spread:
+    """How the run lies over its processes; where that depends on the memory that is free, the first
+    one says.
+    """
+    sizes = world.size, world.local_size
+    name = config.data_parallel
+    if name == "auto" and model is not None:
+        name = "replicate"
+    spread = None
+    if name != "auto":
+        spread = spread_of(config, *sizes, name)
+        if spread.shards == 1 or config.head_parallel != "auto":
+            return spread
+    if world.first:
+        devices, local = sizes
+        where = {"devices": devices, "local": local}
+        spread = spread_for(config, data, model_config, device, autocast, **where)
+    return world.share(spread)
 
 
 def set_up(
@@ -198,6 +232,8 @@ def set_up(
     )
     _log_training(trainer, loaded)
     _keep_memory(loaded)
+    if not world.first:  # what dropout draws on each rank is its own
+        torch.manual_seed(config.seed + world.rank)
     if start is not None:
         trainer.resume(start, state)
     elif config.resume_from_checkpoint:
