@@ -29,7 +29,7 @@ class Traffic:
     gradients: float = 0.0
     """Added up among shards, each of which keeps its own, after the backward of each row."""
     sums: float = 0.0
-    """Gradients added up over replicas: of whole models once a step, of shares after each row."""
+    """Gradients added up over replicas, of whole models or of shares, once a step."""
     head: float = 0.0
     """Hidden states, and back their gradient, where the head is sharded over the vocabulary."""
     context: float = 0.0
@@ -74,7 +74,7 @@ def traffic(run: Run) -> Traffic:
     Whole models add up their gradients in fp32 once: 2(R−1)/R of them for R replicas. N shards
     gather, for every row, (N−1)/N of the root's weights once and of the layers' twice, both once
     more for each forward of another kind (a reference at every step, a scoring pass), and share out
-    (N−1)/N of the gradients in fp32; replicas of a share add those up row by row.
+    (N−1)/N of the gradients in fp32; replicas of a share add those up once a step.
     """
     spread, model = run.spread, run.model
     trained = fp32(run, gradients(model))
@@ -85,11 +85,10 @@ def traffic(run: Run) -> Traffic:
     shared_out = trained
     if spread.vocabulary and model.head_trained and not model.tied:
         shared_out -= 4 * model.vocab * model.hidden
-    sums = rows if spread.shards > 1 else 1
     return Traffic(
         weights=forwards * (layers + root) + rows * layers,
         gradients=over * rows * shared_out,
-        sums=sums * 2 * (replicas - 1) / replicas * trained / spread.shards,
+        sums=2 * (replicas - 1) / replicas * trained / spread.shards,
         head=sum(head_bytes(run, row) for step in run.steps for row in step) / len(run.steps),
         context=sum(context_bytes(run, row) for step in run.steps for row in step) / len(run.steps),
     )

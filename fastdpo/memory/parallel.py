@@ -61,7 +61,7 @@ def choose_spread(planner: Planner, devices: int, local: int) -> Spread:
     if name == "auto":
         name, reason = choose_data_parallel(planner, devices, local)
     spread = replace(spread_of(config, devices, local, name), reason=reason)
-    if config.head_parallel == "auto" and spread.shards > 1:
+    if config.head_parallel == "auto" and spread.shards > 1 and not planner.run(config).model.tied:
         sharded = replace(spread, vocabulary=True)
         gathered, apart = (planner.over(one).predict(config) for one in (spread, sharded))
         if not planner.fits(gathered) and planner.fits(apart):

@@ -88,5 +88,12 @@ def inside(model: Any, function: Callable[[], T]) -> T:
     return result
 
 
+def add_replicas_up(model: Any, now: bool) -> None:
+    """Whether the next backward adds the gradients of replicas up: once a step, after its last row.
+    Those of shares are added up after each row, so that no rank holds a whole one.
+    """
+    model.set_requires_all_reduce(now)
+
+
 def _call(function: Callable[[], T]) -> T:
     return function()

@@ -18,6 +18,7 @@ from ..devices import peak_memory_mib
 from ..errors import ConfigError
 from ..model.layout import ordinary
 from ..model.load import load_weights
+from ..model.sharding import add_replicas_up
 from . import checkpoint, metrics
 from .changes import check_identity, deciding, describe_changes
 from .optimizer import make_scheduler, restart
@@ -141,7 +142,9 @@ class Trainer:
     def gradients(self, step: StepBatches) -> metrics.StepSums:
         """Score a step's rows forward and backward; nothing but gradients changes."""
         sums, terms = metrics.StepSums(self.device), self.objective.terms(step)
-        for batch in step.batches:
+        for number, batch in enumerate(step.batches, 1):
+            if self.world.sharded:
+                add_replicas_up(self.model, number == len(step.batches))
             loss = self.objective.score(batch, step.units, sums, terms)
             self.update.backward(loss, self.step)
         return sums
