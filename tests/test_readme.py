@@ -24,6 +24,7 @@ from fastdpo_kernels import (
     linear_loss,
 )
 from fastdpo_kernels.losses import Tokens
+from torch.distributed.run import get_args_parser
 from training import metrics, run
 from transformers import AutoModelForCausalLM
 
@@ -37,7 +38,7 @@ from fastdpo.data.groups import count_units, make_groups
 from fastdpo.data.load import load_rows
 from fastdpo.data.needs import Needs
 from fastdpo.data.tokenize import tokenize_dataset
-from fastdpo.devices import GPUS
+from fastdpo.devices import GPUS, LINKS, NETWORKS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))
@@ -105,6 +106,10 @@ def is_command(words: list[str], page: str) -> bool:
         if rest[0] == "-m":
             return importlib.util.find_spec(rest[1]) is not None
         return (ROOT / rest[0]).is_file()
+    if first == "torchrun":
+        place = rest.index("-m")
+        get_args_parser().parse_args([*rest[:place], "script"])
+        return is_command(rest[place + 1 :], page)
     return first == "fastdpo" and is_our_command(rest)
 
 
@@ -116,9 +121,10 @@ def is_our_command(words: list[str]) -> bool:
         from bench.cli import COMMANDS as BENCH
 
         return not rest or rest[0].startswith("--") or rest[0] in BENCH
-    if "--gpu" in rest:
-        place = rest.index("--gpu")
-        assert rest[place + 1] in GPUS
+    known = {"--gpu": GPUS, "--link": LINKS, "--network": NETWORKS, "--hosts": "1248"}
+    for name in [word for word in rest if word in known and command == "plan"]:
+        place = rest.index(name)
+        assert rest[place + 1] in known[name]
         del rest[place : place + 2]
     if "--help" not in rest:
         TrainConfig.parse([word for word in rest if word != "--json"])
@@ -162,7 +168,9 @@ def test_names_exist(page: str) -> None:
         flags = re.findall(r"(?<!\S)--(?:no_)?(\w+)", span)
         setting = re.match(r"(\w+): \S", span)
         if not span.startswith(("fastdpo ", "make ", "python ")):
-            assert set(flags) | ({setting[1]} if setting else set()) <= keys, span
+            assert set(flags) | ({setting[1]} if setting else set()) <= keys | {
+                name for name in PEER_KEYS if PEER_KEYS[name].read
+            }, span
         if re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)+", span):
             assert span in known, span
 
