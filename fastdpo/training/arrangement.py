@@ -8,6 +8,7 @@ import torch
 from ..config import TrainConfig
 from ..errors import ConfigError
 from ..memory.spread import Spread
+from ..model.quantised import is_quantised
 from ..model.scorer import Scorer
 from ..model.sharding import shard_model
 from ..parallel.world import World
@@ -50,6 +51,10 @@ def shard_scorer(scorer: Scorer, world: World) -> None:
     """
     if world.mesh is None:
         return
+    if is_quantised(scorer.model):
+        raise ConfigError(
+            "data_parallel: a base in 4 bits cannot be sharded; replicate holds it whole"
+        )
     if not world.vocabulary:
         shard_model(scorer.model, world.mesh)
         return
