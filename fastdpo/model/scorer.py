@@ -24,17 +24,20 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from ..config import TrainConfig
 from ..data.batch import Batch
+from ..parallel.world import ALONE, World
 from .adapter import check_targets, load_adapter
+from .attention import register
 from .context import ContextGroup, padded_context
 from .context_loss import context_loss, scored_part, together
 from .forward import batch_states
-from .head import Head, check_causal, check_head, effective_weight, find_head
+from .head import Head, base_causal_lm, check_causal, check_head, effective_weight, find_head
 from .layout import Layout, choose_layout
 from .load import adopt_model, load_model
 from .paths import attention_path, head_path
 from .place import Place, find_model
 from .quantised import is_quantised, packing
 from .sharding import inside, is_sharded
+from .skeleton import load_skeleton, takes_skeletons
 from .tiles import tile_layers
 
 logger = logging.getLogger(__name__)
@@ -60,6 +63,8 @@ class Scorer:
     workspace_mib: int = 512
     context: ContextGroup | None = None
     shares: dist.ProcessGroup | None = None
+    from_first: bool = False
+    """Whether the first rank alone has the weights, until they are sharded."""
 
     @property
     def device(self) -> torch.device:
@@ -233,14 +238,18 @@ def load_scorer(
     autocast: torch.dtype | None,
     path: str | None = None,
     model: Any = None,
+    world: World = ALONE,
 ) -> Scorer:
     """The model at `path` (default: the policy's), or the one in memory, with its head, checked
-    against its own logits, and the row layout that is exact for it. What it found is logged.
+    against its own logits, and the row layout that is exact for it. What it found is logged. Where
+    it is going to be sharded, the first rank does that for all, if the others can do without.
 
     Raises:
         ModelError: a model that cannot be loaded or trained.
         ConfigError: a key that cannot be honoured for it.
     """
+    if world.sharded and takes_skeletons(config, path):
+        return _of_first(config, device, autocast, path, world)
     place = None if model is not None else find_model(config, path)
     if model is not None:
         model = adopt_model(model, config, device, autocast)
@@ -263,6 +272,29 @@ def load_scorer(
         logger.info(f"adapter: {place.adapter}{', trained on' if path is None else ''}")
     if path is None:
         _log_paths(scorer, config)
+    return scorer
+
+
+def _of_first(
+    config: TrainConfig,
+    device: torch.device,
+    autocast: torch.dtype | None,
+    path: str | None,
+    world: World,
+) -> Scorer:
+    """The scorer of a model that the first rank loads and checks; see `skeleton`."""
+    if world.first:
+        scorer = load_scorer(config, device, autocast, path)
+        implementation = base_causal_lm(scorer.model).config._attn_implementation
+        world.share((scorer.layout, scorer.model.dtype, implementation))
+    else:
+        layout, dtype, implementation = world.share(None)
+        model: Any = load_skeleton(config, path, dtype)
+        register(config.attention_backend)
+        model.set_attn_implementation(implementation)
+        workspace = config.head_workspace_mib
+        scorer = Scorer(model, find_head(model), layout, autocast, workspace)
+    scorer.from_first = True
     return scorer
 
 

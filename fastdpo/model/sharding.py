@@ -51,13 +51,18 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, head: nn.Module | None = Non
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    # What a weight needs is fixed when it is first gathered; a reference has adapters switched off.
+    model.fastdpo_inside = _call  # type: ignore[assignment]
+    register_fsdp_forward_method(model, "fastdpo_inside")
+
+
+def settle(model: nn.Module) -> None:
+    """Fix which weights need a gradient, now that a sharded model has its values: they are asked
+    when they are first gathered, and a reference has adapters switched off.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.unshard()
             module.reshard()
-    model.fastdpo_inside = _call  # type: ignore[assignment]
-    register_fsdp_forward_method(model, "fastdpo_inside")
 
 
 def _over_the_vocabulary(head: nn.Module, mesh: DeviceMesh) -> nn.Parameter:

@@ -10,7 +10,8 @@ from ..errors import ConfigError
 from ..memory.spread import Spread
 from ..model.quantised import is_quantised
 from ..model.scorer import Scorer
-from ..model.sharding import shard_model
+from ..model.sharding import settle, shard_model
+from ..model.skeleton import fill_skeleton
 from ..parallel.world import World
 
 logger = logging.getLogger(__name__)
@@ -55,15 +56,21 @@ def shard_scorer(scorer: Scorer, world: World) -> None:
         raise ConfigError(
             "data_parallel: a base in 4 bits cannot be sharded; replicate holds it whole"
         )
+    model, mesh = scorer.model, world.mesh
     if not world.vocabulary:
-        shard_model(scorer.model, world.mesh)
+        state = model.state_dict() if scorer.from_first and world.first else None
+        shard_model(model, mesh)
+        if scorer.from_first:
+            fill_skeleton(model, state, torch.device(mesh.device_type), world.first)
+        settle(model)
         return
-    head, embedding = scorer.head.module, scorer.model.get_input_embeddings()
+    head, embedding = scorer.head.module, model.get_input_embeddings()
     if not isinstance(head, torch.nn.Linear) or head.weight is embedding.weight:
         why = "the embedding too" if head.weight is embedding.weight else "adapted"
         raise ConfigError(
             f"head_parallel: vocabulary needs a head of its own, and this model's is {why}; use "
             "gathered"
         )
-    shard_model(scorer.model, world.mesh, head)
-    scorer.shares = world.mesh.get_group("shard")
+    shard_model(model, mesh, head)
+    settle(model)
+    scorer.shares = mesh.get_group("shard")

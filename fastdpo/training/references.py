@@ -55,20 +55,20 @@ def make_reference(
     fill = _Filling(config, data, loss, max_tokens, world)
     own = precomputes and not config.ref_model_name_or_path
     if precomputes:
-        source = _second_scorer(config, policy) if config.ref_model_name_or_path else policy
+        source = _second_scorer(config, policy, world) if config.ref_model_name_or_path else policy
         store, digests["reference model"] = fill.store_of(source)
         if not own or not world.sharded:
             fill(source, store)
     elif not needed:
-        digests["starting model"] = weights_digest(policy.model)
+        digests["starting model"] = _digest(policy, world)
     elif config.ref_model_name_or_path or not config.use_peft:
-        reference = _second_model(config, policy)
+        reference = _second_model(config, policy, world)
         if config.sync_ref_model:
             _check_same_shapes(config, policy, reference)
-        digests["reference model"] = weights_digest(reference.scorer.model)
+        digests["reference model"] = _digest(reference.scorer, world)
     if config.use_peft:
         if config.ref_model_name_or_path or not precomputes:
-            digests["starting model"] = weights_digest(policy.model)
+            digests["starting model"] = _digest(policy, world)
         without = _add_adapter(config, policy, world)
         if needed and reference is None and not precomputes:
             reference = without
@@ -98,7 +98,7 @@ def precompute_reference(
     """Reference log-probabilities of every group, from the cache or from a pass over the data in
     rows of `max_tokens` and more.
     """
-    scorer = _second_scorer(config, policy) if config.ref_model_name_or_path else policy
+    scorer = _second_scorer(config, policy, world) if config.ref_model_name_or_path else policy
     fill = _Filling(config, data, loss, max_tokens, world)
     store, _ = fill.store_of(scorer)
     shard_scorer(scorer, world)
@@ -119,7 +119,7 @@ class _Filling:
         """Where the log-probabilities of a whole model are kept, and its weights' digest."""
         config = self.config
         root = Path(config.reference_cache_dir or cache_root() / "reference").expanduser()
-        weights = weights_digest(scorer.model)
+        weights = _digest(scorer, self.world)
         name = model_fingerprint(scorer.model, scorer.autocast, weights)
         return LogpStore(root / (f"{name}-tokens" if self.loss.by_tokens else name)), weights
 
@@ -143,22 +143,29 @@ class _Filling:
         return report
 
 
-def _second_scorer(config: TrainConfig, policy: Scorer) -> Scorer:
+def _digest(scorer: Scorer, world: World) -> str:
+    """The digest of a model's weights, before they are sharded."""
+    if not scorer.from_first:
+        return weights_digest(scorer.model)
+    return str(world.share(weights_digest(scorer.model) if world.first else None))
+
+
+def _second_scorer(config: TrainConfig, policy: Scorer, world: World) -> Scorer:
     """The model that `ref_model_name_or_path` names, or the policy's own files once more."""
     path = config.ref_model_name_or_path or config.model_name_or_path
-    scorer = load_scorer(config, policy.device, policy.autocast, path)
+    scorer = load_scorer(config, policy.device, policy.autocast, path, world=world)
     scorer.context = policy.context
     return scorer
 
 
-def _second_model(config: TrainConfig, policy: Scorer) -> OnlineReference:
+def _second_model(config: TrainConfig, policy: Scorer, world: World) -> OnlineReference:
     """The model that `ref_model_name_or_path` names, or the policy as it is at the start."""
     path = config.ref_model_name_or_path
     if path is None and config.model_name_or_path is None:  # it came from memory
         scorer = replace(policy, model=copy.deepcopy(policy.model))
         scorer.head = find_head(scorer.model)
     else:
-        scorer = _second_scorer(config, policy)
+        scorer = _second_scorer(config, policy, world)
     scorer.model.requires_grad_(False)
     if policy.layout.name != scorer.layout.name:
         weaker = max(policy.layout, scorer.layout, key=lambda layout: LAYOUTS.index(layout.name))

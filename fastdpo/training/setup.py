@@ -143,7 +143,7 @@ def load(
         config = world.share(fitted)
     # What is going to be sharded is not whole on any device.
     place = torch.device("cpu") if world.sharded else device
-    policy = load_scorer(config, place, autocast, model=given.model)
+    policy = load_scorer(config, place, autocast, model=given.model, world=world)
     if world.context is not None:
         if policy.layout.name == "padded":
             raise padded_context(policy.layout.reason)
