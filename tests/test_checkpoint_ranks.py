@@ -2,17 +2,11 @@
 whatever spreads the model to whatever else; whole or not there when a process is killed.
 """
 
-import json
-import logging
-import random
-import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from training import assert_same_run, metrics, settings, weights
 from transformers import AutoModelForCausalLM
 
@@ -30,14 +24,13 @@ PLACES: dict[str, tuple[int, dict[str, Any]]] = {
 
 ADAPTER = {"use_peft": True, "lora_r": 3, "lora_target_modules": ["q_proj", "down_proj"]}
 MOVING = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
-KINDS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "moving reference": MOVING,
-    "adapter with dropout": {**ADAPTER, "lora_dropout": 0.3, "learning_rate": 1e-2},
-    "8 bit": {"optim": "adamw_torch_8bit"},
-    "sgd": {"optim": "sgd", "learning_rate": 0.1},
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "full": ("replicate 2", {}),
+    "moving reference": ("fsdp 2", MOVING),
+    "adapter with dropout": ("fsdp 2", {**ADAPTER, "lora_dropout": 0.3, "learning_rate": 1e-2}),
+    "8 bit": ("fsdp 2", {"optim": "adamw_torch_8bit"}),
+    "sgd": ("hsdp 2x2", {"optim": "sgd", "learning_rate": 0.1}),
 }
-EVERY_OTHER = {"save_strategy": "steps", "save_steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -47,31 +40,94 @@ def processes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(processes, tied_model, pairs_file):
-    """Train at a place of `PLACES`; how that ended."""
+    """Train at a place of `PLACES`, from a checkpoint if one is given; how that ended."""
 
-    def started(place: str, output: Path, kill: Kill | None = None, **changes: Any) -> Run:
+    def started(
+        place: str, output: Path, source: Path | None = None, kill: Kill | None = None, **keys: Any
+    ) -> Run:
         ranks, spread = PLACES[place]
-        keys = settings(tied_model, pairs_file, output, **spread, **changes)
-        return processes.run(keys, kill, ranks)
+        keys = {"per_device_train_batch_size": 2, "lr_scheduler_type": "constant", **keys}
+        if source is not None:
+            keys["resume_from_checkpoint"] = source
+        return processes.run(
+            settings(tied_model, pairs_file, output, **spread, **keys), kill, ranks
+        )
 
     return started
 
 
-def go(start: Any, place: str, output: Path, **changes: Any) -> str:
-    """Train to the end; what was said."""
-    run = start(place, output, per_device_train_batch_size=2, **changes)
+def go(start: Any, *arguments: Any, **keys: Any) -> str:
+    """Train to the end, with a checkpoint at every step; what was said."""
+    run = start(*arguments, save_strategy="steps", save_steps=1, **keys)
     assert run.code == 0, run.text
     return run.text
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_goes_on_bit_for_bit(start, tmp_path, kind):
-    place = "replicate 2" if kind == "full" else "fsdp 2"
-    keys = KINDS[kind]
-    go(start, place, tmp_path / "whole", **keys, **EVERY_OTHER)
-    saved = tmp_path / "whole" / "checkpoint-2"
-    assert checkpoint.damage(saved) is None
-    said = go(start, place, tmp_path / "rest", **keys, resume_from_checkpoint=saved)
-    assert "resumed at step 2" in said and "rounded once more" not in said
+    place, keys = KINDS[kind]
+    go(start, place, tmp_path / "whole", max_steps=3, **keys)
+    source = tmp_path / "whole" / "checkpoint-1"
+    assert checkpoint.damage(source) is None
+    assert not [f for f in source.rglob("*") if f.suffix in (".pt", ".bin", ".distcp", ".metadata")]
+    said = go(start, place, tmp_path / "rest", source, max_steps=3, **keys)
+    assert "resumed at step 1" in said and "rounded once more" not in said
     assert_same_run(tmp_path / "rest", tmp_path / "whole")
-    assert [row["step"] for row in metrics(tmp_path / "rest")] == [3, 4]
+    assert [row["step"] for row in metrics(tmp_path / "rest")] == [2, 3]
+
+
+LEGS = ("alone", "fsdp 4", "hsdp 2x2", "replicate 2", "fsdp 2")
+
+
+def test_every_step_may_be_taken_elsewhere(start, tmp_path):
+    """Each leg keeps the units of a step that the first one had: two on each of two devices."""
+    keys, out = {**MOVING, "max_grad_norm": 0.0}, tmp_path / "0"
+    go(start, "fsdp 2", out, max_steps=6, **keys)
+    whole = {row["step"]: row for row in metrics(out)}
+    for step, place in enumerate(LEGS, 1):
+        source, out = out / f"checkpoint-{step}", tmp_path / str(step)
+        said = go(start, place, out, source, max_steps=step + 1, **keys)
+        assert "4 a step" in said, said
+        [row] = metrics(out)
+        assert row["loss"] == pytest.approx(whole[step + 1]["loss"], abs=1e-5)
+        assert row["grad_norm"] == pytest.approx(whole[step + 1]["grad_norm"], rel=1e-4)
+    ours, theirs = weights(out), weights(tmp_path / "0")
+    assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-5
+    wrote = {f.name[:11] for f in (tmp_path / "3" / "checkpoint-4").rglob("shard-*")}
+    assert wrote == {"shard-00001", "shard-00002"}, "a replica too many, or too few, writes"
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "5" / "checkpoint-6").state_dict()
+    assert all(torch.equal(saved[name], ours[name]) for name in ours)
+
+
+def test_moments_in_8_bits_are_cut_anew_where_shares_have_another_size(start, tmp_path):
+    keys, whole = KINDS["8 bit"][1], tmp_path / "whole"
+    go(start, "fsdp 2", whole, max_steps=2, **keys)
+    before, after = weights(whole / "checkpoint-1"), weights(whole)
+    for place, rounded in (("alone", True), ("hsdp 2x2", False)):
+        said = go(start, place, tmp_path / place, whole / "checkpoint-1", max_steps=2, **keys)
+        assert ("rounded once more" in said) == rounded
+        ours = weights(tmp_path / place)
+        off, step = (
+            torch.cat([(after[n] - one[n]).flatten() for n in after]).norm()
+            for one in (ours, before)
+        )
+        assert off < 0.02 * step
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_kill_in_the_middle_of_a_write_leaves_no_half_checkpoint(start, tmp_path, rank):
+    """At any call of the rank's that changes the disk, drawn anew each time."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    often = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    calls = start("fsdp 2", whole, kill=Kill(rank=rank), **often).calls
+    writing = [number for number, (phase, _) in enumerate(calls, 1) if phase == "saving"]
+    kill = Kill(call=random.choice(writing), half=random.random() < 0.5, rank=rank)
+    run = start("fsdp 2", out, kill=kill, **often)
+    assert run.code == -9, f"{kill}: {run.text}"
+    left = checkpoint.checkpoints(out)
+    assert [checkpoint.damage(path) for path in left] == [None] * len(left), kill
+    again = start("fsdp 2", out, kill=Kill(), **often, resume_from_checkpoint=True)
+    assert again.code == 0, again.text
+    assert_same_run(out, whole)
+    assert [path.name for path in checkpoint.checkpoints(out)] == ["checkpoint-3", "checkpoint-4"]
+    assert not list(out.glob(".fastdpo*"))
