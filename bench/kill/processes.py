@@ -53,8 +53,8 @@ class Kill:
 @dataclass(frozen=True)
 class Run:
     """How a run ended: its exit code (-9 where it was killed), how long it took, the phase and the
-    call it was in, and the phase and name of every call that it made; of several ranks, those of the
-    one that was to be killed.
+    call it was in, and the phase and name of every call that it made; of several ranks, those of
+    the one that was to be killed.
     """
 
     code: int

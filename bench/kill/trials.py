@@ -9,6 +9,10 @@ first, so that short ones are hit too), with nothing of the call done or half of
 in the end has to be that of a run that was never disturbed: every file of the output directory and
 of its checkpoints bit for bit, times of the steps apart, every value of the reference, and no file
 besides. Started once more, it has to be finished. One row a trial goes to bench/results/kill.jsonl.
+
+    python -m bench.kill --times 20 --devices 1 2 4
+
+kills one rank or all of a run that is spread over so many processes: see `devices`.
 """
 
 import argparse
@@ -51,7 +55,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--times", type=int, default=100, help="trials, half of them each kind")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--devices", type=int, nargs="+", help="processes to choose from")
     options = parser.parse_args()
+    if options.devices:
+        from .devices import run
+
+        sys.exit(run(options))
     rng, differing, phases = random.Random(options.seed), 0, Counter[str]()
     with tempfile.TemporaryDirectory() as scratch:
         trials = Trials(Path(scratch))
@@ -82,6 +91,8 @@ def draw(rng: random.Random, whole: Run, count: int) -> Iterator[Kill]:
 
 class Trials:
     """Runs in one directory, so that all of them have the same paths."""
+
+    kinds = KINDS
 
     def __init__(self, scratch: Path, changes: dict[str, Any] | None = None) -> None:
         self.scratch, self.work = scratch, scratch / "work"
@@ -121,9 +132,9 @@ class Trials:
             self.work.rename(self.scratch / kind)
         return self._whole[kind]
 
-    def start(self, kind: str, kill: Kill | None = None) -> Run:
+    def start(self, kind: str, kill: Kill | None = None, ranks: int = 1) -> Run:
         """Start, or start again."""
-        run = self.processes.run(self.common | KINDS[kind], kill)
+        run = self.processes.run(self.common | self.kinds[kind], kill, ranks)
         if run.code not in (0, -9):
             raise RuntimeError(f"exit code {run.code}: {run.text[-2000:]}")
         return run
