@@ -122,7 +122,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_no_half_checkpoint(start, tmp_pa
     """At one of the calls of the rank's that change the disk, drawn anew each time."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     often = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
-    calls = start("fsdp 2", whole, kill=Kill(rank=rank), **often).calls
+    calls = start("fsdp 2", whole, **often).by_rank[rank]
     writes = {
         re.sub(r"(-checkpoint-\d+-).*", r"\1", name) for phase, name in calls if phase == SAVING
     }
@@ -132,7 +132,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_no_half_checkpoint(start, tmp_pa
     assert run.code == -9, f"{kill}: {run.text}"
     left = checkpoint.checkpoints(out)[-2:]  # one before them was being removed
     assert [checkpoint.damage(path) for path in left] == [None] * len(left), kill
-    again = start("fsdp 2", out, kill=Kill(), **often, resume_from_checkpoint=True)
+    again = start("fsdp 2", out, **often, resume_from_checkpoint=True)
     assert again.code == 0, again.text
     assert_same_run(out, whole)
     assert [path.name for path in checkpoint.checkpoints(out)] == ["checkpoint-3", "checkpoint-4"]

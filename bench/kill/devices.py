@@ -1,6 +1,7 @@
 """Kills runs that are spread over processes, and goes on with as many, or with another number.
 
-A kill ends one rank, or all of them at once, and the others as a launcher would. Half of the trials
+A kill ends one rank, after a time or at a call that changes the disk, and the others as a launcher
+would; or all of them at once. Half of the trials
 keep the number of processes: what they leave has to be what an undisturbed run of as many leaves,
 bit for bit. In the others each start draws its number: their curve has to be that of one process,
 but for what fp32 sums in another order differ by. After each kill every checkpoint that is there
@@ -97,10 +98,9 @@ class DeviceTrials(Trials):
         return row | {"steps": self.common["max_steps"], "differs": differs}
 
     def _draw(self, kind: str, rng: random.Random, ranks: int) -> Kill:
-        [kill] = draw(rng, self.whole(kind, ranks)[1], 1)
-        if kill.seconds is None:
-            return kill  # at a call of the first rank's
-        return replace(kill, rank=rng.randrange(ranks), all_ranks=rng.random() < 0.5)
+        rank = rng.randrange(ranks)
+        [kill] = draw(rng, self.whole(kind, ranks)[1], 1, rank)
+        return replace(kill, all_ranks=kill.seconds is not None and rng.random() < 0.5)
 
     def _damages(self) -> list[str]:
         """What is wrong with checkpoints; one more than are kept is being removed."""

@@ -53,16 +53,21 @@ class Kill:
 @dataclass(frozen=True)
 class Run:
     """How a run ended: its exit code (-9 where it was killed), how long it took, the phase and the
-    call it was in, and the phase and name of every call that it made; of several ranks, those of
-    the one that was to be killed.
+    call it was in, of the rank that was to be killed, and the phase and name of every call that
+    each rank made.
     """
 
     code: int
     seconds: float
     phase: str
     call: str
-    calls: list[tuple[str, str]]
+    by_rank: list[list[tuple[str, str]]]
     text: str
+
+    @property
+    def calls(self) -> list[tuple[str, str]]:
+        """Those of the first rank."""
+        return self.by_rank[0]
 
 
 class Processes:
@@ -97,14 +102,14 @@ class Processes:
         self._wait(processes, kill)
         seconds = time.perf_counter() - start
         phase, _, call = self._note(kill.rank, "status").strip().partition(": ")
-        calls = self._note(kill.rank, "calls.json")
+        calls = [json.loads(self._note(rank, "calls.json") or "[]") for rank in range(ranks)]
         codes = [process.exitcode or 0 for process in processes]
         return Run(
             code=-9 if -9 in codes else next((code for code in codes if code), 0),
             seconds=seconds,
             phase=phase or "loading",
             call=call,
-            calls=[tuple(call) for call in json.loads(calls)] if calls else [],
+            by_rank=[[tuple(call) for call in one] for one in calls],
             text=(self.folder / "text").read_text(),
         )
 

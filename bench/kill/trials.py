@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from fastdpo.reference import LogpStore
 from fastdpo.training import checkpoint
@@ -78,15 +79,16 @@ def main() -> None:
     sys.exit(1 if differing else 0)
 
 
-def draw(rng: random.Random, whole: Run, count: int) -> Iterator[Kill]:
+def draw(rng: random.Random, whole: Run, count: int, rank: int = 0) -> Iterator[Kill]:
     """Kills for a run that takes as long and makes the same calls as this one."""
+    made = whole.by_rank[rank]
     for _ in range(count):
         if rng.random() < 0.4:
-            yield Kill(seconds=rng.uniform(0.02, 1.0) * whole.seconds)
+            yield Kill(seconds=rng.uniform(0.02, 1.0) * whole.seconds, rank=rank)
             continue
-        phase = rng.choice(sorted({phase for phase, _ in whole.calls}))
-        calls = [number for number, call in enumerate(whole.calls, 1) if call[0] == phase]
-        yield Kill(call=rng.choice(calls), half=rng.random() < 0.5)
+        phase = rng.choice(sorted({phase for phase, _ in made}))
+        calls = [number for number, call in enumerate(made, 1) if call[0] == phase]
+        yield Kill(call=rng.choice(calls), half=rng.random() < 0.5, rank=rank)
 
 
 class Trials:
@@ -213,6 +215,8 @@ def content(file: Path) -> Any:
     if file.name == "trainer_state.json":
         state = json.loads(file.read_text(encoding="utf-8"))
         return state | {"pending": _untimed(state.get("pending", {}))}
+    if file.name.startswith("shard-"):  # torch's headers come in any order
+        return {name: tensor.numpy().tobytes() for name, tensor in load_file(file).items()}
     return file.read_bytes()
 
 
