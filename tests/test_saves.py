@@ -13,11 +13,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from fastdpo.config import TrainConfig
 from fastdpo.errors import CheckpointError, FastDPOError
+from fastdpo.model.adapter import add_adapter
 from fastdpo.model.sharding import shard_model
+from fastdpo.model.shares import load_any_weights
 from fastdpo.parallel.shares import Stored, tidy_whole
 from fastdpo.parallel.world import World
 from fastdpo.training import checkpoint, saves
@@ -162,3 +164,62 @@ def test_blocks_are_copied_where_they_lie_alike(tmp_path, cut, exact):
         expected = optimizer._new_buffer(layer.weight, True).copy_(expected.view(40, 256))
         expected = expected.dequantize().flatten()
     assert torch.equal(joined.dequantize().flatten(), expected)
+
+
+def test_without_an_optimizer_it_holds_the_model_alone(world, trained, tiny_model, tmp_path):
+    model, tokenizer = trained[0], AutoTokenizer.from_pretrained(tiny_model)
+    with Saves(world, 20) as made:
+        made.save(
+            tmp_path / "one", print, model=model, tokenizer=tokenizer, optimizer=None, state={}
+        )
+    assert not list((tmp_path / "one").rglob("*optimizer*"))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "one").state_dict()
+    assert all(torch.equal(saved[n], p.full_tensor()) for n, p in model.named_parameters())
+    with pytest.raises(CheckpointError, match="holds the model alone"):
+        checkpoint.read_state(tmp_path / "one")
+
+
+MIXTURE = {"num_local_experts": 2, "hidden_size": 16, "intermediate_size": 8, "vocab_size": 40}
+
+
+def test_weights_that_files_name_otherwise_are_found(world, tmp_path):
+    """transformers keeps experts as one tensor in memory and as many in files."""
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(**MIXTURE, **sizes))
+    known = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model.save_pretrained(tmp_path)
+    assert known.keys() != load_file(tmp_path / "model.safetensors").keys()
+    shard_model(model, world.mesh)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    load_any_weights(model, TrainConfig(), tmp_path)
+    named = dict(model.named_parameters())
+    assert all(torch.equal(named[name].full_tensor(), known[name]) for name in named)
+
+
+def test_a_checkpoint_of_something_else_is_refused(
+    world, trained, tiny_model, tied_model, tmp_path
+):
+    model = trained[0]
+    with pytest.raises(CheckpointError, match="holds another model"):
+        load_any_weights(model, TrainConfig(), tied_model)
+    keys = {
+        "use_peft": True,
+        "model_name_or_path": str(tiny_model),
+        "lora_target_modules": ["q_proj"],
+    }
+    with pytest.raises(CheckpointError, match="holds no adapter, but use_peft is set"):
+        load_any_weights(model, TrainConfig(**keys), tiny_model)
+    for rank, module, problem in (
+        (2, "q_proj", "has other shapes"),
+        (3, "k_proj", "other modules"),
+    ):
+        base = AutoModelForCausalLM.from_pretrained(tiny_model)
+        other = TrainConfig(**{**keys, "lora_r": rank, "lora_target_modules": [module]})
+        add_adapter(base, other).save_pretrained(tmp_path / module)
+        config = TrainConfig(**keys, lora_r=3)
+        mine = add_adapter(AutoModelForCausalLM.from_pretrained(tiny_model), config)
+        shard_model(mine, world.mesh)
+        with pytest.raises(CheckpointError, match=problem):
+            load_any_weights(mine, config, tmp_path / module)
