@@ -77,6 +77,8 @@ class DeviceTrials(Trials):
         kills = 1 + rng.choice((0, 0, 1))
         counts = [rng.choice(devices) for _ in range(kills + 1)]
         counts = [counts[0]] * len(counts) if same else counts
+        for ranks in {1, *counts}:  # before anything of the trial is there
+            self.whole(kind, ranks)
         row: dict[str, Any] = {"kind": kind, "devices": [], "kills": []}
         differs: list[str] = []
         try:
