@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
@@ -130,7 +131,10 @@ class Saves:
         self._require_seen(temporary)
         copies = {name: staged(own) for name, own in tensors.items()}
         write = partial(self._write, path, temporary, copies, names, then)
-        self._thread = threading.Thread(target=self._keep_problem, args=(path, write), daemon=True)
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        self._thread = threading.Thread(
+            target=self._keep_problem, args=(path, write, device), daemon=True
+        )
         self._thread.start()
 
     def _joined(self, rest: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -173,7 +177,9 @@ class Saves:
                 "all hosts share"
             )
 
-    def _keep_problem(self, path: Path, write: Callable[[], None]) -> None:
+    def _keep_problem(self, path: Path, write: Callable[[], None], device: int | None) -> None:
+        if device is not None:  # or else a thread's is the first one
+            torch.cuda.set_device(device)
         try:
             with files.explain(path):
                 write()
