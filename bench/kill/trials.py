@@ -19,7 +19,6 @@ import argparse
 import json
 import random
 import shutil
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -51,17 +50,8 @@ KINDS: dict[str, dict[str, Any]] = {
 TIMED = ("tokens_per_second", "pairs_per_second", "peak_memory_mib", "mfu")
 
 
-def main() -> None:
-    """Run the trials; exits with 1 if any differs."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--times", type=int, default=100, help="trials, half of them each kind")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--devices", type=int, nargs="+", help="processes to choose from")
-    options = parser.parse_args()
-    if options.devices:
-        from .devices import run
-
-        sys.exit(run(options))
+def run(options: argparse.Namespace) -> int:
+    """Run the trials; 1 if any differs."""
     rng, differing, phases = random.Random(options.seed), 0, Counter[str]()
     with tempfile.TemporaryDirectory() as scratch:
         trials = Trials(Path(scratch))
@@ -76,7 +66,7 @@ def main() -> None:
             print(number, json.dumps(row), flush=True)
     print(f"{sum(phases.values())} kills in {options.times} trials, {dict(phases)}")
     print(f"{options.times - differing} trials end bit for bit, {differing} do not")
-    sys.exit(1 if differing else 0)
+    return 1 if differing else 0
 
 
 def draw(rng: random.Random, whole: Run, count: int, rank: int = 0) -> Iterator[Kill]:
