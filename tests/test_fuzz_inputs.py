@@ -221,7 +221,7 @@ def saved(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            checkpoint, "save_weights", lambda model, folder: model.save_pretrained(folder)
+            checkpoint, "save_weights", lambda model, folder, _: model.save_pretrained(folder)
         )
         tokenizer = type("None_", (), {"save_pretrained": lambda self, folder: None})()
         checkpoint.save_checkpoint(

@@ -160,9 +160,11 @@ def restore(
         raise CheckpointError(f"{path}: made for another model ({one_line(error)})") from error
     if not all(world.gather_all(exact)):
         logger.info("optimizer: 8-bit moments in other blocks than before, so rounded once more")
-    tensors = _read_tensors(path / "rng.safetensors")
+    randoms = state_of(_read_tensors(path / "rng.safetensors"), world.rank)
+    if world.rank and not randoms:
+        return  # there were fewer ranks: what it draws is its own already
     try:
-        restore_random_state(state_of(tensors, world.rank), state.get("python_rng"))
+        restore_random_state(randoms, state.get("python_rng"))
     except Exception as error:  # as above
         raise CheckpointError(
             f"{path}: its random state cannot be set ({one_line(error)})"

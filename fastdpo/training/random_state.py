@@ -36,9 +36,8 @@ def joined_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def state_of(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """One rank's of `joined_states`; where there were fewer ranks, it counts round."""
-    ranks = 1 + max((int(name.split(".")[0]) for name in tensors if "." in name), default=0)
-    prefix = f"{rank % ranks}." if rank % ranks else ""
+    """One rank's of `joined_states`; empty where there was none of that number."""
+    prefix = f"{rank}." if rank else ""
     return {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()
