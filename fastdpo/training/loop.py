@@ -17,8 +17,8 @@ from ..data.plan import Step, epoch_plan, plan_digest
 from ..devices import peak_memory_mib
 from ..errors import ConfigError
 from ..model.layout import ordinary
-from ..model.shares import load_any_weights
 from ..model.sharding import add_replicas_up
+from ..model.shares import load_any_weights
 from . import checkpoint, metrics
 from .changes import check_identity, deciding, describe_changes
 from .optimizer import make_scheduler, restart
