@@ -71,13 +71,19 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 @contextmanager
 def temporary_directory(path: Path) -> Iterator[Path]:
     """A directory beside `path` that is gone afterwards, unless it was renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{path.name}-", dir=path.parent))
-    temporary.chmod(0o755)
+    temporary = make_temporary(path)
     try:
         yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_temporary(path: Path) -> Path:
+    """An empty directory beside `path`; `remove_leftovers` knows it by its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{path.name}-", dir=path.parent))
+    temporary.chmod(0o755)
+    return temporary
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from bench_rows import a_run, evaluations, head_rows, row, texts
 
 from bench.jsonl import read_rows, write_rows
 from bench.report import heads, pages, trainers
-from bench.report.robustness import kill_block, soak_block
+from bench.report.robustness import kill_block, kill_devices_block, soak_block
 from bench.report.rows import Row
 from bench.report.summary import summary_block, tokens_block
 from bench.report.trainers import losses_block
@@ -114,6 +114,10 @@ def test_what_else_reaches_a_page(tree: Path) -> None:
     trial = {"kind": "full", "kills": kills, "bit_for_bit": True, **KEEP}
     write_rows(results / "kill.jsonl", [trial, {**trial, "bit_for_bit": False}])
     assert "| full | saving 4, training 2 | 6 | 2 | 1 |" in kill_block(results)
+    elsewhere = {**trial, "bit_for_bit": None, "off": 2.5e-7}
+    write_rows(results / "kill-devices.jsonl", [trial, elsewhere])
+    line = "| full | saving 4, training 2 | 6 | 1 of 1 | 1 | 2.5e-07 |"
+    assert line in kill_devices_block(results)
     growth = {"resident_mib": 1.25, "files": 0.0, "threads": 0.0, "mappings": -1.0, "blocks": 5.5}
     long = {"kind": "lora", "steps": 900, "growth": growth, "flat": True, **KEEP}
     write_rows(results / "soak.jsonl", [long])

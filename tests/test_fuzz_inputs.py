@@ -221,7 +221,7 @@ def saved(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            checkpoint, "save_weights", lambda model, folder: model.save_pretrained(folder)
+            checkpoint, "save_weights", lambda model, folder, _: model.save_pretrained(folder)
         )
         tokenizer = type("None_", (), {"save_pretrained": lambda self, folder: None})()
         checkpoint.save_checkpoint(
@@ -261,7 +261,7 @@ def test_any_files_beside_the_tensors_are_read_or_an_error(saved, data):
         file.write_bytes(data.draw(damaged(content)))
         answers(lambda: checkpoint.read_state(path), FastDPOError)
         with pytest.MonkeyPatch.context() as patch:  # as if the manifest agreed
-            patch.setattr(checkpoint, "damage", lambda path: None)
+            patch.setattr(checkpoint, "damage", lambda path, *ranks: None)
             state = answers(lambda: checkpoint.read_state(path), FastDPOError)
         if state is not None:
             answers(partial(checkpoint.restore, path, state, optimizer), FastDPOError)

@@ -3,16 +3,20 @@
 The runs are forked from a server that has imported everything once. Each notes what it is doing in
 a file, which outlives it, and counts the calls that change the disk: files that are opened to be
 written, renamed, removed or brought to the disk, directories, safetensors. A `Kill` is either after
-a time, from outside, or at such a call, from inside.
+a time, from outside, or at such a call, from inside. A run of several ranks is as many processes,
+told what torchrun would tell them; when one of them ends otherwise than well, so do the others.
 """
 
 import builtins
 import functools
 import json
+import math
 import multiprocessing
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,33 +32,42 @@ PRELOADED = (
 )
 _EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
 _WRITES = os.O_WRONLY | os.O_RDWR
+_MOMENT = 0.2
 
 
 @dataclass(frozen=True)
 class Kill:
     """When a run is killed: `seconds` after its start, or at a call that changes the disk, with
     nothing of it done or with `half` of it: the one of number `call`, or the first one whose phase
-    and name begin as `place` says.
+    and name begin as `place` says. Of several ranks it is one, or all of them at once.
     """
 
     seconds: float | None = None
     call: int | None = None
     place: str | None = None
     half: bool = False
+    rank: int = 0
+    all_ranks: bool = False
 
 
 @dataclass(frozen=True)
 class Run:
     """How a run ended: its exit code (-9 where it was killed), how long it took, the phase and the
-    call it was in, and the phase and name of every call that it made.
+    call it was in, of the rank that was to be killed, and the phase and name of every call that
+    each rank made.
     """
 
     code: int
     seconds: float
     phase: str
     call: str
-    calls: list[tuple[str, str]]
+    by_rank: list[list[tuple[str, str]]]
     text: str
+
+    @property
+    def calls(self) -> list[tuple[str, str]]:
+        """Those of the first rank."""
+        return self.by_rank[0]
 
 
 class Processes:
@@ -70,40 +83,71 @@ class Processes:
             self.context.set_forkserver_preload(list(PRELOADED))
             self.context.Process(target=time.time).start()
 
-    def run(self, values: dict[str, Any], kill: Kill | None = None) -> Run:
+    def run(self, values: dict[str, Any], kill: Kill | None = None, ranks: int = 1) -> Run:
         """Train with this configuration until the end, or until the kill."""
-        kill = kill or Kill()
-        for name in ("status", "calls.json", "text"):
-            (self.folder / name).write_text("")
-        process = self.context.Process(target=_run, args=(values, self.folder, kill))
+        kill, port = kill or Kill(), _free_port()
+        (self.folder / "text").write_text("")
+        processes = []
         start = time.perf_counter()
-        process.start()
-        process.join(kill.seconds)
-        if process.is_alive():
-            process.kill()
-            process.join()
+        for rank in range(ranks):
+            for name in ("status", "calls.json"):
+                (self.folder / f"{rank}-{name}").write_text("")
+            where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
+            where |= {"LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+            told = {name: str(value) for name, value in where.items()} if ranks > 1 else {}
+            own = kill if rank == kill.rank else Kill()
+            arguments = (values, self.folder, own, rank, told)
+            processes.append(self.context.Process(target=_run, args=arguments))
+            processes[-1].start()
+        self._wait(processes, kill)
         seconds = time.perf_counter() - start
-        phase, _, call = (self.folder / "status").read_text().strip().partition(": ")
-        calls = (self.folder / "calls.json").read_text()
+        phase, _, call = self._note(kill.rank, "status").strip().partition(": ")
+        calls = [json.loads(self._note(rank, "calls.json") or "[]") for rank in range(ranks)]
+        codes = [process.exitcode or 0 for process in processes]
         return Run(
-            code=process.exitcode or 0,
+            code=-9 if -9 in codes else next((code for code in codes if code), 0),
             seconds=seconds,
             phase=phase or "loading",
             call=call,
-            calls=[tuple(call) for call in json.loads(calls)] if calls else [],
+            by_rank=[[tuple(call) for call in one] for one in calls],
             text=(self.folder / "text").read_text(),
         )
+
+    def _note(self, rank: int, name: str) -> str:
+        return (self.folder / f"{rank}-{name}").read_text()
+
+    def _wait(self, processes: list[Any], kill: Kill) -> None:
+        """Until all have ended, or the kill has come; then the others are ended too."""
+        end = math.inf if kill.seconds is None else time.perf_counter() + kill.seconds
+        while any(process.is_alive() for process in processes):
+            if time.perf_counter() >= end:
+                for process in processes if kill.all_ranks else [processes[kill.rank]]:
+                    process.kill()
+                    process.join()
+                end = math.inf
+            if any(process.exitcode for process in processes):
+                for process in processes:
+                    if not kill.all_ranks:  # the launcher gives them a moment
+                        process.join(_MOMENT)
+                    process.kill()
+                    process.join()
+            time.sleep(0.002)
 
 
 class Watch:
     """Notes phases and calls of this process, and kills it where it is to be killed."""
 
-    def __init__(self, folder: Path, kill: Kill) -> None:
+    def __init__(self, folder: Path, kill: Kill, rank: int) -> None:
         self.folder, self.kill = folder, kill
-        self.status = os.open(folder / "status", os.O_WRONLY)
-        self.phase = "loading"
+        self.status = os.open(folder / f"{rank}-status", os.O_WRONLY)
+        self.threads = threading.local()
         self.calls: list[tuple[str, str]] = []
         self.noting = True
+
+    @property
+    def phase(self) -> str:
+        """What this thread is doing."""
+        return getattr(self.threads, "phase", "loading")
 
     def note(self, text: str) -> None:
         """Leave a text for the parent."""
@@ -112,10 +156,10 @@ class Watch:
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
         """A phase, and afterwards the one around it."""
-        outer, self.phase = self.phase, phase
+        outer, self.threads.phase = self.phase, phase
         self.note(phase)
         yield
-        self.phase = outer
+        self.threads.phase = outer
         self.note(outer)
 
     def inside(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -183,8 +227,15 @@ def _half_of_open(path: str, flags: int) -> None:
     os.close(file)
 
 
-def _run(values: dict[str, Any], folder: Path, kill: Kill) -> None:
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
+
+
+def _run(values: dict[str, Any], folder: Path, kill: Kill, rank: int, told: dict[str, str]) -> None:
     """Of the child: train, as `fastdpo train` would."""
+    os.environ.update(told)
     output = os.open(folder / "text", os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -194,19 +245,20 @@ def _run(values: dict[str, Any], folder: Path, kill: Kill) -> None:
     import torch
 
     from fastdpo import cli, reference
-    from fastdpo.training import checkpoint, loop, references
+    from fastdpo.training import checkpoint, loop, references, saves
     from fastdpo.training.output import Output
 
     torch.set_num_threads(1)
     datasets.config.HF_DATASETS_CACHE = Path(values["output_dir"]).parent / "datasets"
     reference.SECONDS_BETWEEN_WRITES = 0.0
-    watch = Watch(folder, kill)
+    watch = Watch(folder, kill, rank)
     for place, name, phase in (
         (references, "fill_reference", "reference"),
         (Output, "begin", "starting"),
         (loop.Trainer, "train", "training"),
         (loop.Trainer, "_evaluate", "evaluating"),
         (checkpoint, "save_checkpoint", "saving"),
+        (saves.Saves, "_write", "saving"),
         (checkpoint, "rotate", "rotating"),
         (Output, "finish", "final save"),
     ):
@@ -218,7 +270,7 @@ def _run(values: dict[str, Any], folder: Path, kill: Kill) -> None:
     lists = {k: v if isinstance(v, list) else [v] for k, v in values.items()}
     code = cli.main(["train", *(str(p) for k, v in lists.items() for p in (f"--{k}", *v))])
     watch.noting = False
-    with builtins.open(folder / "calls.json", "w") as file:
+    with builtins.open(folder / f"{rank}-calls.json", "w") as file:
         json.dump(watch.calls, file)
     sys.exit(code)
 

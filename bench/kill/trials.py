@@ -9,13 +9,16 @@ first, so that short ones are hit too), with nothing of the call done or half of
 in the end has to be that of a run that was never disturbed: every file of the output directory and
 of its checkpoints bit for bit, times of the steps apart, every value of the reference, and no file
 besides. Started once more, it has to be finished. One row a trial goes to bench/results/kill.jsonl.
+
+    python -m bench.kill --times 20 --devices 1 2 4
+
+kills one rank or all of a run that is spread over so many processes: see `devices`.
 """
 
 import argparse
 import json
 import random
 import shutil
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -24,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from fastdpo.reference import LogpStore
 from fastdpo.training import checkpoint
@@ -46,12 +50,8 @@ KINDS: dict[str, dict[str, Any]] = {
 TIMED = ("tokens_per_second", "pairs_per_second", "peak_memory_mib", "mfu")
 
 
-def main() -> None:
-    """Run the trials; exits with 1 if any differs."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--times", type=int, default=100, help="trials, half of them each kind")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+def run(options: argparse.Namespace) -> int:
+    """Run the trials; 1 if any differs."""
     rng, differing, phases = random.Random(options.seed), 0, Counter[str]()
     with tempfile.TemporaryDirectory() as scratch:
         trials = Trials(Path(scratch))
@@ -66,22 +66,25 @@ def main() -> None:
             print(number, json.dumps(row), flush=True)
     print(f"{sum(phases.values())} kills in {options.times} trials, {dict(phases)}")
     print(f"{options.times - differing} trials end bit for bit, {differing} do not")
-    sys.exit(1 if differing else 0)
+    return 1 if differing else 0
 
 
-def draw(rng: random.Random, whole: Run, count: int) -> Iterator[Kill]:
+def draw(rng: random.Random, whole: Run, count: int, rank: int = 0) -> Iterator[Kill]:
     """Kills for a run that takes as long and makes the same calls as this one."""
+    made = whole.by_rank[rank]
     for _ in range(count):
         if rng.random() < 0.4:
-            yield Kill(seconds=rng.uniform(0.02, 1.0) * whole.seconds)
+            yield Kill(seconds=rng.uniform(0.02, 1.0) * whole.seconds, rank=rank)
             continue
-        phase = rng.choice(sorted({phase for phase, _ in whole.calls}))
-        calls = [number for number, call in enumerate(whole.calls, 1) if call[0] == phase]
-        yield Kill(call=rng.choice(calls), half=rng.random() < 0.5)
+        phase = rng.choice(sorted({phase for phase, _ in made}))
+        calls = [number for number, call in enumerate(made, 1) if call[0] == phase]
+        yield Kill(call=rng.choice(calls), half=rng.random() < 0.5, rank=rank)
 
 
 class Trials:
     """Runs in one directory, so that all of them have the same paths."""
+
+    kinds = KINDS
 
     def __init__(self, scratch: Path, changes: dict[str, Any] | None = None) -> None:
         self.scratch, self.work = scratch, scratch / "work"
@@ -121,9 +124,9 @@ class Trials:
             self.work.rename(self.scratch / kind)
         return self._whole[kind]
 
-    def start(self, kind: str, kill: Kill | None = None) -> Run:
+    def start(self, kind: str, kill: Kill | None = None, ranks: int = 1) -> Run:
         """Start, or start again."""
-        run = self.processes.run(self.common | KINDS[kind], kill)
+        run = self.processes.run(self.common | self.kinds[kind], kill, ranks)
         if run.code not in (0, -9):
             raise RuntimeError(f"exit code {run.code}: {run.text[-2000:]}")
         return run
@@ -202,6 +205,8 @@ def content(file: Path) -> Any:
     if file.name == "trainer_state.json":
         state = json.loads(file.read_text(encoding="utf-8"))
         return state | {"pending": _untimed(state.get("pending", {}))}
+    if file.name.startswith("shard-"):  # torch's headers come in any order
+        return {name: tensor.numpy().tobytes() for name, tensor in load_file(file).items()}
     return file.read_bytes()
 
 

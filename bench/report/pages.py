@@ -21,7 +21,7 @@ from .convergence import convergence_block, convergence_chart, convergence_table
 from .heads import head_tables, heads_all_block, heads_block, heads_chart
 from .losses import demo_block, forms_block, kto_tokens_block
 from .memory import memory_block
-from .robustness import kill_block, soak_block
+from .robustness import kill_block, kill_devices_block, soak_block
 from .rows import first, flat, newest_runs, origins
 from .summary import summary_block, tokens_block
 from .tables import NOTHING
@@ -54,6 +54,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "memory": memory_block,
     "balance": balance_block,
     "kill": kill_block,
+    "kill-devices": kill_devices_block,
     "soak": soak_block,
 }
 CHARTS: dict[str, Callable[[Path], str | None]] = {
@@ -80,6 +81,7 @@ def full_tables(folder: Path) -> str:
         "Memory": memory_block,
         "Time between steps": gaps_block,
         "Runs that were killed": kill_block,
+        "Runs of several processes that were killed": kill_devices_block,
         "Long runs": soak_block,
     }
     for title, block in blocks.items():

@@ -31,6 +31,40 @@ def kill_block(folder: Path) -> str:
     return "\n\n".join([markdown(columns, lines, 2), *origins(rows)])
 
 
+def kill_devices_block(folder: Path) -> str:
+    """How many runs of several processes ended as an undisturbed one, gone on with on as many or on
+    others.
+    """
+    rows = read(folder, "kill-devices.jsonl")
+    if not rows:
+        return NOTHING
+    lines = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        trials = [row for row in rows if row["kind"] == kind]
+        phases = Counter(kill["phase"] for row in trials for kill in row["kills"])
+        same = [row["bit_for_bit"] for row in trials if row["bit_for_bit"] is not None]
+        other = [row["off"] for row in trials if "off" in row]
+        lines.append(
+            [
+                kind,
+                ", ".join(f"{phase} {count}" for phase, count in phases.most_common()),
+                str(phases.total()),
+                f"{sum(same)} of {len(same)}",
+                str(len(trials) - len(same)),
+                f"{max(other):.1e}" if other else "",
+            ]
+        )
+    columns = (
+        "model",
+        "killed while",
+        "kills",
+        "bit for bit on as many processes",
+        "trials on other numbers",
+        "largest difference of the curve there",
+    )
+    return "\n\n".join([markdown(columns, lines, 2), *origins(rows)])
+
+
 def soak_block(folder: Path) -> str:
     """By how much the last quarter of a long run holds more than the second one."""
     rows = read(folder, "soak.jsonl")

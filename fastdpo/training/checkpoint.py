@@ -4,19 +4,19 @@ equal, bit for bit.
 `checkpoint-N/` holds the model or adapter (`save_pretrained`), the tokenizer,
 `optimizer.safetensors`, `rng.safetensors`, `trainer_state.json`, `reference.safetensors` where the
 reference moves and, written last, `manifest.json` with the size and digest of every file. It
-appears by one rename, so a killed process leaves it whole or not at all.
+appears by one rename, so a killed process leaves it whole or not at all. Where ranks hold shares
+(`saves`), `optimizer` and `reference` are directories; either kind is read by any run.
 """
 
 import json
 import logging
-import random
 import re
-from collections.abc import Mapping
+import socket
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import xxhash
 from safetensors import SafetensorError
@@ -26,12 +26,15 @@ from torch.optim import Optimizer
 from .. import files
 from ..errors import CheckpointError, FastDPOError, one_line
 from ..model.save import save_weights
+from ..parallel.shares import Stored
+from ..parallel.world import ALONE, World
 from . import optimizer_state
+from .random_state import joined_states, random_state, restore_random_state, state_of
 
 logger = logging.getLogger(__name__)
 
 MANIFEST, STATE = "manifest.json", "trainer_state.json"
-_REFERENCE = "reference.safetensors"
+OPTIMIZER, REFERENCE = "optimizer", "reference"
 _STATE_TYPES = {
     "step": int,
     "num_tokens": int,
@@ -39,7 +42,6 @@ _STATE_TYPES = {
     "config": dict,
     "identity": dict,
     "optimizer": list,
-    "python_rng": list,
 }
 
 
@@ -51,30 +53,38 @@ def save_checkpoint(
     optimizer: Optimizer | None,
     state: Mapping[str, Any],
     reference: dict[str, torch.Tensor] | None = None,
+    randoms: Sequence[Mapping[str, torch.Tensor]] | None = None,
 ) -> None:
     """Write a checkpoint; without an optimizer, one that cannot be resumed (`save_only_model`).
-    `reference` is the weights of one that moves, by name.
+    `reference` is the weights of one that moves, by name; `randoms` the random states of all ranks.
     """
     with files.explain(path), files.temporary_directory(path) as temporary:
         save_model(temporary, model, tokenizer)
         if optimizer is not None:
             tensors, rest = optimizer_state.flatten(optimizer)
-            save_file(tensors, temporary / "optimizer.safetensors")
-            save_file(_rng_tensors(), temporary / "rng.safetensors")
+            save_file(tensors, temporary / f"{OPTIMIZER}.safetensors")
             if reference is not None:
-                save_file(reference, temporary / _REFERENCE)
-            full = {**state, "optimizer": rest, "python_rng": random.getstate()}
-            (temporary / STATE).write_text(json.dumps(full), encoding="utf-8")
-        manifest = {name: _fingerprint(temporary / name) for name in files.names_below(temporary)}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        files.flush(temporary)
-        _appear(temporary, path)
+                save_file(reference, temporary / f"{REFERENCE}.safetensors")
+            write_state(temporary, {**state, "optimizer": rest}, randoms or [random_state()])
+        digests = {name: fingerprint(temporary / name) for name in files.names_below(temporary)}
+        appear(temporary, path, digests)
 
 
-def _appear(made: Path, path: Path) -> None:
-    """Rename a whole checkpoint. Where there is a directory of that name, it was damaged or holds
-    files of the user's, and only a run's own files are replaced, the manifest last.
+def write_state(
+    path: Path, state: Mapping[str, Any], randoms: Sequence[Mapping[str, torch.Tensor]]
+) -> None:
+    """Write what a run goes on from beside the tensors of model and optimizer."""
+    save_file(joined_states(randoms), path / "rng.safetensors")
+    (path / STATE).write_text(json.dumps(state), encoding="utf-8")
+
+
+def appear(made: Path, path: Path, digests: Mapping[str, Any]) -> None:
+    """Write the manifest and rename the checkpoint, which is whole now. Where there is a directory
+    of that name, it was damaged or holds files of the user's, and only a run's own files are
+    replaced, the manifest last.
     """
+    (made / MANIFEST).write_text(json.dumps(digests, indent=1), encoding="utf-8")
+    files.flush(made)
     remove(path)
     if not path.exists():
         made.rename(path)
@@ -95,15 +105,18 @@ def save_model(
     tokenizer.save_pretrained(path)
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """The state that was saved with a checkpoint, after a check of all its files.
+def read_state(path: Path, world: World = ALONE) -> dict[str, Any]:
+    """The state that was saved with a checkpoint, after a check of all its files, which every rank
+    has to see and of which each reads some.
 
     Raises:
         CheckpointError: files are missing, truncated or changed, or it holds no optimizer state.
     """
-    problem = damage(path)
-    if problem:
-        raise CheckpointError(f"{path}: {problem}")
+    found = world.gather_all((socket.gethostname(), damage(path, world.rank, world.size)))
+    for host, problem in found:
+        if problem is not None:
+            where = "" if world.hosts == 1 else f" (on {host}; every host has to see it)"
+            raise CheckpointError(f"{path}: {problem}{where}")
     if not (path / STATE).exists():
         raise CheckpointError(
             f"{path}: holds the model alone (save_only_model), so it cannot be resumed"
@@ -119,7 +132,9 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def restore(path: Path, state: Mapping[str, Any], optimizer: Optimizer) -> None:
+def restore(
+    path: Path, state: Mapping[str, Any], optimizer: Optimizer, world: World = ALONE
+) -> None:
     """Put the moments and the random state of a verified checkpoint back. What the configuration
     sets (rates, betas, decay) stays as the optimizer has it.
 
@@ -136,35 +151,39 @@ def restore(path: Path, state: Mapping[str, Any], optimizer: Optimizer) -> None:
         raise CheckpointError(
             f"{path}: made with another optimizer than {type(optimizer).__name__}"
         )
-    tensors = _read_tensors(path / "optimizer.safetensors")
+    stored = Stored.at(path / OPTIMIZER)
     try:
-        optimizer_state.restore(optimizer, tensors, saved)
+        exact = optimizer_state.restore(optimizer, stored, saved)
     except (FastDPOError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # torch's optimizers fail in any way over another one's state
         raise CheckpointError(f"{path}: made for another model ({one_line(error)})") from error
-    tensors = _read_tensors(path / "rng.safetensors")
+    if not all(world.gather_all(exact)):
+        logger.info("optimizer: 8-bit moments in other blocks than before, so rounded once more")
+    randoms = state_of(_read_tensors(path / "rng.safetensors"), world.rank)
+    if world.rank and not randoms:
+        return  # there were fewer ranks: what it draws is its own already
     try:
-        version, internal, gauss = state["python_rng"]
-        random.setstate((version, tuple(internal), gauss))
-        _restore_rng(tensors)
+        restore_random_state(randoms, state.get("python_rng"))
     except Exception as error:  # as above
         raise CheckpointError(
             f"{path}: its random state cannot be set ({one_line(error)})"
         ) from error
 
 
-def read_reference(path: Path) -> dict[str, torch.Tensor]:
+def read_reference(path: Path) -> Stored:
     """The weights of the reference that was moving, from a verified checkpoint.
 
     Raises:
         CheckpointError: it holds none.
     """
-    if not (path / _REFERENCE).exists():
+    stored = Stored.at(path / REFERENCE)
+    if not stored.sizes:
         raise CheckpointError(
-            f"{path}: holds no {_REFERENCE}, which a run with sync_ref_model goes on from"
+            f"{path}: holds no {REFERENCE}.safetensors, which a run with sync_ref_model goes on "
+            "from"
         )
-    return _read_tensors(path / _REFERENCE)
+    return stored
 
 
 def find_checkpoint(output_dir: Path) -> Path | None:
@@ -189,8 +208,10 @@ def find_checkpoint(output_dir: Path) -> Path | None:
     return None
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint directory, None if nothing is."""
+def damage(path: Path, rank: int = 0, size: int = 1) -> str | None:
+    """What is wrong with a checkpoint directory, None if nothing is. Each rank of `size` reads some
+    of its files.
+    """
     if not path.is_dir():
         return "there is no such checkpoint directory"
     manifest = _manifest(path)
@@ -198,15 +219,15 @@ def damage(path: Path) -> str | None:
         return f"{MANIFEST} is missing or no JSON, so the checkpoint is incomplete"
     if not manifest:
         return f"{MANIFEST} names no files, so the checkpoint is incomplete"
-    for name, expected in manifest.items():
+    for number, (name, expected) in enumerate(manifest.items()):
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        size = file.stat().st_size
-        if size != expected["bytes"]:
-            return f"{name} has {size} bytes where {expected['bytes']} were written"
+        written = file.stat().st_size
+        if written != expected["bytes"]:
+            return f"{name} has {written} bytes where {expected['bytes']} were written"
         try:
-            same = _fingerprint(file) == expected
+            same = number % size != rank or fingerprint(file) == expected
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
         if not same:
@@ -261,31 +282,10 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]] | None:
     return manifest if all(keys == {"bytes", "xxh3_128"} for keys in kinds) else None
 
 
-def _fingerprint(file: Path) -> dict[str, Any]:
+def fingerprint(file: Path) -> dict[str, Any]:
+    """The size and the digest of a file."""
     content = xxhash.xxh3_128()
     with file.open("rb") as stream:
         while block := stream.read(1 << 24):
             content.update(block)
     return {"bytes": file.stat().st_size, "xxh3_128": content.hexdigest()}
-
-
-def _rng_tensors() -> dict[str, torch.Tensor]:
-    state: Any = np.random.get_state()
-    _, keys, position, has_gauss, gauss = state
-    tensors = {
-        "torch": torch.get_rng_state(),
-        "numpy_keys": torch.from_numpy(keys.astype(np.int64)),
-        "numpy_rest": torch.tensor([position, has_gauss, gauss], dtype=torch.float64),
-    }
-    if torch.cuda.is_available():
-        tensors["cuda"] = torch.cuda.get_rng_state()
-    return tensors
-
-
-def _restore_rng(tensors: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(tensors["torch"])
-    position, has_gauss, gauss = tensors["numpy_rest"].tolist()
-    keys = tensors["numpy_keys"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), gauss))
-    if torch.cuda.is_available() and "cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["cuda"])

@@ -17,13 +17,14 @@ from ..data.plan import Step, epoch_plan, plan_digest
 from ..devices import peak_memory_mib
 from ..errors import ConfigError
 from ..model.layout import ordinary
-from ..model.load import load_weights
 from ..model.sharding import add_replicas_up
+from ..model.shares import load_any_weights
 from . import checkpoint, metrics
 from .changes import check_identity, deciding, describe_changes
 from .optimizer import make_scheduler, restart
 from .output import METRICS, TRACE, Output
 from .profile import profiler
+from .saves import Saves
 from .schedule import Schedule
 from .step import Objective, StepBatches
 from .trackers import MetricsLog, make_trackers
@@ -60,6 +61,7 @@ class Trainer:
         head = objective.policy.head.weight if self.world.vocabulary else None
         self.update = make_update(self.model, config, self.device, self.world, head)
         self.optimizer, self.pending = self.update.optimizer, self.update.pending
+        self.saves = Saves(self.world, config.ddp_timeout)
         self.scheduler = make_scheduler(self.optimizer, config, self.total_steps)
         self.bar = tqdm(total=self.total_steps, unit="step", disable=config.disable_tqdm)
         self.step = self.num_tokens = 0
@@ -99,7 +101,8 @@ class Trainer:
         self.model.train()
         traced = config.profile_steps if self.world.first else 0
         trace = profiler(traced, folder / TRACE, self.device)
-        with closing(self.update), closing(steps or self.take_steps()) as taken, trace as watch:
+        taken = steps or self.take_steps()
+        with closing(self.update), closing(taken), trace as watch, self.saves:
             for _ in taken:
                 watch.step()
                 logged = self._after_step()
@@ -214,8 +217,9 @@ class Trainer:
 
     def _save(self) -> None:
         self.log.sync()
-        checkpoint.save_checkpoint(
+        self.saves.save(
             self.output.path / f"checkpoint-{self.step}",
+            then=partial(self._rotate, self.step),
             model=self.model,
             tokenizer=self.tokenizer,
             optimizer=None if self.config.save_only_model else self.optimizer,
@@ -230,7 +234,6 @@ class Trainer:
                 "identity": self.identity,
             },
         )
-        self._rotate(self.step)
 
     def resume(self, path: Path, state: dict[str, Any]) -> None:
         """Go on from a verified checkpoint and its state, with its weights, moments and random
@@ -246,10 +249,10 @@ class Trainer:
                 f"resume_from_checkpoint: {path} was taken at step {state['step']}, after the last "
                 f"of this run's {self.total_steps}; raise max_steps or num_train_epochs"
             )
-        load_weights(self.model, self.config, path)
+        load_any_weights(self.model, self.config, path)
         if self.moving is not None:
             self.moving.load(checkpoint.read_reference(path), path)
-        checkpoint.restore(path, state, self.optimizer)
+        checkpoint.restore(path, state, self.optimizer, self.world)
         self.step = self.resumed = state["step"]
         restart(self.scheduler, self.step)
         self.num_tokens, self.pending.values = state["num_tokens"], state["pending"]

@@ -1,6 +1,6 @@
 """References that are evaluated at every step of training."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,8 @@ from ..data.batch import Batch
 from ..errors import CheckpointError
 from ..model.scorer import Scorer
 from ..model.sharding import is_sharded
+from ..model.shares import reshard
+from ..parallel.shares import Stored
 
 
 @dataclass
@@ -40,27 +42,31 @@ class OnlineReference:
         """Move a second model towards the policy: θ_ref ← α·θ + (1 − α)·θ_ref (TR-DPO, Gorbatovski
         et al. 2024, arXiv:2404.09656, eq. 3).
         """
+        reshard(self.scorer.model)
+        reshard(policy)
         own = self.scorer.model.parameters()
         for weight, trained in zip(own, policy.parameters(), strict=True):
             weight.mul_(1 - alpha).add_(trained, alpha=alpha)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Parameters of a second model by name, each once, as safetensors may hold them."""
+        """Parameters of a second model by name, each once, as safetensors may hold them; DTensors
+        where ranks hold shares.
+        """
+        reshard(self.scorer.model)
         named = self.scorer.model.named_parameters()
         return {name: weight.detach().contiguous() for name, weight in named}
 
-    @torch.no_grad()
-    def load(self, weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    def load(self, weights: Stored, path: Path) -> None:
         """Put back what `weights` gave.
 
         Raises:
             CheckpointError: those are another model's; `path` says whose.
         """
+        reshard(self.scorer.model)
         own = dict(self.scorer.model.named_parameters())
-        if {n: w.shape for n, w in own.items()} != {n: w.shape for n, w in weights.items()}:
+        if {name: weight.shape for name, weight in own.items()} != weights.sizes:
             raise CheckpointError(f"{path}: holds another reference model than this run's")
-        for name, weight in own.items():
-            weight.copy_(weights[name])
+        weights.read(own)
 
     @contextmanager
     def as_it_was(self) -> Iterator[None]:

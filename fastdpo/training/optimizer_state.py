@@ -1,15 +1,19 @@
 """An optimizer's state as plain tensors and numbers, for safetensors and JSON, and back, exactly.
 
-Three things are not plain: an offloading optimizer is many small ones, torchao's 8-bit moments are
-tensors made of tensors, and bitsandbytes wraps its own and shares lookup tables among them.
+Four things are not plain: an offloading optimizer is many small ones, torchao's 8-bit moments are
+tensors made of tensors, bitsandbytes wraps its own and shares lookup tables among them, and where
+ranks hold shares of the weights, the moments are shares as well (DTensors).
 """
 
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ..extras import need
+from ..parallel.shares import Stored
+from .blocks import Blocks, pieces_of
 
 _BITSANDBYTES_WRAPPER = "__bnb_optimizer_quant_state__"
 
@@ -23,9 +27,12 @@ def parts(optimizer: Optimizer) -> list[Optimizer]:
     return [*hosts.values(), *([small] if small else [])]
 
 
-def flatten(optimizer: Optimizer) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """Its tensors, which share no memory, and the rest as JSON can hold it, for every part."""
-    tensors: dict[str, torch.Tensor] = {}
+@torch.no_grad()
+def flatten(optimizer: Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Its tensors, which share no memory, and the rest as JSON can hold it, for every part. Of
+    moments in blocks, a rank that holds shares names its own stretch.
+    """
+    tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     rest = []
     for number, part in enumerate(parts(optimizer)):
@@ -35,30 +42,30 @@ def flatten(optimizer: Optimizer) -> tuple[dict[str, torch.Tensor], list[dict[st
         for index, values in state["state"].items():
             named: dict[str, Any] = {**values, **values.get(_BITSANDBYTES_WRAPPER, {})}
             for name, value in named.items():
-                key = f"{number}.{index}.{name}"
                 if name == _BITSANDBYTES_WRAPPER:
                     continue
-                if hasattr(value, "codes"):
-                    pieces, [signed, dtype] = value.__tensor_flatten__()
-                    subclasses[f"{index}.{name}"] = [signed, str(dtype)]
-                    for inner in pieces:
-                        tensors[f"{key}.{inner}"] = _own(getattr(value, inner), seen)
-                elif isinstance(value, torch.Tensor):
-                    tensors[key] = _own(value, seen)
-                else:
+                key = f"{number}.{index}.{name}"
+                if not isinstance(value, Tensor):
                     numbers.setdefault(str(index), {})[name] = value
+                elif isinstance(value, DTensor) and not hasattr(part, "block_size"):
+                    tensors[key] = value
+                elif (pieces := pieces_of(value)) is not None:
+                    tensors |= {f"{key}.{piece}": _own(v, seen) for piece, v in pieces.items()}
+                    subclasses |= _subclass(f"{index}.{name}", value)
+                else:
+                    tensors[key] = _own(value, seen)
         groups = [{k: plain(v) for k, v in group.items()} for group in state["param_groups"]]
         rest.append({"param_groups": groups, "numbers": numbers, "subclasses": subclasses})
     return tensors, rest
 
 
-def restore(
-    optimizer: Optimizer, tensors: dict[str, torch.Tensor], rest: list[dict[str, Any]]
-) -> None:
-    """Put what `flatten` gave into an optimizer of the same kind over the same weights.
+def restore(optimizer: Optimizer, stored: Stored, rest: list[dict[str, Any]]) -> bool:
+    """Put what `flatten` gave into an optimizer of the same kind over the same weights, in whatever
+    shares they were and are. Returns whether everything is exactly as it was; blocks of 8-bit
+    moments may have to be cut anew.
 
     Raises:
-        ValueError, KeyError: it is of another kind, or over other weights.
+        ValueError, LookupError, CheckpointError: it is of another kind, or over other weights.
     """
     own = parts(optimizer)
     if len(own) != len(rest):
@@ -66,18 +73,47 @@ def restore(
     states: list[dict[int, dict[str, Any]]] = [
         {int(index): dict(values) for index, values in part["numbers"].items()} for part in rest
     ]
-    for key, value in tensors.items():
-        number, index, name = key.split(".", 2)
-        states[int(number)].setdefault(int(index), {})[name] = value
+    weights = [[p for group in part.param_groups for p in group["params"]] for part in own]
+    targets, blocks = dict[str, Tensor](), dict[tuple[int, int, str], Blocks]()
+    for key in stored.sizes:
+        first, second, name = key.split(".", 2)
+        number, index = int(first), int(second)
+        name, _, piece = name.partition(".")
+        weight = weights[number][index]
+        if piece:
+            place = number, index, name
+            blocks.setdefault(place, Blocks(own[number], weight, stored)).add(piece, key)
+            continue
+        shares = isinstance(weight, DTensor) and stored.sizes[key] == weight.shape
+        dtype = stored.dtypes[key]
+        targets[key] = (
+            torch.empty_like(weight, dtype=dtype)
+            if shares
+            else torch.empty(stored.sizes[key], dtype=dtype)
+        )
+        states[number].setdefault(index, {})[name] = targets[key].detach()
+    stored.read(targets)
+    exact = True
+    for (number, index, name), found in blocks.items():
+        signed, _ = rest[number]["subclasses"].get(f"{index}.{name}", [name == "exp_avg", None])
+        states[number].setdefault(index, {})[name] = found.join(signed)
+        exact &= found.exact
     for part, saved, state in zip(own, rest, states, strict=True):
-        for key, (signed, dtype) in saved["subclasses"].items():
-            index, name = key.split(".")
-            _join(state[int(index)], name, signed, dtype)
         groups = part.state_dict()["param_groups"]
         if [g["params"] for g in groups] != [g["params"] for g in saved["param_groups"]]:
             raise ValueError("its weights are grouped otherwise")
         part.load_state_dict({"state": state, "param_groups": groups})
     _refresh(optimizer)
+    return exact
+
+
+def _subclass(place: str, value: Tensor) -> dict[str, list[Any]]:
+    """How a tensor of torchao's is to be read, where it is one."""
+    local: Any = value.to_local() if isinstance(value, DTensor) else value
+    if not hasattr(local, "codes"):
+        return {}
+    signed, dtype = local.__tensor_flatten__()[1]
+    return {place: [signed, str(dtype)]}
 
 
 def plain(value: Any) -> Any:
@@ -97,13 +133,6 @@ def _own(value: torch.Tensor, seen: set[int]) -> torch.Tensor:
         return value.clone()
     seen.add(address)
     return value
-
-
-def _join(state: dict[str, Any], name: str, signed: bool, dtype: str) -> None:
-    """Put a torchao 8-bit tensor together from its saved pieces."""
-    kind = need("torchao.optim.subclass_8bit", "resume_from_checkpoint").OptimState8bit
-    pieces = [state.pop(f"{name}.{inner}") for inner in kind.tensor_attrs]
-    state[name] = kind(*pieces, signed, dtype=getattr(torch, dtype.removeprefix("torch.")))
 
 
 @torch.no_grad()

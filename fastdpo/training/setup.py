@@ -197,7 +197,7 @@ def set_up(
     optimizer = optimizer_path(config, run_device(config))
     start, bf16 = output.checkpoint(), config.bf16
     if start is not None:
-        state = read_state(start)
+        state = read_state(start, world)
         if "loss_type" in config.origins:  # or else the data's layout decides
             check_keys(start, state, config)
         if bf16 is None and "identity" in state:  # not what this machine would choose
