@@ -1,0 +1,166 @@
+"""Before the first collective: who is there, and whether all run the same program and keys.
+
+Each rank leaves a card in the store that torchrun holds, and reads those of the others. A rank that
+cannot begin says so on its card, so that an error is said once and nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import ConfigError, FastDPOError
+from ..version import __version__
+from .faults import Fault, OtherRankError
+
+PLACES = (
+    "model_name_or_path",
+    "ref_model_name_or_path",
+    "dataset_name",
+    "eval_dataset_name",
+    "output_dir",
+    "reference_cache_dir",
+    "resume_from_checkpoint",
+    "run_name",
+    "report_to",
+)
+"""Keys that may differ between hosts: what is found in those places is compared instead."""
+
+_POLL_S = 0.05
+_REFUSED_S = 5.0
+_MEETINGS = itertools.count()
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a rank says of itself.
+
+    Attributes:
+        host: its name.
+        versions: of what the numbers depend on.
+        keys: the configuration.
+        error: why it cannot begin.
+    """
+
+    host: str = field(default_factory=socket.gethostname)
+    versions: dict[str, str] = field(default_factory=dict)
+    keys: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+    @staticmethod
+    def of(keys: dict[str, Any]) -> Card:
+        """This rank's, with its configuration."""
+        keys = {name: value for name, value in keys.items() if name not in PLACES}
+        return Card(versions={"fastdpo": __version__, "torch": torch.__version__}, keys=keys)
+
+
+def attempt() -> int:
+    """How many times torchrun has started these processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+
+
+def open_store(timeout: float) -> dist.Store:
+    """The store that all ranks share, as torchrun's variables say.
+
+    Raises:
+        ConfigError: it cannot be reached.
+    """
+    try:
+        return next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))[0]
+    except (RuntimeError, ValueError) as error:
+        place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise ConfigError(
+            f"MASTER_ADDR and MASTER_PORT: the first rank's host cannot be reached at {place} "
+            f"({error})"
+        ) from error
+
+
+def section(store: dist.Store) -> dist.Store:
+    """What the ranks of this attempt leave there for one run; every rank calls it alike."""
+    return dist.PrefixStore(f"fastdpo/{attempt()}/{next(_MEETINGS)}", store)
+
+
+def meet(store: dist.Store, rank: int, size: int, card: Card, timeout: float) -> list[Card]:
+    """The cards of all ranks.
+
+    Raises:
+        FastDPOError: one of them cannot begin, has not come or has something else to do; the same
+            on every rank, one of which says it.
+    """
+    cards = _exchanged(store, rank, size, card, timeout)
+    failed = [number for number, one in cards.items() if one.error is not None]
+    if failed:
+        first, error = failed[0], str(cards[failed[0]].error)
+        host = None if first == 0 else cards[first].host
+        raise _told(Fault(first, host, "user", error), rank, first)
+    absent = [number for number in range(size) if number not in cards]
+    if absent:
+        also = f" (nor have {len(absent) - 1} others)" if absent[1:] else ""
+        here = "; there are " + ", ".join(sorted({one.host for one in cards.values()}))
+        text = f"has not joined the other {len(cards)} within {timeout:.0f} s{also}{here}"
+        raise _told(Fault(absent[0], None, "user", f"rank {absent[0]} {text}"), rank, min(cards))
+    found = [cards[number] for number in range(size)]
+    for number, one in enumerate(found):
+        if difference := _difference(found[0], one):
+            text = f"{difference} (rank 0 is on {found[0].host})"
+            raise _told(Fault(number, one.host, "user", text), rank, 0)
+    return found
+
+
+def refused(error: FastDPOError) -> FastDPOError:
+    """What this rank raises in place of an error that it met before it joined the others."""
+    try:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = section(open_store(_REFUSED_S))
+        meet(store, rank, size, Card(error=str(error)), _REFUSED_S)
+    except OtherRankError as told:
+        error.said = told.said
+        if not told.said:
+            error.args = (str(told),)
+    except (KeyError, ValueError, RuntimeError):
+        pass  # alone with it
+    return error
+
+
+def _exchanged(
+    store: dist.Store, rank: int, size: int, card: Card, timeout: float
+) -> dict[int, Card]:
+    """The cards that came in time, in the order of ranks."""
+    store.set(f"card/{rank}", json.dumps(asdict(card)))
+    if card.error is not None:
+        store.set("refused", "1")
+    names = [f"card/{number}" for number in range(size)]
+    end = time.monotonic() + timeout
+    broken = False
+    while not store.check(names) and time.monotonic() < end:
+        time.sleep(_POLL_S)
+        if not broken and store.check(["refused"]):
+            broken, end = True, min(end, time.monotonic() + _REFUSED_S)
+    there = [number for number, name in enumerate(names) if store.check([name])]
+    return {number: Card(**json.loads(store.get(names[number]))) for number in there}
+
+
+def _difference(expected: Card, got: Card) -> str | None:
+    for name, version in expected.versions.items():
+        if got.versions.get(name) != version:
+            return f"expected {name} {version}, as on rank 0, got {got.versions.get(name)}"
+    for key in expected.keys | got.keys:
+        ours, theirs = expected.keys.get(key), got.keys.get(key)
+        if ours != theirs:
+            return f"{key}: expected {ours}, as on rank 0, got {theirs}"
+    return None
+
+
+def _told(fault: Fault, rank: int, speaker: int) -> OtherRankError:
+    if rank != speaker:
+        time.sleep(1.0)  # whoever ends first may take the others along
+    return OtherRankError(fault.message(), fault.status, said=rank != speaker)
