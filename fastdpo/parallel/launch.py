@@ -25,7 +25,9 @@ def launch(arguments: Sequence[str], devices: int) -> int:
         FastDPOError: a process ended without saying why.
         KeyboardInterrupt: the run was interrupted; no process of it is left.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     if "OMP_NUM_THREADS" not in os.environ:  # each process would take every core
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // devices))
     os.environ[LAUNCHER] = str(os.getpid())

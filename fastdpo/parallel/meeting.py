@@ -6,7 +6,6 @@ cannot begin says so on its card, so that an error is said once and nobody waits
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import socket
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..errors import ConfigError, FastDPOError
+from ..errors import ConfigError, FastDPOError, one_line
 from ..version import __version__
 from .faults import Fault, OtherRankError
 
@@ -37,7 +36,8 @@ PLACES = (
 
 _POLL_S = 0.05
 _REFUSED_S = 5.0
-_MEETINGS = itertools.count()
+_MEETINGS: dict[tuple[str | None, str | None, int], int] = {}
+"""How many runs these processes have begun together, by the place of their store."""
 
 
 @dataclass(frozen=True)
@@ -68,25 +68,46 @@ def attempt() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
 
 
+def agent_holds_store() -> bool:
+    """Whether torchrun's own process holds the store, and not that of rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def open_store(timeout: float) -> dist.Store:
     """The store that all ranks share, as torchrun's variables say.
 
     Raises:
         ConfigError: it cannot be reached.
     """
-    try:
-        return next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))[0]
-    except (RuntimeError, ValueError) as error:
-        place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not host or not port.isdecimal():
+        found = f"{host or 'nothing'} and {port or 'nothing'}"
         raise ConfigError(
-            f"MASTER_ADDR and MASTER_PORT: the first rank's host cannot be reached at {place} "
-            f"({error})"
+            "MASTER_ADDR and MASTER_PORT: expected the first rank's host and a port, as torchrun "
+            f"sets them, got {found}"
+        )
+    holds = os.environ.get("RANK") == "0" and not agent_holds_store()
+    try:
+        return dist.TCPStore(
+            host,
+            int(port),
+            is_master=holds,
+            timeout=timedelta(seconds=timeout),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            "MASTER_ADDR and MASTER_PORT: the store of all ranks cannot be reached at "
+            f"{host}:{port} ({one_line(error)})"
         ) from error
 
 
 def section(store: dist.Store) -> dist.Store:
     """What the ranks of this attempt leave there for one run; every rank calls it alike."""
-    return dist.PrefixStore(f"fastdpo/{attempt()}/{next(_MEETINGS)}", store)
+    place = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT"), attempt()
+    number = _MEETINGS[place] = _MEETINGS.get(place, -1) + 1
+    return dist.PrefixStore(f"fastdpo/{attempt()}/{number}", store)
 
 
 def meet(store: dist.Store, rank: int, size: int, card: Card, timeout: float) -> list[Card]:
@@ -161,6 +182,6 @@ def _difference(expected: Card, got: Card) -> str | None:
 
 
 def _told(fault: Fault, rank: int, speaker: int) -> OtherRankError:
-    if rank != speaker:
-        time.sleep(1.0)  # whoever ends first may take the others along
+    if rank != speaker or not agent_holds_store():
+        time.sleep(1.0)  # whoever ends first may take the others, or the store, along
     return OtherRankError(fault.message(), fault.status, said=rank != speaker)

@@ -19,6 +19,7 @@ from ..errors import ConfigError
 from ..model.layout import ordinary
 from ..model.load import load_weights
 from ..model.sharding import add_replicas_up
+from ..parallel.restart import mark_begun
 from . import checkpoint, metrics
 from .changes import check_identity, deciding, describe_changes
 from .optimizer import make_scheduler, restart
@@ -114,6 +115,8 @@ class Trainer:
     def _begin(self) -> None:
         """Take the output directory, which was left as it was until a step had been taken."""
         self.output.begin(self.config)
+        if self.world.first:
+            mark_begun(self.config.output_dir)
         self.log.open()
         if self.resumed is not None:  # a kill may have come between a save and its rotation
             self._rotate(self.resumed)
