@@ -16,9 +16,12 @@ from ..data.dataset import Data
 from ..data.plan import Step, epoch_plan, plan_digest
 from ..devices import peak_memory_mib
 from ..errors import ConfigError
+from ..model.head import base_causal_lm
+from ..model.layers import layers_of
 from ..model.layout import ordinary
 from ..model.load import load_weights
 from ..model.sharding import add_replicas_up
+from ..parallel.pace import Pace
 from ..parallel.restart import mark_begun
 from . import checkpoint, metrics
 from .changes import check_identity, deciding, describe_changes
@@ -56,6 +59,8 @@ class Trainer:
         self.model, self.device = objective.policy.model, objective.policy.device
         self.moving = objective.reference if config.sync_ref_model else None
         self.world = objective.world
+        layers = layers_of(base_causal_lm(self.model)) if self.world.sharded else ()
+        self.pace = Pace(self.world, self.device, layers)
         self.schedule = Schedule(config, data.train, units)
         self.total_steps = self.schedule.steps
         head = objective.policy.head.weight if self.world.vocabulary else None
@@ -137,7 +142,7 @@ class Trainer:
     def take_steps(self) -> Generator[None, None, None]:
         """Take every step that is left; yields after each."""
         with closing(ahead(self.steps_left())) as made:
-            for step in made:
+            for step in self.pace.waits(made):
                 start = time.perf_counter()
                 self.finish(step, self.gradients(step), start)
                 yield
@@ -150,6 +155,10 @@ class Trainer:
                 add_replicas_up(self.model, number == len(step.batches))
             loss = self.objective.score(batch, step.units, sums, terms)
             self.update.backward(loss, self.step)
+        with self.pace.rows():
+            for batch in step.batches:
+                loss = self.objective.score(batch, step.units, sums, terms)
+                self.update.backward(loss, self.step)
         return sums
 
     def finish(self, step: StepBatches, sums: metrics.StepSums, start: float) -> None:
@@ -200,6 +209,8 @@ class Trainer:
         result = self.pending.line() | self._position()
         result["peak_memory_mib"] = max(self.world.gather_all(peak_memory_mib(self.device)))
         self.log.write(result, self.step)
+        if line := self.pace.slowest(self.step):
+            logger.warning(line)
         if self.bar.disable and self.world.first:
             logger.info(f"step {self.step}/{self.total_steps}: {metrics.show(result)}")
         return result

@@ -171,7 +171,7 @@ def precompute(config: TrainConfig) -> dict[str, Any]:
 @contextmanager
 def _surroundings(config: TrainConfig, world: World) -> Iterator[None]:
     """Terminal, network and memory, each of which may be less than what libraries expect."""
-    for line in config.notes():
+    for line in config.notes() if world.first else ():
         logger.warning(f"note: {line}")
     with (
         nullcontext() if world.first else silent(),
