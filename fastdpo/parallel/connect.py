@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import socket
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -43,6 +45,9 @@ def connected(config: TrainConfig, rank: int, size: int, cuda: bool) -> Iterator
         yield
     except BaseException as error:
         fault = watch.report(Fault.of(error, rank, socket.gethostname()))
+        # Others wait until the last reference to a group has gone, and its connections with it.
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()
         _leave(ours)
         ending = raised(error, fault, rank)
         if isinstance(ending, OtherRankError) and ending.said:

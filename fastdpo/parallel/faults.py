@@ -69,11 +69,11 @@ class Fault:
             return Fault(rank, host, "user", str(error))
         if _is_interruption(error):
             return Fault(rank, host, "interrupted")
-        text = f"{type(error).__name__}: {one_line(error)}" if isinstance(error, Exception) else ""
+        name = type(error).__name__
+        text = one_line(error) if isinstance(error, Exception) else name
+        text = text if text.startswith(name) else f"{name}: {text}"
         if is_of_connection(error):
             return Fault(rank, host, "connection", text)
-        if not isinstance(error, Exception):
-            text = type(error).__name__
         return Fault(rank, host, "program", f"{text} ({_place(error)})")
 
     @staticmethod

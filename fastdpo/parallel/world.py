@@ -218,7 +218,7 @@ def _check_size(config: TrainConfig, size: int) -> None:
 def _with_groups(world: World) -> World:
     """The world with its groups of ranks, which every rank has to make in the same order."""
     if world.cp_size == 1:
-        return replace(world, data=dist.group.WORLD)
+        return world  # torch's default group; a reference would keep its connections open
     context = data = None
     for start in range(0, world.size, world.cp_size):
         ranks = list(range(start, start + world.cp_size))
