@@ -47,8 +47,12 @@ SECONDS = 300
 
 
 def join_hosts() -> None:
-    """Make the namespaces and the cable between them."""
+    """Make the namespaces and the cable between them, and their names known to both."""
+    names = Path("/run/hosts")
+    lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in HOSTS.items())]
+    names.write_text("\n".join(lines) + "\n")
     for line in (
+        f"mount --bind {names} /etc/hosts",
         "ip netns add left",
         "ip netns add right",
         "ip link add cl type veth peer name cr",
@@ -125,7 +129,7 @@ def made(folder: Path) -> dict[str, Any]:
     known = {word: number for number, word in enumerate(["<pad>", "<eos>", *words])}
     core = Tokenizer(WordLevel(known, unk_token="<pad>"))
     core.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(core, pad_token="<pad>", eos_token="<eos>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
     tokenizer.save_pretrained(folder / "model")
     torch.manual_seed(0)
     shape = LlamaConfig(
@@ -135,7 +139,7 @@ def made(folder: Path) -> dict[str, Any]:
         num_hidden_layers=2,
         num_attention_heads=4,
     )
-    LlamaForCausalLM(shape).save_pretrained(folder / "model")
+    LlamaForCausalLM(shape).double().save_pretrained(folder / "model")
     draw = random.Random(0)
     texts = [
         [" ".join(draw.choices(words, k=draw.randint(3, 30))) for _ in "pcr"] for _ in "x" * 64
@@ -146,6 +150,7 @@ def made(folder: Path) -> dict[str, Any]:
         "model_name_or_path": str(folder / "model"),
         "dataset_name": str(folder / "pairs.jsonl"),
         "reference_cache_dir": str(folder / "reference"),
+        "dtype": "auto",
         "global_batch_size": 16,
         "max_steps": STEPS,
         "learning_rate": 1e-3,
