@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from ..config import TrainConfig
 from .faults import Fault, OtherRankError, raised
-from .meeting import Card, meet, open_store, section
+from .meeting import Card, meet, open_store
 from .watch import Watch
 
 
@@ -30,8 +30,7 @@ def connected(config: TrainConfig, rank: int, size: int, cuda: bool) -> Iterator
     ours = not dist.is_initialized()
     timeout = float(config.ddp_timeout)
     whole = open_store(timeout) if ours else dist.distributed_c10d._get_default_store()
-    store = section(whole)
-    cards = meet(store, rank, size, Card.of(config.to_dict()), timeout)
+    cards, store = meet(whole, rank, size, Card.of(config.to_dict()), timeout)
     watch = Watch(store, rank, [card.host for card in cards], timeout)
     try:
         if ours:

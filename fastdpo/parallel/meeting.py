@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import time
 from dataclasses import asdict, dataclass, field
@@ -36,8 +37,8 @@ PLACES = (
 
 _POLL_S = 0.05
 _REFUSED_S = 5.0
-_MEETINGS: dict[tuple[str | None, str | None, int], int] = {}
-"""How many runs these processes have begun together, by the place of their store."""
+_ROUND = "fastdpo/round"
+"""Where rank 0 says under which name this run's ranks meet. The store may outlive them."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,14 @@ class Card:
         versions: of what the numbers depend on.
         keys: the configuration.
         error: why it cannot begin.
+        number: its own, at random: no other process has it.
     """
 
     host: str = field(default_factory=socket.gethostname)
     versions: dict[str, str] = field(default_factory=dict)
     keys: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+    number: str = field(default_factory=lambda: secrets.token_hex(8))
 
     @staticmethod
     def of(keys: dict[str, Any]) -> Card:
@@ -103,21 +106,16 @@ def open_store(timeout: float) -> dist.Store:
         ) from error
 
 
-def section(store: dist.Store) -> dist.Store:
-    """What the ranks of this attempt leave there for one run; every rank calls it alike."""
-    place = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT"), attempt()
-    number = _MEETINGS[place] = _MEETINGS.get(place, -1) + 1
-    return dist.PrefixStore(f"fastdpo/{attempt()}/{number}", store)
-
-
-def meet(store: dist.Store, rank: int, size: int, card: Card, timeout: float) -> list[Card]:
-    """The cards of all ranks.
+def meet(
+    store: dist.Store, rank: int, size: int, card: Card, timeout: float
+) -> tuple[list[Card], dist.Store]:
+    """The cards of all ranks, and a part of the store that is this run's alone.
 
     Raises:
         FastDPOError: one of them cannot begin, has not come or has something else to do; the same
             on every rank, one of which says it.
     """
-    cards = _exchanged(store, rank, size, card, timeout)
+    name, cards = (_gather if rank == 0 else _attend)(store, rank, size, card, timeout)
     failed = [number for number, one in cards.items() if one.error is not None]
     if failed:
         first, error = failed[0], str(cards[failed[0]].error)
@@ -134,15 +132,14 @@ def meet(store: dist.Store, rank: int, size: int, card: Card, timeout: float) ->
         if difference := _difference(found[0], one):
             text = f"{difference} (rank 0 is on {found[0].host})"
             raise _told(Fault(number, one.host, "user", text), rank, 0)
-    return found
+    return found, dist.PrefixStore(name, store)
 
 
 def refused(error: FastDPOError) -> FastDPOError:
     """What this rank raises in place of an error that it met before it joined the others."""
     try:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        store = section(open_store(_REFUSED_S))
-        meet(store, rank, size, Card(error=str(error)), _REFUSED_S)
+        meet(open_store(_REFUSED_S), rank, size, Card(error=str(error)), _REFUSED_S)
     except OtherRankError as told:
         error.said = told.said
         if not told.said:
@@ -152,22 +149,44 @@ def refused(error: FastDPOError) -> FastDPOError:
     return error
 
 
-def _exchanged(
-    store: dist.Store, rank: int, size: int, card: Card, timeout: float
-) -> dict[int, Card]:
-    """The cards that came in time, in the order of ranks."""
-    store.set(f"card/{rank}", json.dumps(asdict(card)))
-    if card.error is not None:
-        store.set("refused", "1")
-    names = [f"card/{number}" for number in range(size)]
-    end = time.monotonic() + timeout
+Found = tuple[str, dict[int, Card]]
+
+
+def _gather(store: dist.Store, rank: int, size: int, card: Card, timeout: float) -> Found:
+    """The cards that come in time, which rank 0 shows to all."""
+    name = f"fastdpo/{secrets.token_hex(8)}"
+    store.set(f"{name}/{rank}", json.dumps(asdict(card)))
+    store.set(_ROUND, name)
+    names = [f"{name}/{number}" for number in range(size)]
+    end = time.monotonic() + (timeout if card.error is None else _REFUSED_S)
     broken = False
     while not store.check(names) and time.monotonic() < end:
         time.sleep(_POLL_S)
-        if not broken and store.check(["refused"]):
+        if not broken and store.check([f"{name}/refused"]):
             broken, end = True, min(end, time.monotonic() + _REFUSED_S)
-    there = [number for number, name in enumerate(names) if store.check([name])]
-    return {number: Card(**json.loads(store.get(names[number]))) for number in there}
+    there = [number for number in range(size) if store.check([names[number]])]
+    cards = {number: json.loads(store.get(names[number])) for number in there}
+    store.set(f"{name}/all", json.dumps(cards))
+    return name, {number: Card(**one) for number, one in cards.items()}
+
+
+def _attend(store: dist.Store, rank: int, size: int, card: Card, timeout: float) -> Found:
+    """The cards that rank 0 shows, this rank's among them: a name of ranks that have gone, which
+    torchrun has started anew since, leads to others.
+    """
+    name, end = "", time.monotonic() + timeout + _REFUSED_S
+    while time.monotonic() < end:
+        if store.check([_ROUND]) and (now := store.get(_ROUND).decode()) != name:
+            name = now
+            store.set(f"{name}/{rank}", json.dumps(asdict(card)))
+            if card.error is not None:
+                store.set(f"{name}/refused", "1")
+        if name and store.check([f"{name}/all"]):
+            cards = json.loads(store.get(f"{name}/all"))
+            if cards.get(str(rank), {}).get("number") == card.number:
+                return name, {int(number): Card(**one) for number, one in cards.items()}
+        time.sleep(_POLL_S)
+    return name, dict.fromkeys(range(1, size), card)
 
 
 def _difference(expected: Card, got: Card) -> str | None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..config import TrainConfig
-from .meeting import agent_holds_store, attempt, open_store
+from .meeting import agent_holds_store, open_store
 
 _SECONDS = 60.0
 
@@ -24,11 +24,7 @@ def mark_begun(output_dir: str) -> None:
 
 def had_begun(output_dir: str) -> bool:
     """Whether an earlier attempt has called `mark_begun`."""
-    return (
-        attempt() > 0
-        and agent_holds_store()
-        and bool(open_store(_SECONDS).check([_key(output_dir)]))
-    )
+    return agent_holds_store() and bool(open_store(_SECONDS).check([_key(output_dir)]))
 
 
 def _key(output_dir: str) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..config import TrainConfig
 from ..errors import CheckpointError
+from ..parallel.meeting import attempt
 from ..parallel.restart import RESTART, had_begun
 from ..parallel.world import World
 from .checkpoint import find_checkpoint
@@ -16,7 +17,9 @@ def restarted(config: TrainConfig, world: World) -> TrainConfig:
     """The configuration that goes on with what earlier attempts of this run have saved; as it is
     where none of them came to its first step.
     """
-    if not world.share(world.first and had_begun(config.output_dir)):
+    # torchrun counts on each host, and only what ended there.
+    again = any(world.gather_all(attempt() > 0))
+    if not world.share(again and world.first and had_begun(config.output_dir)):
         return config
     start = world.share(_start(config) if world.first else None)
     if world.first:
