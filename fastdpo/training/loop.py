@@ -150,13 +150,10 @@ class Trainer:
     def gradients(self, step: StepBatches) -> metrics.StepSums:
         """Score a step's rows forward and backward; nothing but gradients changes."""
         sums, terms = metrics.StepSums(self.device), self.objective.terms(step)
-        for number, batch in enumerate(step.batches, 1):
-            if self.world.sharded:
-                add_replicas_up(self.model, number == len(step.batches))
-            loss = self.objective.score(batch, step.units, sums, terms)
-            self.update.backward(loss, self.step)
         with self.pace.rows():
-            for batch in step.batches:
+            for number, batch in enumerate(step.batches, 1):
+                if self.world.sharded:
+                    add_replicas_up(self.model, number == len(step.batches))
                 loss = self.objective.score(batch, step.units, sums, terms)
                 self.update.backward(loss, self.step)
         return sums

@@ -181,6 +181,8 @@ def _spread(
         where = {"devices": devices, "local": local}
         spread = spread_for(config, data, model_config, device, autocast, **where)
     return world.share(spread)
+
+
 def _digest(data: Data) -> str:
     """Names the tokens of all responses, of those that are evaluated on too."""
     return plan_digest([*data.train, *(data.evaluation or ())], [])
