@@ -7,6 +7,7 @@
   fastdpo bench memory --model_config llama-3.1-8b --lora     the longest pair that trains
   fastdpo bench gaps --model_config qwen2.5-1.5b              how long the GPU waits between steps
   fastdpo bench balance                         how evenly work is spread over 8, 64, 512 ranks
+  fastdpo bench hosts                           two hosts, made of network namespaces
   fastdpo bench compare OLD.jsonl NEW.jsonl     do two sets of rows differ beyond their spread?
   fastdpo bench readme --check                  tables and charts of the README from the rows
 
@@ -29,6 +30,7 @@ COMMANDS = {
     "memory": ".trainers.memory",
     "gaps": ".trainers.gaps",
     "balance": ".balance",
+    "hosts": ".hosts",
     "compare": ".report.compare",
     "readme": ".report.pages",
 }

@@ -27,7 +27,7 @@ from fastdpo.data.groups import Group
 from fastdpo.data.plan import make_plan
 from fastdpo.demo.__main__ import demo_config
 from fastdpo.model.load import load_tokenizer
-from fastdpo.model.scorer import load_scorer
+from fastdpo.model.load_scorer import load_scorer
 
 from .cli import Parser
 from .jsonl import read_rows

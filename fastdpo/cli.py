@@ -17,7 +17,8 @@ from typing import Any
 from . import terminal
 from .config import TrainConfig
 from .config.text import key_help
-from .errors import ConfigError
+from .errors import ConfigError, FastDPOError
+from .parallel.orphan import end_with_parent
 from .version import __version__
 
 USAGE = """\
@@ -97,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     more. Errors of the program are raised.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    end_with_parent()
     return terminal.guarded(lambda: _dispatch(arguments))
 
 
@@ -235,8 +237,15 @@ def _bench(arguments: Sequence[str]) -> None:
 
 
 def _runnable(arguments: Sequence[str]) -> TrainConfig:
-    config = TrainConfig.parse(arguments)
-    config.require("model_name_or_path", "dataset_name")
+    try:
+        config = TrainConfig.parse(arguments)
+        config.require("model_name_or_path", "dataset_name")
+    except FastDPOError as error:
+        if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+            raise
+        from .parallel.meeting import refused
+
+        raise refused(error) from None
     if _is_first_process() and (config.devices in (None, 1) or "WORLD_SIZE" in os.environ):
         print(config.describe(defaults=False), flush=True)
     return config

@@ -184,8 +184,8 @@ def _count_parameters(shape: Any, trust_remote_code: bool) -> int:
 def _layout_text(config: TrainConfig, needed: int) -> str:
     """The layout that a run's own start-up check chooses; it runs the model, so that has to fit."""
     from .model.adapter import adopt_adapter
+    from .model.load_scorer import load_scorer
     from .model.precision import choose_precision
-    from .model.scorer import load_scorer
 
     free = free_host_memory()
     if needed > free / 2:

@@ -9,7 +9,15 @@ _SHOWN = 3
 
 
 class FastDPOError(ValueError):
-    """Base class of every error that is the input's and not the program's."""
+    """Base class of every error that is the input's and not the program's.
+
+    Attributes:
+        said: whether another process says it on the same terminal.
+        status: the exit code of a command that it ends.
+    """
+
+    said = False
+    status = 2
 
 
 class ConfigError(FastDPOError):

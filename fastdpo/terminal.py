@@ -13,6 +13,9 @@ from logging.handlers import MemoryHandler
 
 from .errors import FastDPOError
 
+LAUNCHER = "FASTDPO_LAUNCHER"
+"""The variable that names the process that started this rank and speaks for all of them."""
+
 _CHATTY_IMPORTS = ("bitsandbytes", "torch.utils._pytree", "torchao")
 """Libraries that warn of kernels they lack, or of their own deprecated calls, on being imported."""
 
@@ -31,9 +34,11 @@ def guarded(run: Callable[[], int]) -> int:
     except Exception as error:
         if _is_interruption(error):
             return _say_interrupted()
+        _leave_word(error)
         if isinstance(error, FastDPOError):
-            print(f"error: {one_line(str(error))}", file=sys.stderr)
-            return 2
+            if not error.said:
+                print(f"error: {one_line(str(error))}", file=sys.stderr)
+            return error.status
         if not isinstance(error, OSError) or not _is_lost():
             raise
         if isinstance(error, BrokenPipeError):
@@ -43,8 +48,17 @@ def guarded(run: Callable[[], int]) -> int:
 
 
 def _say_interrupted() -> int:
-    print("interrupted", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0" and LAUNCHER not in os.environ:
+        print("interrupted", file=sys.stderr)
     return 130
+
+
+def _leave_word(error: Exception) -> None:
+    """Let the process that started this one know that an error is said here."""
+    if LAUNCHER in os.environ and not getattr(error, "said", False):
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
 
 
 def _is_interruption(error: BaseException | None) -> bool:

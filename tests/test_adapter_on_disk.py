@@ -19,7 +19,7 @@ from fastdpo.config import TrainConfig
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.memory.plan import plan
 from fastdpo.model.load import load_model, load_model_config, load_tokenizer
-from fastdpo.model.scorer import load_scorer
+from fastdpo.model.load_scorer import load_scorer
 from fastdpo.reference import model_fingerprint
 
 CPU = torch.device("cpu")

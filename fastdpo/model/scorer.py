@@ -2,7 +2,6 @@
 reference alike.
 """
 
-import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -22,25 +21,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from ..config import TrainConfig
 from ..data.batch import Batch
-from ..parallel.world import ALONE, World
-from .adapter import check_targets, load_adapter
-from .attention import register
 from .context import ContextGroup, padded_context
 from .context_loss import context_loss, scored_part, together
 from .forward import batch_states
-from .head import Head, base_causal_lm, check_causal, check_head, effective_weight, find_head
-from .layout import Layout, choose_layout
-from .load import adopt_model, load_model
-from .paths import attention_path, head_path
-from .place import Place, find_model
-from .quantised import is_quantised, packing
+from .head import Head, effective_weight
+from .layout import Layout
 from .sharding import inside, is_sharded
-from .skeleton import load_skeleton, takes_skeletons
-from .tiles import tile_layers
-
-logger = logging.getLogger(__name__)
 
 TOKEN_STATS = ("entropy", "mean_logit", "is_top1")
 """What is measured of every scored token beside its log-probability."""
@@ -230,104 +217,3 @@ class Scorer:
             )
 
         return inside(self.model, score)
-
-
-def load_scorer(
-    config: TrainConfig,
-    device: torch.device,
-    autocast: torch.dtype | None,
-    path: str | None = None,
-    model: Any = None,
-    world: World = ALONE,
-) -> Scorer:
-    """The model at `path` (default: the policy's), or the one in memory, with its head, checked
-    against its own logits, and the row layout that is exact for it. What it found is logged. Where
-    it is going to be sharded, the first rank does that for all, if the others can do without.
-
-    Raises:
-        ModelError: a model that cannot be loaded or trained.
-        ConfigError: a key that cannot be honoured for it.
-    """
-    if world.sharded and takes_skeletons(config, path):
-        return _of_first(config, device, autocast, path, world)
-    place = None if model is not None else find_model(config, path)
-    if model is not None:
-        model = adopt_model(model, config, device, autocast)
-    else:
-        model = load_model(config, device, path, autocast)
-    head = find_head(model)
-    scorer = Scorer(model, head, Layout("padded", ""), autocast, config.head_workspace_mib)
-    with scorer.precision():
-        check_causal(model)
-        check_head(model, head)
-        scorer.layout = _layout(model, config)
-        tiles = config.layer_tile_tokens and tile_layers(model, config.layer_tile_tokens)
-    logger.info(f"{'model' if path is None else 'reference model'}: {scorer.layout.reason}")
-    if tiles:
-        logger.info(f"tiles: {tiles}")
-    if is_quantised(model):
-        logger.info(f"weights: {packing(model)}")
-    if place is not None and place.adapter is not None and config.use_peft:
-        _put_on(scorer, place, config, path is None)
-        logger.info(f"adapter: {place.adapter}{', trained on' if path is None else ''}")
-    if path is None:
-        _log_paths(scorer, config)
-    return scorer
-
-
-def _of_first(
-    config: TrainConfig,
-    device: torch.device,
-    autocast: torch.dtype | None,
-    path: str | None,
-    world: World,
-) -> Scorer:
-    """The scorer of a model that the first rank loads and checks; see `skeleton`."""
-    if world.first:
-        scorer = load_scorer(config, device, autocast, path)
-        implementation = base_causal_lm(scorer.model).config._attn_implementation
-        world.share((scorer.layout, scorer.model.dtype, implementation))
-    else:
-        layout, dtype, implementation = world.share(None)
-        model: Any = load_skeleton(config, path, dtype)
-        register(config.attention_backend)
-        model.set_attn_implementation(implementation)
-        workspace = config.head_workspace_mib
-        scorer = Scorer(model, find_head(model), layout, autocast, workspace)
-    scorer.from_first = True
-    return scorer
-
-
-def _layout(model: Any, config: TrainConfig) -> Layout:
-    if config.attn_implementation is not None:
-        return Layout("padded", f"padded: attn_implementation is {config.attn_implementation}")
-    return choose_layout(
-        model,
-        share_prefix=config.share_prefix,
-        max_length=config.max_length,
-        attention_backend=config.attention_backend,
-    )
-
-
-def _put_on(scorer: Scorer, place: Place, config: TrainConfig, trained: bool) -> None:
-    """Put the adapter that lies on disk on a scorer's model; a head with it is checked again."""
-    if trained:
-        check_targets(scorer.model, place, config)
-    scorer.model = load_adapter(scorer.model, place, config.lora_dropout if trained else 0.0)
-    scorer.head = find_head(scorer.model)
-    with scorer.precision():
-        check_head(scorer.model, scorer.head)
-
-
-def _log_paths(scorer: Scorer, config: TrainConfig) -> None:
-    """What computes attention, head and layers of the policy."""
-    model = scorer.model
-    if scorer.layout.name == "padded":
-        attention = f"{model.config._attn_implementation}: the model's own"
-    else:
-        sinks = any(name.endswith("sinks") for name, _ in model.named_parameters())
-        attention = attention_path(config, model.config, sinks)
-    logger.info(f"attention: {attention}")
-    logger.info(f"head: {head_path(config)}")
-    if config.use_liger_kernel:
-        logger.info("layers: liger: use_liger_kernel asks for it")

@@ -3,14 +3,18 @@
 import logging
 import os
 import signal
+import socket
 import sys
 import uuid
 from collections.abc import Sequence
 
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ..errors import FastDPOError
+from ..terminal import LAUNCHER
+from .faults import GO_ON
 
 
 def launch(arguments: Sequence[str], devices: int) -> int:
@@ -18,11 +22,15 @@ def launch(arguments: Sequence[str], devices: int) -> int:
     failed, 0 if none did.
 
     Raises:
-        FastDPOError: a process was killed.
+        FastDPOError: a process ended without saying why.
+        KeyboardInterrupt: the run was interrupted; no process of it is left.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     if "OMP_NUM_THREADS" not in os.environ:  # each process would take every core
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // devices))
+    os.environ[LAUNCHER] = str(os.getpid())
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -35,12 +43,22 @@ def launch(arguments: Sequence[str], devices: int) -> int:
     try:
         elastic_launch(settings, sys.executable)("-m", "fastdpo", *arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode >= 0:
-            return failure.exitcode  # it has said why
-        name = signal.Signals(-failure.exitcode).name
-        raise FastDPOError(
-            f"rank {rank} (process {failure.pid}) was ended by {name}, and the others with it; "
-            "--resume_from_checkpoint goes on from the last checkpoint"
-        ) from None
+        return _status(*error.get_first_failure())
+    except SignalException as ended:
+        if ended.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        return 128 + ended.sigval
+    finally:
+        del os.environ[LAUNCHER]
     return 0
+
+
+def _status(rank: int, failure: ProcessFailure) -> int:
+    if failure.exitcode >= 0 and os.path.exists(failure.error_file):
+        return failure.exitcode  # it has said why
+    if failure.exitcode >= 0:
+        how = f"ended with exit code {failure.exitcode}"
+    else:
+        how = f"was ended by {signal.Signals(-failure.exitcode).name}"
+    place = f"rank {rank} ({socket.gethostname()}, process {failure.pid})"
+    raise FastDPOError(f"{place} {how}, and the others with it; {GO_ON}")

@@ -8,11 +8,9 @@ same rows; every other rank has rows of its own.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import ConfigError
+from .connect import connected
+from .meeting import refused
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -150,6 +150,19 @@ def joined(config: TrainConfig) -> Iterator[World]:
     Raises:
         ConfigError: what torchrun says does not fit the configuration.
     """
+    try:
+        world, cuda = _found(config)
+    except ConfigError as error:
+        raise refused(error) if "WORLD_SIZE" in os.environ else error from None
+    if world.size == 1:
+        yield world
+        return
+    with connected(config, world.rank, world.size, cuda):
+        yield _with_groups(world)
+
+
+def _found(config: TrainConfig) -> tuple[World, bool]:
+    """This process among the others, not yet connected, and whether they have a GPU each."""
     numbers = _numbers()
     if numbers is None:
         if (config.devices or 1) > 1:
@@ -159,36 +172,22 @@ def joined(config: TrainConfig) -> Iterator[World]:
                 f"torchrun --nproc_per_node {config.devices}",
             )
         _check_size(config, 1)
-        yield ALONE
-        return
+        return ALONE, False
     rank, size, local_rank, local_size = numbers
     if config.devices not in (None, local_size):
         raise config.error(
             "devices", f"torchrun started {local_size} on this host, got {config.devices}"
         )
     _check_size(config, size)
-    world = World(rank, size, local_rank, local_size, config.cp_size)
-    if size == 1:
-        yield world
-        return
     cuda = torch.cuda.is_available() and not config.use_cpu
-    if cuda:
+    if cuda and size > 1:
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
-                f"rank {rank} on {socket.gethostname()}: expected a GPU for each of its "
-                f"{local_size} processes, found {torch.cuda.device_count()}"
+                f"expected a GPU for each of the {local_size} processes of this host, found "
+                f"{torch.cuda.device_count()}"
             )
         torch.cuda.set_device(local_rank)
-    ours = not dist.is_initialized()
-    if ours:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=config.ddp_timeout)
-        )
-    try:
-        yield _with_groups(world)
-    finally:
-        if ours and dist.is_initialized():
-            dist.destroy_process_group()
+    return World(rank, size, local_rank, local_size, config.cp_size), cuda
 
 
 def _numbers() -> tuple[int, int, int, int] | None:
@@ -219,7 +218,7 @@ def _check_size(config: TrainConfig, size: int) -> None:
 def _with_groups(world: World) -> World:
     """The world with its groups of ranks, which every rank has to make in the same order."""
     if world.cp_size == 1:
-        return replace(world, data=dist.group.WORLD)
+        return world  # torch's default group; a reference would keep its connections open
     context = data = None
     for start in range(0, world.size, world.cp_size):
         ranks = list(range(start, start + world.cp_size))

@@ -16,9 +16,13 @@ from ..data.dataset import Data
 from ..data.plan import Step, epoch_plan, plan_digest
 from ..devices import peak_memory_mib
 from ..errors import ConfigError
+from ..model.head import base_causal_lm
+from ..model.layers import layers_of
 from ..model.layout import ordinary
 from ..model.sharding import add_replicas_up
 from ..model.shares import load_any_weights
+from ..parallel.pace import Pace
+from ..parallel.restart import mark_begun
 from . import checkpoint, metrics
 from .changes import check_identity, deciding, describe_changes
 from .optimizer import make_scheduler, restart
@@ -56,6 +60,8 @@ class Trainer:
         self.model, self.device = objective.policy.model, objective.policy.device
         self.moving = objective.reference if config.sync_ref_model else None
         self.world = objective.world
+        layers = layers_of(base_causal_lm(self.model)) if self.world.sharded else ()
+        self.pace = Pace(self.world, self.device, layers)
         self.schedule = Schedule(config, data.train, units)
         self.total_steps = self.schedule.steps
         head = objective.policy.head.weight if self.world.vocabulary else None
@@ -117,6 +123,8 @@ class Trainer:
     def _begin(self) -> None:
         """Take the output directory, which was left as it was until a step had been taken."""
         self.output.begin(self.config)
+        if self.world.first:
+            mark_begun(self.config.output_dir)
         self.log.open()
         if self.resumed is not None:  # a kill may have come between a save and its rotation
             self._rotate(self.resumed)
@@ -137,7 +145,7 @@ class Trainer:
     def take_steps(self) -> Generator[None, None, None]:
         """Take every step that is left; yields after each."""
         with closing(ahead(self.steps_left())) as made:
-            for step in made:
+            for step in self.pace.waits(made):
                 start = time.perf_counter()
                 self.finish(step, self.gradients(step), start)
                 yield
@@ -145,11 +153,12 @@ class Trainer:
     def gradients(self, step: StepBatches) -> metrics.StepSums:
         """Score a step's rows forward and backward; nothing but gradients changes."""
         sums, terms = metrics.StepSums(self.device), self.objective.terms(step)
-        for number, batch in enumerate(step.batches, 1):
-            if self.world.sharded:
-                add_replicas_up(self.model, number == len(step.batches))
-            loss = self.objective.score(batch, step.units, sums, terms)
-            self.update.backward(loss, self.step)
+        with self.pace.rows():
+            for number, batch in enumerate(step.batches, 1):
+                if self.world.sharded:
+                    add_replicas_up(self.model, number == len(step.batches))
+                loss = self.objective.score(batch, step.units, sums, terms)
+                self.update.backward(loss, self.step)
         return sums
 
     def finish(self, step: StepBatches, sums: metrics.StepSums, start: float) -> None:
@@ -200,6 +209,8 @@ class Trainer:
         result = self.pending.line() | self._position()
         result["peak_memory_mib"] = max(self.world.gather_all(peak_memory_mib(self.device)))
         self.log.write(result, self.step)
+        if line := self.pace.slowest(self.step):
+            logger.warning(line)
         if self.bar.disable and self.world.first:
             logger.info(f"step {self.step}/{self.total_steps}: {metrics.show(result)}")
         return result

@@ -18,6 +18,7 @@ from ..config import TrainConfig
 from ..errors import CheckpointError, ConfigError, some
 from ..model.place import find_model
 from ..model.save import whole_state
+from ..parallel.restart import is_restart
 from ..parallel.world import ALONE, World
 from . import checkpoint
 from .changes import deciding
@@ -282,7 +283,8 @@ def _check(path: Path, config: TrainConfig, ours: set[str]) -> None:
     else:
         _refuse_sources(path, config)
         if config.resume_from_checkpoint is not True:
-            _check_branch(path, Path(config.resume_from_checkpoint), saved, bool(ours or saved))
+            used = bool(ours or saved) and not is_restart(config)
+            _check_branch(path, Path(config.resume_from_checkpoint), saved, used)
         strange += [p.name for p in saved if not (_is_ours(p.resolve()) or _was_ours(p))]
     if strange:
         raise ConfigError(

@@ -20,7 +20,8 @@ from ..losses import TrainingLoss
 from ..model.adapter import add_adapter
 from ..model.head import find_head
 from ..model.layout import Layout
-from ..model.scorer import Scorer, load_scorer
+from ..model.load_scorer import load_scorer
+from ..model.scorer import Scorer
 from ..parallel.world import ALONE, World
 from ..reference import (
     LogpStore,

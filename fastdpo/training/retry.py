@@ -79,7 +79,7 @@ def retried(trainer: Trainer) -> Generator[None, None, None]:
     repeats = repeats and trainer.world.size == 1  # the others would wait in the middle of the step
     while trainer.step < trainer.total_steps:
         with closing(ahead(trainer.steps_left())) as made:
-            for step in made:
+            for step in trainer.pace.waits(made):
                 if not _take(trainer, step, repeats):
                     break  # to be repeated, with other rows than those made ahead
                 yield

@@ -24,6 +24,7 @@ from .card import model_card
 from .loop import Trainer
 from .output import Output, claim
 from .references import needs_reference, precompute_reference
+from .restart import restarted
 from .retry import enough_memory, retried
 from .setup import InMemory, load, set_up
 
@@ -75,14 +76,26 @@ def train(
         raise ConfigError(f"config: expected a TrainConfig, got {type(config).__name__}")
     _check_callback(on_step)
     given.check(config)
-    with joined(config) as world, claim(config, world) as output, _surroundings(config, world):
-        if given.is_empty and config.resume_from_checkpoint is True and output.holds_this_run():
-            logger.info(
-                f"{output.path}: the run with these keys is finished (step {output.step}), nothing "
-                "is left to do"
-            )
-            return TrainResult(output.step, {}, output.path)
-        return _train(config, given, world, output, on_step)
+    with joined(config) as world:
+        config = restarted(config, world)
+        with claim(config, world) as output, _surroundings(config, world):
+            return _run(config, given, world, output, on_step)
+
+
+def _run(
+    config: TrainConfig,
+    given: InMemory,
+    world: World,
+    output: Output,
+    on_step: Callable[..., None] | None,
+) -> TrainResult:
+    if given.is_empty and config.resume_from_checkpoint is True and output.holds_this_run():
+        logger.info(
+            f"{output.path}: the run with these keys is finished (step {output.step}), nothing "
+            "is left to do"
+        )
+        return TrainResult(output.step, {}, output.path)
+    return _train(config, given, world, output, on_step)
 
 
 def _check_callback(on_step: Any) -> None:
@@ -158,7 +171,7 @@ def precompute(config: TrainConfig) -> dict[str, Any]:
 @contextmanager
 def _surroundings(config: TrainConfig, world: World) -> Iterator[None]:
     """Terminal, network and memory, each of which may be less than what libraries expect."""
-    for line in config.notes():
+    for line in config.notes() if world.first else ():
         logger.warning(f"note: {line}")
     with (
         nullcontext() if world.first else silent(),

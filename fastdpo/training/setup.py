@@ -13,7 +13,7 @@ from ..config.inputs import DTYPES
 from ..data.dataset import Data, RowsInMemory, load_data, needs_reference
 from ..data.groups import describe_units
 from ..data.packing import longest_unit
-from ..data.plan import row_budget, units_per_step
+from ..data.plan import plan_digest, row_budget, units_per_step
 from ..errors import ConfigError, ModelError
 from ..losses import TrainingLoss, loss_of
 from ..memory.allocator import keep_freed_memory, return_freed_memory
@@ -30,10 +30,12 @@ from ..model.load import (
     load_tokenizer,
     with_pad_token,
 )
+from ..model.load_scorer import load_scorer
 from ..model.offload import transfer_of
 from ..model.paths import activations_path, attention_path, run_device
 from ..model.precision import choose_precision
-from ..model.scorer import Scorer, load_scorer
+from ..model.scorer import Scorer
+from ..parallel.agree import same_data, same_weights
 from ..parallel.world import ALONE, World
 from .arrangement import arranged
 from .changes import check_keys
@@ -124,6 +126,7 @@ def load(
     vocab_size = getattr(model_config.get_text_config(), "vocab_size", None)
     with world.one_after_another():  # the others find in the cache what the first one has made
         data = load_data(config, with_pad_token(tokenizer), vocab_size, given.rows, given.eval_rows)
+    same_data(world, _digest(data) if world.size > 1 else "", "dataset_name")
     for line in data.config.notes():  # of a loss that the data's layout named
         if line not in config.notes():
             logger.warning(f"note: {line}")
@@ -144,6 +147,8 @@ def load(
     # What is going to be sharded is not whole on any device.
     place = torch.device("cpu") if world.sharded else device
     policy = load_scorer(config, place, autocast, model=given.model, world=world)
+    if not policy.from_first:
+        same_weights(world, policy.model)
     if world.context is not None:
         if policy.layout.name == "padded":
             raise padded_context(policy.layout.reason)
@@ -178,6 +183,11 @@ def _spread(
         where = {"devices": devices, "local": local}
         spread = spread_for(config, data, model_config, device, autocast, **where)
     return world.share(spread)
+
+
+def _digest(data: Data) -> str:
+    """Names the tokens of all responses, of those that are evaluated on too."""
+    return plan_digest([*data.train, *(data.evaluation or ())], [])
 
 
 def set_up(
