@@ -17,7 +17,7 @@ from fastdpo import TrainConfig
 from fastdpo.data.dataset import load_data
 from fastdpo.data.packing import part_tokens
 from fastdpo.data.plan import epoch_plan
-from fastdpo.model import scorer
+from fastdpo.model import load_scorer
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +32,12 @@ def test_a_loss_without_reference_costs_none(
     still_model, pairs_file, tmp_path, monkeypatch, loss, keys
 ):
     loaded = []
-    load = scorer.load_model
-    monkeypatch.setattr(scorer, "load_model", lambda *a, **k: loaded.append(a) or load(*a, **k))
+    load = load_scorer.load_model
+    monkeypatch.setattr(load_scorer, "load_model", lambda *a, **k: loaded.append(a) or load(*a, **k))
     passes = []
-    score = scorer.Scorer.token_logps
+    score = load_scorer.Scorer.token_logps
     monkeypatch.setattr(
-        scorer.Scorer, "token_logps", lambda *a: passes.append(a) or score(*a), raising=True
+        load_scorer.Scorer, "token_logps", lambda *a: passes.append(a) or score(*a), raising=True
     )
     evaluates = {"eval_dataset_name": str(pairs_file), "eval_strategy": "steps", "eval_steps": 2}
     _, said = run(
