@@ -33,7 +33,9 @@ def test_a_loss_without_reference_costs_none(
 ):
     loaded = []
     load = load_scorer.load_model
-    monkeypatch.setattr(load_scorer, "load_model", lambda *a, **k: loaded.append(a) or load(*a, **k))
+    monkeypatch.setattr(
+        load_scorer, "load_model", lambda *a, **k: loaded.append(a) or load(*a, **k)
+    )
     passes = []
     score = load_scorer.Scorer.token_logps
     monkeypatch.setattr(
