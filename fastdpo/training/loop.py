@@ -69,7 +69,8 @@ class Trainer:
         self.optimizer, self.pending = self.update.optimizer, self.update.pending
         self.saves = Saves(self.world, config.ddp_timeout)
         self.scheduler = make_scheduler(self.optimizer, config, self.total_steps)
-        self.bar = tqdm(total=self.total_steps, unit="step", disable=config.disable_tqdm)
+        hidden = config.disable_tqdm if self.world.first else True
+        self.bar = tqdm(total=self.total_steps, unit="step", disable=hidden)
         self.step = self.num_tokens = 0
         self.resumed: int | None = None
         self._names: list[str] = []
