@@ -42,7 +42,7 @@ def _interrupt() -> None:
 
 def _late() -> None:
     """Until the others have given up."""
-    while all(one.verdict is None for one in watch._OPEN if one.line is not None):
+    while any(one.verdict is None for one in list(watch._OPEN)):
         time.sleep(0.1)
 
 
