@@ -246,7 +246,7 @@ def test_a_rank_does_not_outlive_its_launcher(tmp_path: Path) -> None:
         time.sleep(0.05)
 
 
-def test_a_mistake_is_said_once_under_torchrun_and_two_hosts_restart(
+def test_two_hosts_that_torchrun_restarts_go_on_from_the_last_checkpoint(
     keys: dict[str, Any], tmp_path: Path, tiny_model: Path, pairs_file: Path
 ) -> None:
     """Two agents of one rank each, as on two hosts; one kills itself at step 3 of the first
