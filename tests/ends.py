@@ -5,7 +5,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -17,7 +16,7 @@ from training import heard
 from fastdpo import TrainConfig, train
 from fastdpo.errors import DataError
 from fastdpo.model.layers import layers_of
-from fastdpo.parallel import arbiter
+from fastdpo.parallel import arbiter, watch
 from fastdpo.training.loop import Trainer
 
 ODD = 1
@@ -25,9 +24,6 @@ ODD = 1
 
 STEP = 2
 """And after which step."""
-
-LATE_S = 7.0
-"""How long it stays away where it comes late."""
 
 Ending = dict[str, Any]
 
@@ -45,7 +41,9 @@ def _interrupt() -> None:
 
 
 def _late() -> None:
-    time.sleep(LATE_S)
+    """Until the others have given up."""
+    while any(one.verdict is None for one in list(watch._OPEN)):
+        time.sleep(0.1)
 
 
 HAPPENS: dict[str, Callable[[], None]] = {
@@ -145,8 +143,3 @@ def _written() -> Iterator[list[str]]:
                 os.close(handle)
             file.seek(0)
             found.append(file.read().decode())
-
-
-def names_below(folder: Path) -> list[str]:
-    """Every file and directory there is."""
-    return sorted(path.name for path in folder.rglob("*")) if folder.exists() else []

@@ -100,6 +100,8 @@ class Watch:
         with suppress(OSError):
             read_line(self.line)
         self._quiet.set()
+        _OPEN.discard(self)
+        self.line.close()
         if not self._ended.wait(END_S):  # it computes, or waits where nothing wakes it
             os._exit(self.verdict.status)
 
