@@ -157,7 +157,9 @@ def known_names() -> set[str]:
     arguments = [name for call in calls for name in inspect.signature(call).parameters]
     known = {*keys, *PEER_KEYS, *FIELDS, *LOSSES, *choices, *arguments, *vars(fastdpo_kernels)}
     metrics = explained_metrics() | explained_metrics("docs/losses.md")
-    return known | metrics | {"fastdpo_kernels", "save_to_disk", "save_pretrained"}
+    return (
+        known | metrics | {"fastdpo_kernels", "save_to_disk", "save_pretrained", "from_pretrained"}
+    )
 
 
 @pytest.mark.parametrize("page", sorted({"README.md", *DOCS} - {"docs/benchmarks.md"}))
