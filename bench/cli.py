@@ -8,6 +8,7 @@
   fastdpo bench gaps --model_config qwen2.5-1.5b              how long the GPU waits between steps
   fastdpo bench balance                         how evenly work is spread over 8, 64, 512 ranks
   fastdpo bench hosts                           two hosts, made of network namespaces
+  fastdpo bench scaling                         1, 2 and 4 processes: time, bytes, memory
   fastdpo bench compare OLD.jsonl NEW.jsonl     do two sets of rows differ beyond their spread?
   fastdpo bench readme --check                  tables and charts of the README from the rows
 
@@ -31,6 +32,7 @@ COMMANDS = {
     "gaps": ".trainers.gaps",
     "balance": ".balance",
     "hosts": ".hosts",
+    "scaling": ".scaling.run",
     "compare": ".report.compare",
     "readme": ".report.pages",
 }

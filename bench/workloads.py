@@ -103,6 +103,7 @@ def _config(kind: str, sizes: str, **more: Any) -> dict[str, Any]:
 
 MODEL_CONFIGS = {
     "nano": _config("llama", "1000 32 64 2 2 2", tie_word_embeddings=True),
+    "small-llama": _config("llama", "4096 256 1024 4 8 4", tie_word_embeddings=False),
     "tiny-llama": _config("llama", "49152 256 1024 4 4 2", tie_word_embeddings=False),
     "smollm2-135m": _config("llama", "49152 576 1536 30 9 3", tie_word_embeddings=True),
     "qwen2.5-0.5b": _config("qwen2", "151936 896 4864 24 14 2", tie_word_embeddings=True),

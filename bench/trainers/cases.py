@@ -48,7 +48,7 @@ def workloads(options: argparse.Namespace, folder: Path) -> Iterator[Workload]:
     file = folder / "rows.jsonl"
     write_rows(file, rows)
     length = options.max_length or (None if lengths_named(options.data) else 1024)
-    useful, response = _tokens(rows, tokenizer, length, options.pairs_per_step)
+    useful, response = tokens_of_steps(rows, tokenizer, length, options.pairs_per_step)
     for checkpointing, reference in itertools.product(
         options.gradient_checkpointing, options.reference
     ):
@@ -84,7 +84,7 @@ def rows_for(loss: str, data: str, count: int, tokenizer: PreTrainedTokenizerBas
     return written_out(rows, tokenizer) if trl_keys(loss)["trainer"] in REFERENCE_FREE else rows
 
 
-def _tokens(
+def tokens_of_steps(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int | None, per_step: int
 ) -> tuple[list[int], list[int]]:
     """Tokens of each step: of a whole sequence a response, and of the responses alone."""

@@ -70,6 +70,10 @@ class Clock:
         if metrics is not None:
             self.metrics.append(metrics)
 
+    def restart(self) -> None:
+        """The next step begins now, not where the last one ended."""
+        self._last = _now()
+
     def callback(self) -> Any:
         """A callback for trainers that are built on that of Transformers."""
         from transformers import TrainerCallback

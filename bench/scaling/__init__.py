@@ -1,0 +1,1 @@
+"""One process beside several: speed, bytes exchanged, memory held (`fastdpo bench scaling`)."""
