@@ -32,6 +32,7 @@ def serve() -> None:
     """Prepare the server of this process's runs; to be called before the first."""
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    os.environ |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "TQDM_DISABLE": "1"}
     path = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(path)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -154,21 +155,25 @@ def _fastdpo(job: Mapping[str, Any], folder: Path, watch: Watch) -> None:
         ddp_timeout=SECONDS,
         **keys | job["keys"],
     )
-    train(config, rows=_rows(job), on_step=lambda _, metrics: watch.step(metrics))
+    train(config, rows=read_rows(Path(job["rows"])), on_step=lambda _, metrics: watch.step(metrics))
 
 
 def _trl(job: Mapping[str, Any], folder: Path, watch: Watch) -> None:
+    from datasets import load_dataset
     from transformers import TrainerCallback
 
     from ..trainers.with_trl import make_trainer
 
     keys = _keys(job["case"]) | job["keys"]
+    cache = str(folder / "cache")
+    rows = load_dataset("json", data_files=job["rows"], split="train", cache_dir=cache)
     trainer = make_trainer(
         Path(job["model"]),
-        _rows(job),
+        rows,
         max_steps=job["steps"],
-        per_device_train_batch_size=job["units"],
-        per_device_eval_batch_size=job["units"],
+        per_device_train_batch_size=job["batch"],
+        per_device_eval_batch_size=job["batch"],
+        gradient_accumulation_steps=job["units"] // job["batch"],
         precompute_ref_log_probs=True,
         model_init_kwargs={"dtype": keys.pop("dtype")},
         bf16=False,
@@ -197,7 +202,3 @@ def _keys(case: Mapping[str, Any]) -> dict[str, Any]:
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[case["dtype"]]
     named = ("learning_rate", "gradient_checkpointing")
     return {name: case[name] for name in named} | {"dtype": dtype, "max_length": None}
-
-
-def _rows(job: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return read_rows(Path(job["rows"]))

@@ -42,7 +42,9 @@ def optimizer_alive() -> torch.optim.Optimizer:
     Raises:
         ValueError: there is none, or more than one.
     """
-    (found,) = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.optim.Optimizer)]
+    (found,) = [
+        thing for thing in gc.get_objects() if issubclass(type(thing), torch.optim.Optimizer)
+    ]
     return found
 
 

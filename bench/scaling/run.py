@@ -16,10 +16,14 @@ without; and what the loopback's counter says.
 
 Memory: bytes of weights, gradients and states of a rank after a step, and the most in a step.
 
+`load` of a row is how many processes were running or waiting in the minute before it ended, this
+run's own among them.
+
 Rows go to bench/results/scaling-cpu.jsonl, one a run, runs that failed included.
 """
 
 import argparse
+import os
 import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,8 +61,7 @@ class Workload:
         self.model = model_path(options.model_config, data, DTYPES[dtype], torch.device("cpu"))
         count = self.steps * options.pairs * max(options.processes)
         self.pairs = pairs_of(data, count)
-        self.file = folder / f"{data}.jsonl"
-        write_rows(self.file, self.pairs)
+        self.batch = options.pairs
         self.tokenizer = AutoTokenizer.from_pretrained(self.model)
         self.runs = 0
 
@@ -71,7 +74,11 @@ class Workload:
         case |= {"pairs_a_process": units}
         work: dict[str, Any] = {"kind": kind, "case": case, "processes": processes, "units": units}
         work |= {"provider": provider, "apart": scheme in ("one", "apart"), "steps": self.steps}
-        work |= {"rows": str(self.file), "model": str(self.model), "folder": str(place)}
+        alone = work["apart"]
+        file = place / "rows.jsonl"  # no more than are trained, since TRL's reference scores all
+        write_rows(file, self.pairs[: self.steps * units * (1 if alone else processes)])
+        work |= {"rows": str(file), "model": str(self.model), "folder": str(place)}
+        work |= {"batch": min(units, self.batch)}
         try:
             ranks = job.run_ranks(work | {"keys": dict(keys_of(provider, scheme))})
         except Failed as error:
@@ -235,6 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
 
     def add(row: Row) -> None:
+        row |= {"cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0]}
         results.add(**row)
         shown = ("kind", "scaling", "error", "tokens_per_s", "efficiency", "of_cores")
         shown += ("over_ideal", "loopback_over_sent", "held", "beyond")

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -106,5 +105,3 @@ def loopback_bytes() -> int | None:
         if name.strip() == "lo":
             return int(counters.split()[8])
     return None
-
-

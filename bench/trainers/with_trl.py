@@ -45,7 +45,7 @@ def trl_keys(loss: str) -> dict[str, Any]:
 
 def make_trainer(
     model: Any,
-    rows: Rows,
+    rows: Any,
     eval_rows: Rows | None = None,
     peft_config: Any = None,
     trainer: str = "dpo",
@@ -55,7 +55,8 @@ def make_trainer(
 
     Args:
         model: a directory, or a model in memory that is trained in place.
-        rows: in the order in which they are trained.
+        rows: in the order in which they are trained; for several processes a `Dataset` of a file,
+            whose cache they share.
         eval_rows: what is evaluated.
         peft_config: of an adapter.
         trainer: dpo, kto, orpo or cpo.
@@ -89,7 +90,7 @@ def make_trainer(
     made = InOrder(
         model=str(model) if isinstance(model, Path) else model,
         args=settings(**common | keys),
-        train_dataset=Dataset.from_list(list(rows)),
+        train_dataset=rows if isinstance(rows, Dataset) else Dataset.from_list(list(rows)),
         eval_dataset=Dataset.from_list(list(eval_rows)) if eval_rows else None,
         peft_config=peft_config,
     )
