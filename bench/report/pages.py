@@ -23,6 +23,7 @@ from .losses import demo_block, forms_block, kto_tokens_block
 from .memory import memory_block
 from .robustness import kill_block, kill_devices_block, soak_block
 from .rows import first, flat, newest_runs, origins
+from .scaling import scaling_block
 from .summary import summary_block, tokens_block
 from .tables import NOTHING
 from .trainers import gaps_block, losses_block, trainer_tables, trainers_block, trainers_chart
@@ -53,6 +54,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "kto-tokens": kto_tokens_block,
     "memory": memory_block,
     "balance": balance_block,
+    "scaling": scaling_block,
     "kill": kill_block,
     "kill-devices": kill_devices_block,
     "soak": soak_block,
