@@ -38,7 +38,8 @@ def load_scorer(
         ModelError: a model that cannot be loaded or trained.
         ConfigError: a key that cannot be honoured for it.
     """
-    if world.sharded and takes_skeletons(config, path):
+    # The rows of a head over the vocabulary are taken from the whole one on each rank.
+    if world.sharded and not world.vocabulary and takes_skeletons(config, path):
         return _of_first(config, device, autocast, path, world)
     place = None if model is not None else find_model(config, path)
     if model is not None:
