@@ -7,6 +7,7 @@ trainers, so that a run of a few seconds does not begin with as many of imports.
 import logging
 import multiprocessing
 import os
+import re
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -23,7 +24,8 @@ from ..trainers.process import ROOT, Failed, reason
 from .memory import Peak, held, optimizer_alive
 from .wire import Sent, loopback_bytes
 
-ALONE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LAUNCHER = re.compile(r"(LOCAL_|GROUP_|ROLE_|TORCHELASTIC_|MASTER_)\w+|RANK|WORLD_SIZE")
+_ERRORS = "TORCHELASTIC_ERROR_FILE"
 SECONDS = 120
 """How long ranks wait for each other before a run has failed."""
 
@@ -73,8 +75,8 @@ def on_rank(job: dict[str, Any]) -> dict[str, Any]:
     rank = int(os.environ["RANK"])
     folder = Path(job["folder"])
     if job["apart"]:
-        for name in ALONE:
-            os.environ.pop(name)
+        for name in [name for name in os.environ if _LAUNCHER.fullmatch(name) and name != _ERRORS]:
+            del os.environ[name]
         folder = folder / str(rank)
     watch = Watch(job, rank)
     with ExitStack() as stack:
