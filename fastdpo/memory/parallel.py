@@ -8,7 +8,7 @@ from ..config import TrainConfig
 from ..devices import GIB
 from ..errors import ConfigError
 from .planner import Planner, Prediction
-from .spread import ONE, Spread, cannot_shard, spread_of
+from .spread import ONE, TIED, Spread, cannot_shard, spread_of
 
 MOST = 1024
 """Devices up to which a plan looks."""
@@ -61,6 +61,8 @@ def choose_spread(planner: Planner, devices: int, local: int) -> Spread:
     if name == "auto":
         name, reason = choose_data_parallel(planner, devices, local)
     spread = replace(spread_of(config, devices, local, name), reason=reason)
+    if spread.vocabulary and planner.run(config).model.tied:
+        raise config.error("head_parallel", TIED)
     if config.head_parallel == "auto" and spread.shards > 1 and not planner.run(config).model.tied:
         sharded = replace(spread, vocabulary=True)
         gathered, apart = (planner.over(one).predict(config) for one in (spread, sharded))

@@ -53,6 +53,9 @@ class Spread:
 
 ONE = Spread()
 
+TIED = "vocabulary needs a head of its own, and this model's is the embedding too; use gathered"
+"""Why a head that is tied to the embedding cannot stay sharded."""
+
 
 def spread_of(config: TrainConfig, devices: int, local: int, name: str) -> Spread:
     """The spread of a run over so many devices, `local` of them on a host.
@@ -91,6 +94,8 @@ def obstacles(config: TrainConfig, devices: int, name: str) -> Iterator[tuple[st
     for key in ("optimizer_in_backward", "optimizer_offload"):
         if getattr(config, key):
             yield key, "cannot go with several devices: they add gradients up"
+    if config.head_parallel == "vocabulary" and config.cp_size > 1:
+        yield "head_parallel", "vocabulary goes with cp_size 1"
     if name != "replicate":
         yield from cannot_shard(config)
 

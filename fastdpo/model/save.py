@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 
 from .dropout import original_dropout
@@ -22,6 +24,12 @@ def whole_state(model: Any) -> dict[str, Tensor] | None:
     adapter = hasattr(model, "peft_config")
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter)
     state: dict[str, Any] = get_model_state_dict(model, options=options)
+    for name, weight in model.named_parameters() if adapter else ():
+        base = name.endswith(".base_layer.weight")
+        if base and any(f".{kind}." in name for kind in EMBEDDING_LAYER_NAMES):
+            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            if state:  # on the first rank
+                state[name] = whole.detach().cpu()
     first: dict[nn.Parameter, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         own = first.setdefault(parameter, name)

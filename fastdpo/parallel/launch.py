@@ -61,4 +61,6 @@ def _status(rank: int, failure: ProcessFailure) -> int:
     else:
         how = f"was ended by {signal.Signals(-failure.exitcode).name}"
     place = f"rank {rank} ({socket.gethostname()}, process {failure.pid})"
-    raise FastDPOError(f"{place} {how}, and the others with it; {GO_ON}")
+    error = FastDPOError(f"{place} {how}, and the others with it; {GO_ON}")
+    error.status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    raise error

@@ -18,7 +18,7 @@ from ..errors import ConfigError, ModelError
 from ..losses import TrainingLoss, loss_of
 from ..memory.allocator import keep_freed_memory, return_freed_memory
 from ..memory.auto import fit, spread_for
-from ..memory.spread import ONE, Spread, spread_of
+from ..memory.spread import ONE, TIED, Spread, spread_of
 from ..model.adapter import adopt_adapter
 from ..model.context import ContextGroup, padded_context
 from ..model.layers import compile_layers, recompute_layers
@@ -176,6 +176,8 @@ def _spread(
     spread = None
     if name != "auto":
         spread = spread_of(config, *sizes, name)
+        if spread.vocabulary and model_config.get_text_config().tie_word_embeddings:
+            raise config.error("head_parallel", TIED)
         if spread.shards == 1 or config.head_parallel != "auto":
             return spread
     if world.first:
