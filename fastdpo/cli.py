@@ -157,11 +157,19 @@ def _precompute(arguments: Sequence[str]) -> None:
 
 def _launched(command: str, arguments: Sequence[str], config: TrainConfig) -> bool:
     """Whether the command has run in processes that were started for `devices`."""
-    if (config.devices or 1) == 1 or "WORLD_SIZE" in os.environ:
+    if "WORLD_SIZE" in os.environ:
+        return False
+    from .memory.spread import spread_of
+
+    devices = config.devices or 1
+    config.check_contexts(devices)
+    if config.data_parallel != "auto" and devices > 1:
+        spread_of(config, devices, devices, config.data_parallel)
+    if devices == 1:
         return False
     from .parallel.launch import launch
 
-    if status := launch([command, *arguments], config.devices or 1):
+    if status := launch([command, *arguments], devices):
         raise SystemExit(status)
     return True
 

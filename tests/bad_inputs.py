@@ -379,7 +379,7 @@ LINES = [
     called("plan config.yaml --devices 0", "--devices: expected a whole number of at least 1"),
     called(
         "plan config.yaml --devices 4 --cp_size 3",
-        "--cp_size: expected a divisor of the 4 devices, got 3",
+        "--cp_size: 3 devices share each row, and the run has 4",
     ),
     called("plan --model_name_or_path ./no", "model_name_or_path: ./no does not exist"),
     called("plan config.yaml --dataset_name no.jsonl", "no.jsonl: not found"),

@@ -69,6 +69,15 @@ class Keys(
                 expected = f"expected a value (--{name}, or {name}: in the file)"
                 raise self.error(name, f"{expected}. {what}")
 
+    def check_contexts(self, devices: int) -> None:
+        """Raise `ConfigError` where so many devices do not divide into groups of `cp_size`."""
+        if devices % self.cp_size:
+            raise self.error(
+                "cp_size",
+                f"{self.cp_size} devices share each row, and the run has {devices}; set devices to "
+                "a multiple of it, or start the run with torchrun",
+            )
+
     @property
     def needs_reference(self) -> bool:
         """Whether a loss of the run compares with a reference; true of a loss nobody knows."""

@@ -36,10 +36,13 @@ def choose_data_parallel(planner: Planner, devices: int, local: int) -> tuple[st
     for key, why in cannot_shard(planner.config):
         return "replicate", f"{key}: {why}"
     budget = f"{planner.device.budget / GIB:.2f} GiB"
-    whole = _predicted(planner, devices, local, "replicate")
-    if planner.fits(whole):
-        return "replicate", f"the whole model fits: {_peak(whole)} of {budget} on each device"
-    need = f"the whole model needs {_peak(whole)} of {budget} on each device"
+    if planner.config.head_parallel == "vocabulary":
+        need = "head_parallel vocabulary goes with shares"
+    else:
+        whole = _predicted(planner, devices, local, "replicate")
+        if planner.fits(whole):
+            return "replicate", f"the whole model fits: {_peak(whole)} of {budget} on each device"
+        need = f"the whole model needs {_peak(whole)} of {budget} on each device"
     if devices > local > 1:
         within = _predicted(planner, devices, local, "hsdp")
         if planner.fits(within):

@@ -67,9 +67,7 @@ def spread_of(config: TrainConfig, devices: int, local: int, name: str) -> Sprea
         ConfigError: devices that do not divide as the configuration says, or a key that cannot be
             honoured there.
     """
-    if devices % config.cp_size:
-        problem = f"expected a divisor of the {devices} devices, got {config.cp_size}"
-        raise config.error("cp_size", problem)
+    config.check_contexts(devices)
     for key, problem in obstacles(config, devices, name):
         raise config.error(key, problem)
     replicas = devices if name == "replicate" else 1
@@ -79,10 +77,12 @@ def spread_of(config: TrainConfig, devices: int, local: int, name: str) -> Sprea
             problem = f"expected a divisor of the {devices} devices, got {replicas}"
             raise config.error("dp_replicate_size", problem)
         if replicas in (1, devices):
-            several = (
-                f"needs replicas of several shares each, got {replicas} over {devices} devices"
+            group = "all devices are" if replicas == 1 else "each device is"
+            raise config.error(
+                "data_parallel",
+                f"hsdp keeps a model in each of several groups of devices, and here {group} one; "
+                f"take fsdp or replicate, or another dp_replicate_size that divides {devices}",
             )
-            raise config.error("data_parallel", f"hsdp {several}; take fsdp or replicate")
     vocabulary = config.head_parallel == "vocabulary" and devices > replicas
     return Spread(name, devices, local, replicas, config.cp_size, vocabulary)
 
@@ -103,7 +103,7 @@ def obstacles(config: TrainConfig, devices: int, name: str) -> Iterator[tuple[st
 def cannot_shard(config: TrainConfig) -> Iterator[tuple[str, str]]:
     """Keys for which the model has to be whole on each device, each with why."""
     if config.load_in_4bit:
-        yield "load_in_4bit", "a base in 4 bits cannot be sharded"
+        yield "load_in_4bit", "a base in 4 bits cannot be sharded; take data_parallel replicate"
     if config.torch_compile:
         yield "torch_compile", "compiled layers cannot be sharded"
     if config.optim in BITSANDBYTES:

@@ -43,6 +43,9 @@ def launch(arguments: Sequence[str], devices: int) -> int:
     try:
         elastic_launch(settings, sys.executable)("-m", "fastdpo", *arguments)
     except ChildFailedError as error:
+        said = [f.exitcode for f in error.failures.values() if _has_said(f)]
+        if said:  # the others were ended for it
+            return said[0]
         return _status(*error.get_first_failure())
     except SignalException as ended:
         if ended.sigval == signal.SIGINT:
@@ -53,9 +56,12 @@ def launch(arguments: Sequence[str], devices: int) -> int:
     return 0
 
 
+def _has_said(failure: ProcessFailure) -> bool:
+    """Whether a process has said why it ended."""
+    return failure.exitcode >= 0 and os.path.exists(failure.error_file)
+
+
 def _status(rank: int, failure: ProcessFailure) -> int:
-    if failure.exitcode >= 0 and os.path.exists(failure.error_file):
-        return failure.exitcode  # it has said why
     if failure.exitcode >= 0:
         how = f"ended with exit code {failure.exitcode}"
     else:

@@ -28,6 +28,9 @@ SLOW = 1.3
 NOTICED_S = 0.05
 """And by how many seconds a step: less is the noise of hosts."""
 
+STEPS = 5
+"""Steps that are measured together; the first ones, in which everything is made, do not count."""
+
 EVERY = 100
 """Steps between two lines about it."""
 
@@ -40,7 +43,8 @@ class Pace:
         self.seconds = 0.0
         self._open: list[Any] = []
         self._spans: list[tuple[Any, Any]] = []
-        self._read_at, self._said_at = 0, -EVERY
+        self._read_at: int | None = None
+        self._said_at = -EVERY
         self.inside_layers = world.size > 1 and world.sharded
         for layer in layers if self.inside_layers else ():
             # After FSDP's own hook before a layer, and before its hook after it.
@@ -71,7 +75,13 @@ class Pace:
         """
         if self.world.size == 1:
             return None
-        taken = self._read() / max(1, step - self._read_at)
+        if self._read_at is None:  # the first steps
+            self._read()
+            self._read_at = step
+        count = step - self._read_at
+        if count < STEPS:
+            return None
+        taken = self._read() / count
         self._read_at = step
         found = self.world.gather_all((taken, socket.gethostname()))
         times = [seconds for seconds, _ in found]

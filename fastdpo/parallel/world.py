@@ -168,17 +168,17 @@ def _found(config: TrainConfig) -> tuple[World, bool]:
         if (config.devices or 1) > 1:
             raise config.error(
                 "devices",
-                f"expected 1 in a process of its own, got {config.devices}; start the script with "
-                f"torchrun --nproc_per_node {config.devices}",
+                f"a script is one process; start it with torchrun --nproc_per_node "
+                f"{config.devices}",
             )
-        _check_size(config, 1)
+        config.check_contexts(1)
         return ALONE, False
     rank, size, local_rank, local_size = numbers
     if config.devices not in (None, local_size):
         raise config.error(
             "devices", f"torchrun started {local_size} on this host, got {config.devices}"
         )
-    _check_size(config, size)
+    config.check_contexts(size)
     cuda = torch.cuda.is_available() and not config.use_cpu
     if cuda and size > 1:
         if local_rank >= torch.cuda.device_count():
@@ -206,13 +206,6 @@ def _numbers() -> tuple[int, int, int, int] | None:
         found.append(int(text))
     rank, size, local_rank, local_size = found
     return rank, size, local_rank, local_size
-
-
-def _check_size(config: TrainConfig, size: int) -> None:
-    if size % config.cp_size:
-        raise config.error(
-            "cp_size", f"expected a divisor of the {size} processes, got {config.cp_size}"
-        )
 
 
 def _with_groups(world: World) -> World:
