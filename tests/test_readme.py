@@ -169,7 +169,7 @@ def test_names_exist(page: str) -> None:
     for span in spans(page):
         flags = re.findall(r"(?<!\S)--(?:no_)?(\w+)", span)
         setting = re.match(r"(\w+): \S", span)
-        if not span.startswith(("fastdpo ", "make ", "python ")):
+        if not span.startswith(("fastdpo ", "make ", "python ", "torchrun ")):
             assert set(flags) | ({setting[1]} if setting else set()) <= keys | {
                 name for name in PEER_KEYS if PEER_KEYS[name].read
             }, span
