@@ -209,8 +209,12 @@ ENVIRONMENT = [
         ),
         "pairs.jsonl: …config.yaml…: cannot be read or written (…); HF_DATASETS_CACHE",
     ),
-    place("two processes", env(WORLD_SIZE="2", RANK="0"), "WORLD_SIZE: expected 1, …got 2"),
-    place("WORLD_SIZE of text", env(WORLD_SIZE="two"), "WORLD_SIZE: expected 1, …got two"),
+    place(
+        "two processes",
+        env(WORLD_SIZE="2", RANK="0"),
+        "LOCAL_RANK: expected a number, …got nothing",
+    ),
+    place("WORLD_SIZE of text", env(WORLD_SIZE="two"), "WORLD_SIZE: expected a number, …got two"),
     place("a hub model offline", offline, "…someone/model…", "--model_name_or_path=someone/model"),
     place(
         "a hub reference offline",

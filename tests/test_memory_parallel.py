@@ -291,7 +291,10 @@ def test_what_was_asked_for_is_kept(planner):
     made = planner(**keys)
     assert choose_spread(made, 16, 8) == Spread("hsdp", 16, 8, 4, 2)
     assert choose_spread(planner(data_parallel="fsdp"), 16, 8).shards == 16
-    assert choose_spread(planner(data_parallel="fsdp", head_parallel="vocabulary"), 8, 8).vocabulary
+    sharded = planner(data_parallel="fsdp", head_parallel="vocabulary")
+    with pytest.raises(ConfigError, match="a head of its own, and this model's is the embedding"):
+        choose_spread(sharded, 8, 8)
+    assert spread_of(sharded.config, 8, 8, "fsdp").vocabulary
 
 
 @pytest.mark.parametrize(

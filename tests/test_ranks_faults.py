@@ -115,7 +115,7 @@ def test_what_is_not_finite_on_one_rank_leaves_all_weights_as_they_were(
 @pytest.mark.parametrize("mode", ["replicate", "fsdp"])
 def test_a_slow_rank_is_named(started: Ranks, keys: dict[str, Any], mode: str) -> None:
     """Though all ranks take as long for a step, since they wait for it."""
-    keys |= {"data_parallel": mode, "logging_steps": 2}
+    keys |= {"data_parallel": mode, "logging_steps": 2, "max_steps": 8}
     found = endings(started, keys, "slow")
     assert [len(one["logged"]) for one in found] == [1, 0]
     assert found[0]["logged"][0].startswith(f"{HERE} is slow")
@@ -216,7 +216,7 @@ def test_a_killed_rank_and_an_interruption_end_every_process(
     assert [sorted(one) for one in members] == [[0, 1]] * 2
     os.kill(members[0][ODD], signal.SIGKILL)
     os.kill(begun[1][0].pid, signal.SIGINT)
-    assert [process.wait(ENDED_WITHIN_S) for process, _ in begun] == [2, 130]
+    assert [process.wait(ENDED_WITHIN_S) for process, _ in begun] == [128 + signal.SIGKILL, 130]
     pid = members[0][ODD]
     said = f"error: rank {ODD} ({socket.gethostname()}, process {pid}) was ended by SIGKILL"
     for (_, log), expected in zip(begun, (said, "interrupted"), strict=True):

@@ -194,8 +194,8 @@ def _numbers() -> tuple[int, int, int, int] | None:
     """Rank, size and the same on this host; None for a process that stands alone."""
     if "WORLD_SIZE" not in os.environ:
         return None
-    found = []
-    for name in VARIABLES:
+    found = {}
+    for name in sorted(VARIABLES, key="WORLD_SIZE".__ne__):
         text = os.environ.get(name, "")
         if not text.isdecimal():
             if os.environ["WORLD_SIZE"] == "1":
@@ -203,8 +203,8 @@ def _numbers() -> tuple[int, int, int, int] | None:
             raise ConfigError(
                 f"{name}: expected a number, as torchrun sets it, got {text or 'nothing'}"
             )
-        found.append(int(text))
-    rank, size, local_rank, local_size = found
+        found[name] = int(text)
+    rank, size, local_rank, local_size = (found[name] for name in VARIABLES)
     return rank, size, local_rank, local_size
 
 
