@@ -104,6 +104,8 @@ def cannot_shard(config: TrainConfig) -> Iterator[tuple[str, str]]:
     """Keys for which the model has to be whole on each device, each with why."""
     if config.load_in_4bit:
         yield "load_in_4bit", "a base in 4 bits cannot be sharded; take data_parallel replicate"
+    if config.use_liger_kernel:
+        yield "use_liger_kernel", "layers with Liger's kernels cannot be checked before sharding"
     if config.torch_compile:
         yield "torch_compile", "compiled layers cannot be sharded"
     if config.optim in BITSANDBYTES:

@@ -24,10 +24,7 @@ def takes_skeletons(config: TrainConfig, path: str | None) -> bool:
     """Whether the model at `path` (default: the policy's) can be had without its weights: an
     adapter on disk, and tiles, which are tried out on a layer, need those.
     """
-    adapter = find_model(config, path).adapter
-    return not (
-        adapter or config.layer_tile_tokens or config.use_liger_kernel or config.load_in_4bit
-    )
+    return not (find_model(config, path).adapter or config.layer_tile_tokens)
 
 
 def load_skeleton(config: TrainConfig, path: str | None, dtype: torch.dtype) -> PreTrainedModel:

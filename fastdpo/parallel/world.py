@@ -138,11 +138,6 @@ class World:
 ALONE = World()
 
 
-def started_by_torchrun() -> bool:
-    """Whether this process is one of several, or of one, that torchrun started."""
-    return all(name in os.environ for name in VARIABLES)
-
-
 @contextmanager
 def joined(config: TrainConfig) -> Iterator[World]:
     """The processes of this run, connected for the time of the block.

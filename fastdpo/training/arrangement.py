@@ -6,8 +6,10 @@ from typing import Any
 import torch
 
 from ..config import TrainConfig
+from ..data.dataset import Data
 from ..errors import ConfigError
-from ..memory.spread import Spread
+from ..memory.auto import spread_for
+from ..memory.spread import TIED, Spread, spread_of
 from ..model.quantised import is_quantised
 from ..model.scorer import Scorer
 from ..model.sharding import settle, shard_model
@@ -15,6 +17,39 @@ from ..model.skeleton import fill_skeleton
 from ..parallel.world import World
 
 logger = logging.getLogger(__name__)
+
+
+def spread_over(
+    config: TrainConfig,
+    data: Data,
+    model_config: Any,
+    device: torch.device,
+    autocast: torch.dtype | None,
+    world: World,
+    model: Any,
+) -> Spread:
+    """How the run lies over its processes; where that depends on the memory that is free, the first
+    one says.
+
+    Raises:
+        ConfigError: a key that cannot be honoured there.
+    """
+    sizes = world.size, world.local_size
+    name = config.data_parallel
+    if name == "auto" and model is not None:
+        name = "replicate"
+    spread = None
+    if name != "auto":
+        spread = spread_of(config, *sizes, name)
+        if spread.vocabulary and model_config.get_text_config().tie_word_embeddings:
+            raise config.error("head_parallel", TIED)
+        if spread.shards == 1 or config.head_parallel != "auto":
+            return spread
+    if world.first:
+        devices, local = sizes
+        where = {"devices": devices, "local": local}
+        spread = spread_for(config, data, model_config, device, autocast, **where)
+    return world.share(spread)
 
 
 def arranged(
@@ -65,12 +100,10 @@ def shard_scorer(scorer: Scorer, world: World) -> None:
         settle(model)
         return
     head, embedding = scorer.head.module, model.get_input_embeddings()
-    if not isinstance(head, torch.nn.Linear) or head.weight is embedding.weight:
-        why = "the embedding too" if head.weight is embedding.weight else "adapted"
-        raise ConfigError(
-            f"head_parallel: vocabulary needs a head of its own, and this model's is {why}; use "
-            "gathered"
-        )
+    if head.weight is embedding.weight:
+        raise ConfigError(f"head_parallel: {TIED}")
+    if not isinstance(head, torch.nn.Linear):
+        raise ConfigError("head_parallel: vocabulary needs a head without adapter; use gathered")
     shard_model(model, mesh, head)
     settle(model)
     scorer.shares = mesh.get_group("shard")

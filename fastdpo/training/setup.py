@@ -17,8 +17,8 @@ from ..data.plan import plan_digest, row_budget, units_per_step
 from ..errors import ConfigError, ModelError
 from ..losses import TrainingLoss, loss_of
 from ..memory.allocator import keep_freed_memory, return_freed_memory
-from ..memory.auto import fit, spread_for
-from ..memory.spread import ONE, TIED, Spread, spread_of
+from ..memory.auto import fit
+from ..memory.spread import ONE
 from ..model.adapter import adopt_adapter
 from ..model.context import ContextGroup, padded_context
 from ..model.layers import compile_layers, recompute_layers
@@ -37,7 +37,7 @@ from ..model.precision import choose_precision
 from ..model.scorer import Scorer
 from ..parallel.agree import same_data, same_weights
 from ..parallel.world import ALONE, World
-from .arrangement import arranged
+from .arrangement import arranged, spread_over
 from .changes import check_keys
 from .checkpoint import read_state
 from .loop import Trainer
@@ -137,7 +137,7 @@ def load(
     logger.info(f"precision: {precision} on {device.type} ({reason})")
     spread = ONE
     if world.size > 1:
-        spread = _spread(config, data, model_config, device, autocast, world, given.model)
+        spread = spread_over(config, data, model_config, device, autocast, world, given.model)
         world = arranged(config, spread, given.model, world, device)
     if trains and config.memory == "auto":
         fitted = config
@@ -155,36 +155,6 @@ def load(
         policy.context = ContextGroup(world.context)
     budget = row_budget(config, device.type)
     return Loaded(config, tokenizer, data, policy, loss, budget, world)
-
-
-def _spread(
-    config: TrainConfig,
-    data: Data,
-    model_config: Any,
-    device: torch.device,
-    autocast: torch.dtype | None,
-    world: World,
-    model: Any,
-) -> Spread:
-    """How the run lies over its processes; where that depends on the memory that is free, the first
-    one says.
-    """
-    sizes = world.size, world.local_size
-    name = config.data_parallel
-    if name == "auto" and model is not None:
-        name = "replicate"
-    spread = None
-    if name != "auto":
-        spread = spread_of(config, *sizes, name)
-        if spread.vocabulary and model_config.get_text_config().tie_word_embeddings:
-            raise config.error("head_parallel", TIED)
-        if spread.shards == 1 or config.head_parallel != "auto":
-            return spread
-    if world.first:
-        devices, local = sizes
-        where = {"devices": devices, "local": local}
-        spread = spread_for(config, data, model_config, device, autocast, **where)
-    return world.share(spread)
 
 
 def _digest(data: Data) -> str:
