@@ -182,7 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.environ[INSIDE] = "1"
         inner = [sys.executable, "-m", "bench.hosts", *(arguments or sys.argv[1:])]
         script = f"mount -t tmpfs none /run && exec {shlex.join(inner)}"
-        os.execvp("unshare", ["unshare", "-Urnm", "bash", "-c", script])
+        # Processes of a namespace end with it: a measurement that is broken off leaves none behind.
+        flags = ["-Urnmpf", "--mount-proc", "--kill-child"]
+        os.execvp("unshare", ["unshare", *flags, "bash", "-c", script])
     join_hosts()
     results = record.Results("hosts", options)
     with tempfile.TemporaryDirectory() as name:

@@ -31,7 +31,7 @@ from fastdpo.data.groups import Group
 from fastdpo.data.packing import Part
 from fastdpo.data.segments import Bound, Segments
 from fastdpo.errors import ModelError
-from fastdpo.model import exactness
+from fastdpo.model import exactness, load_scorer
 from fastdpo.model.attention import NAME
 from fastdpo.model.exactness import ExactnessCheck
 from fastdpo.model.forward import batch_states
@@ -341,3 +341,14 @@ def test_stock_models_have_no_segments_to_lose() -> None:
     choose_layout(model)
     with pytest.raises(ModelError, match="fastdpo_segments"):
         model(torch.tensor([[1, 2, 3]]))
+
+
+def test_a_model_that_waits_on_the_host_is_checked_with_the_hosts_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As one that is going to be sharded over GPUs does, whose own kernel no CPU runs."""
+    monkeypatch.setattr(load_scorer, "run_device", lambda config: torch.device("cuda"))
+    registered: list[str | None] = []
+    monkeypatch.setattr(load_scorer, "register", registered.append)
+    layout = load_scorer._layout(build("llama"), TrainConfig(attention_backend="varlen"))
+    assert layout.name == "shared" and registered == ["varlen"]

@@ -13,7 +13,7 @@ import torch
 from fastdpo_kernels import LOSSES
 from ranks import Ranks, ranks
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from training import metrics, settings, weights
 from transformers import (
     AutoModelForCausalLM,
@@ -199,6 +199,29 @@ def test_every_loss_has_the_gradients_of_one_process(started: Ranks, mode: str) 
         errors = started(size, errors_of_losses, MODES[mode], tied, lora, some)[0]
         assert errors.keys() == set(some)
         assert max(errors.values()) < 1e-12, errors
+
+
+def flagged() -> list[float]:
+    """A weight's first element after a fused step, and after one that a flag forbids."""
+    with joined(TrainConfig()) as world:
+        mesh = world.with_shares(1, torch.device("cpu")).mesh
+        assert mesh is not None
+        ones = distribute_tensor(torch.ones(6, 4), mesh["shard"], [Shard(0)])
+        weight = torch.nn.Parameter(ones)
+        optimizer: Any = torch.optim.AdamW([weight], lr=0.1, fused=True)
+        seen = []
+        for flag in (0.0, 1.0):
+            optimizer.found_inf = torch.tensor(flag)
+            weight.grad = distribute_tensor(torch.ones(6, 4), mesh["shard"], [Shard(0)])
+            optimizer.step()
+            seen.append(weight.full_tensor()[0, 0].item())
+        return seen
+
+
+def test_the_flag_of_a_bad_step_leaves_shares_as_they_are(started: Ranks) -> None:
+    """What stops a GPU's run without a wait of its host, see `training.pending`."""
+    for first, second in started(2, flagged):
+        assert first == second != 1
 
 
 RUNS: dict[str, tuple[int, dict[str, Any]]] = {

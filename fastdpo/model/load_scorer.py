@@ -12,7 +12,7 @@ from .attention import register
 from .head import base_causal_lm, check_causal, check_head, find_head
 from .layout import Layout, choose_layout
 from .load import adopt_model, load_model
-from .paths import attention_path, head_path
+from .paths import attention_path, head_path, run_device
 from .place import Place, find_model
 from .quantised import is_quantised, packing
 from .scorer import Scorer
@@ -92,12 +92,16 @@ def _of_first(
 def _layout(model: Any, config: TrainConfig) -> Layout:
     if config.attn_implementation is not None:
         return Layout("padded", f"padded: attn_implementation is {config.attn_implementation}")
-    return choose_layout(
+    # What is going to be sharded is checked on the host, where the kernels of a GPU do not run.
+    here = model.device.type == run_device(config).type
+    layout = choose_layout(
         model,
         share_prefix=config.share_prefix,
         max_length=config.max_length,
-        attention_backend=config.attention_backend,
+        attention_backend=config.attention_backend if here else None,
     )
+    register(config.attention_backend)
+    return layout
 
 
 def _put_on(scorer: Scorer, place: Place, config: TrainConfig, trained: bool) -> None:
