@@ -67,15 +67,17 @@ def arranged(
         ranks += f" on {world.hosts} hosts"
     why = f" ({spread.reason})" if spread.reason else ""
     if spread.shards == 1:
-        logger.info(f"devices: {ranks}, the whole model on each{why}")
+        logger.info(f"devices: {ranks}, replicate: each holds the whole model{why}")
         return world
     if model is not None:
         raise config.error(
             "data_parallel",
             f"{spread.name} loads the model itself: give model_name_or_path instead of a model",
         )
-    parts = f"{spread.replicas} x the model in {spread.shards} shares"
-    logger.info(f"devices: {ranks}, {parts} (FSDP2){why}")
+    held = f"each holds 1/{spread.shards} of the model"
+    if spread.replicas > 1:
+        held += f", of which there are {spread.replicas}"
+    logger.info(f"devices: {ranks}, {spread.name}: {held}{why}")
     return world.with_shares(spread.replicas, device, spread.vocabulary)
 
 
