@@ -21,6 +21,7 @@ from .convergence import convergence_block, convergence_chart, convergence_table
 from .heads import head_tables, heads_all_block, heads_block, heads_chart
 from .losses import demo_block, forms_block, kto_tokens_block
 from .memory import memory_block
+from .ranks import context_block, hosts_block
 from .robustness import kill_block, kill_devices_block, soak_block
 from .rows import first, flat, newest_runs, origins
 from .scaling import scaling_block
@@ -54,6 +55,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "kto-tokens": kto_tokens_block,
     "memory": memory_block,
     "balance": balance_block,
+    "context": context_block,
+    "hosts": hosts_block,
     "scaling": scaling_block,
     "kill": kill_block,
     "kill-devices": kill_devices_block,
