@@ -34,8 +34,9 @@ lint: $(VENV)/.installed-dev
 # Without the packages of setup.py, whose ranges may have left the pins behind.
 constraints: | $(BIN)/python
 	$(PIP_INSTALL) --constraint constraints.txt uv
-	$(BIN)/uv pip compile setup.py --extra dev --universal --python-version 3.11 \
-		--quiet --no-emit-index-url --no-annotate --custom-compile-command 'make constraints' \
+	echo ./kernels | $(BIN)/uv pip compile - setup.py --extra dev --universal \
+		--python-version 3.10 --quiet --no-emit-index-url --no-emit-package fastdpo-kernels \
+		--no-annotate --custom-compile-command 'make constraints' \
 		--output-file constraints.txt $(ARGS)
 
 readme: $(VENV)/.installed-dev
@@ -47,14 +48,14 @@ gpu-check:
 	$(PYTHON) -m bench.gpu_check $(ARGS)
 
 # The build's own environment would take the newest setuptools, pinned or not.
-$(VENV)/.installed-%: setup.py pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed-%: setup.py kernels/setup.py pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) $(RELEASES) setuptools
-	$(PIP_INSTALL) $(RELEASES) --no-build-isolation --editable '.[$*]'
+	$(PIP_INSTALL) $(RELEASES) --no-build-isolation --editable ./kernels --editable '.[$*]'
 	touch $@
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || { \
-		echo "$(PYTHON): expected Python 3.11 or 3.12; choose one: make PYTHON=python3.12 ..." >&2; \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "$(PYTHON): expected Python 3.10 to 3.14; choose one: make PYTHON=python3.12 ..." >&2; \
 		exit 1; }
 	$(PYTHON) -m venv $(VENV)
 

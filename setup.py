@@ -1,5 +1,5 @@
-"""Package definition: `fastdpo` (the trainer) and `fastdpo_kernels` (the head, importable on its
-own).
+"""Package definition of `fastdpo`, the trainer. Its head is a distribution of its own, in `kernels/`,
+and of the same version: pip install -e ./kernels -e .
 """
 
 from pathlib import Path
@@ -8,9 +8,10 @@ from runpy import run_path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+VERSION = run_path(str(HERE / "fastdpo" / "version.py"))["__version__"]
 
 DEMO = ["gguf>=0.17"]
-GPU = ['liger-kernel>=0.8.5,<0.9; platform_system == "Linux"']
+GPU = ['liger-kernel>=0.8.5; platform_system == "Linux"']
 MEMORY = ["bitsandbytes>=0.50", "torchao>=0.18"]
 
 TEST = [
@@ -22,27 +23,26 @@ TEST = [
     "pytest>=8",
     "pytest-benchmark>=5",
     "pytest-xdist>=3.6",
-    "trl==1.16.0",
+    'triton>=3.6; platform_system == "Linux"',
+    'trl==1.16.0; python_version >= "3.11"',
 ]
 
 setup(
     name="fastdpo",
-    version=run_path(str(HERE / "fastdpo" / "version.py"))["__version__"],
+    version=VERSION,
     description="Direct Preference Optimization, fast and frugal: shared prefixes, fused heads",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11,<3.13",
-    packages=find_packages(include=["fastdpo", "fastdpo.*"]) + find_packages("kernels"),
-    package_dir={"fastdpo_kernels": "kernels/fastdpo_kernels"},
+    python_requires=">=3.10",
+    packages=find_packages(include=["fastdpo", "fastdpo.*"]),
     package_data={
         "fastdpo": ["py.typed"],
         "fastdpo.demo": ["*.jsonl", "*.yaml"],
-        "fastdpo_kernels": ["py.typed"],
     },
     install_requires=[
-        "torch>=2.11,<2.14",
-        'triton>=3.6,<3.8; platform_system == "Linux"',
+        f"fastdpo-kernels=={VERSION}",
+        "torch>=2.11",
         "transformers>=5.17,<6",
         "datasets>=5",
         "peft>=0.19",
@@ -52,6 +52,7 @@ setup(
         "safetensors>=0.5",
         "tokenizers",
         "tqdm>=4.66",
+        "typing-extensions",
         "xxhash>=3.4",
     ],
     extras_require={

@@ -5,12 +5,12 @@ It asks the functions that a run asks. Whatever is missing or fails becomes a li
 
 import platform
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 from .config import TrainConfig
 from .devices import GIB, free_host_memory, total_host_memory
 from .terminal import one_line
+from .tried import installed, untried
 from .version import __version__
 
 PACKAGES = (
@@ -60,15 +60,8 @@ def report(config: TrainConfig) -> str:
 
 
 def _versions(config: TrainConfig) -> list[tuple[str, str]]:
-    found = [("fastdpo", __version__), ("python", platform.python_version())]
-    return found + [(name, _version(name)) for name in PACKAGES]
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+    found = [(name, installed(name) or "not installed") for name in ("python", *PACKAGES)]
+    return [("fastdpo", __version__), *found, *(("", line) for line in untried())]
 
 
 def _machine(config: TrainConfig) -> list[tuple[str, str]]:

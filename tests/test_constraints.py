@@ -5,7 +5,7 @@ import re
 import runpy
 import shutil
 import subprocess
-import tomllib
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,13 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from fastdpo.tried import TRIED
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # what pytest needs there
+    import tomli as tomllib
+
 ROOT = Path(__file__).resolve().parents[1]
 PINS = [
     Requirement(line)
@@ -23,31 +30,37 @@ PINS = [
     if not line.lstrip().startswith("#")
 ]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+HEAD = ROOT / "kernels" / "fastdpo_kernels"
 UNPINNED = {"flash"}
 """Extras that no command of the Makefile installs: building flash-attn takes CUDA and an hour."""
 
 
-def setup_arguments() -> dict[str, Any]:
-    """What setup.py passes to setuptools."""
+def setup_arguments(file: Path) -> dict[str, Any]:
+    """What a setup.py passes to setuptools."""
     given: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
-        runpy.run_path(str(ROOT / "setup.py"))
+        runpy.run_path(str(file))
     return given
 
 
-SETUP = setup_arguments()
+SETUP = setup_arguments(ROOT / "setup.py")
+KERNELS = setup_arguments(ROOT / "kernels" / "setup.py")
 REQUIRED = [Requirement(text) for text in PROJECT["build-system"]["requires"]]
-REQUIRED += [Requirement(text) for text in SETUP["install_requires"]]
+REQUIRED += [
+    Requirement(text)
+    for text in SETUP["install_requires"]
+    if not text.startswith(KERNELS["name"])  # which lies beside it
+]
 REQUIRED += [
     Requirement(text)
     for extra, texts in SETUP["extras_require"].items()
     if extra not in UNPINNED
     for text in texts
 ]
-PYTHONS = [
-    f"3.{minor}" for minor in range(30) if f"3.{minor}" in SpecifierSet(SETUP["python_requires"])
-]
+PYTHONS = [f"3.{minor}" for minor in range(*(int(v.split(".")[1]) for v in TRIED["python"]))]
+PYTHONS.append(TRIED["python"][1])
+RANGE = f"{PYTHONS[0]} to {PYTHONS[-1]}"
 
 
 def environment(python: str) -> dict[str, str]:
@@ -78,6 +91,8 @@ def pinned(python: str) -> dict[str, str]:
 @pytest.mark.parametrize("required", REQUIRED, ids=str)
 def test_every_requirement_has_a_pin_within_its_range(required: Requirement, python: str) -> None:
     version = pinned(python).get(canonicalize_name(required.name))
+    if required.marker is not None and not required.marker.evaluate(environment(python)):
+        return
     assert version, f"no pin for {required.name}: make constraints"
     assert version in required.specifier, f"{required.name} {version}: make constraints"
 
@@ -92,6 +107,16 @@ def test_the_pins_run_on_every_python_that_setup_py_admits(python: str) -> None:
             assert f"{python}.99" in SpecifierSet(needs), f"{name} {found.version} needs {needs}"
 
 
+def test_the_head_is_a_distribution_of_its_own_of_the_same_version() -> None:
+    assert f"{KERNELS['name']}=={KERNELS['version']}" in SETUP["install_requires"]
+    assert KERNELS["version"] == SETUP["version"]
+    (needed,) = KERNELS["install_requires"]
+    assert needed.startswith("torch>=") and needed in SETUP["install_requires"]
+    assert not {name.split(".")[0] for name in SETUP["packages"]} - {"fastdpo"}
+    found = {str(file.parent.relative_to(ROOT / "kernels")) for file in HEAD.rglob("*.py")}
+    assert {name.replace(".", "/") for name in KERNELS["packages"]} == found
+
+
 def test_pins_are_exact_releases_from_anywhere() -> None:
     for pin in PINS:
         assert re.fullmatch(r"==[\w.]+", str(pin.specifier)) and not pin.url and not pin.extras
@@ -102,8 +127,10 @@ def test_one_range_of_pythons_is_told_everywhere() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert f"--python-version {lowest}" in makefile
-    assert f"expected Python {' or '.join(PYTHONS)};" in makefile
-    assert f"on Python {' or '.join(PYTHONS)}" in contributing
+    assert f"sys.version_info < ({lowest.replace('.', ', ')})" in makefile
+    assert f"expected Python {RANGE};" in makefile
+    assert f"on Python {RANGE}" in contributing
+    assert SETUP["python_requires"] == KERNELS["python_requires"] == f">={lowest}"
     tools = PROJECT["tool"]
     assert tools["mypy"]["python_version"] == lowest
     assert tools["ruff"]["target-version"] == f"py{lowest.replace('.', '')}"
@@ -131,7 +158,7 @@ def plan(venv: Path, *arguments: str) -> str:
 @pytest.mark.parametrize("target", ["demo", "test", "lint"])
 def test_a_change_of_what_is_installed_installs_it(installed: Path, target: str) -> None:
     assert "pip install" not in plan(installed, target)
-    for file in ("setup.py", "pyproject.toml", "constraints.txt"):
+    for file in ("setup.py", "kernels/setup.py", "pyproject.toml", "constraints.txt"):
         installs = re.findall(r"pip install .*", plan(installed, target, "-W", file))
         assert len(installs) == 2
         assert all("--constraint constraints.txt" in install for install in installs)

@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"fastdpo": ROOT, "fastdpo_kernels": ROOT / "kernels", "bench": ROOT}
 LAYERS = (
-    ("errors", "version"),
-    ("extras", "files", "terminal", "config"),
+    ("errors", "quiet", "version"),
+    ("extras", "files", "terminal", "tried", "config"),
     ("devices", "losses", "parallel", "data"),
     ("model",),
     ("reference", "hub", "memory"),

@@ -7,7 +7,9 @@ error message, the help text and the check all come from the same place.
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field
 from types import MappingProxyType
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, TypeVar
+
+from typing_extensions import dataclass_transform
 
 T = TypeVar("T")
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 from typing import Any
-from warnings import catch_warnings
 
 import torch
 from torch import nn
@@ -11,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import TrainConfig
 from ..errors import ModelError, one_line
+from ..quiet import without_warnings
 from .frozen import compare, frozen_state, probe_tokens
 from .place import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Place, find_model
 from .weights import check_adapter, read_header
@@ -41,7 +41,7 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig) -> Any:
             raise config.error("lora_modules_to_save", f"the model has no module {wanted}")
     try:
         # peft calls what transformers is to drop.
-        with catch_warnings(action="ignore", category=FutureWarning):
+        with without_warnings(FutureWarning):
             return get_peft_model(model, adapter)
     except ValueError as error:
         raise ModelError(f"lora_target_modules: {one_line(error)}") from error
@@ -87,7 +87,7 @@ def lora_settings(place: Place) -> Any:
 
     file = f"{place.adapter}/{ADAPTER_CONFIG}"
     try:
-        with catch_warnings(action="ignore"):
+        with without_warnings():
             settings = LoraConfig.from_pretrained(str(place.adapter))
     except Exception as error:  # the file is anybody's, and its values fail in any way
         raise ModelError(f"{file}: {one_line(error)}") from error
@@ -125,7 +125,7 @@ def load_adapter(model: PreTrainedModel, place: Place, dropout: float = 0.0) -> 
     settings.lora_dropout, settings.inference_mode = dropout, False
     names = getattr(model, "_checkpoint_conversion_mapping", None)
     try:
-        with catch_warnings(action="ignore"):  # each of them is an error or a line of ours here
+        with without_warnings():  # each of them is an error or a line of ours here
             adapted = PeftModelForCausalLM(model, settings)
             tensors = load_peft_weights(str(file.parent), device="cpu", key_mapping=names)
             result = set_peft_model_state_dict(adapted, tensors)
@@ -146,7 +146,7 @@ def merge_adapter(model: PreTrainedModel, place: Place) -> PreTrainedModel:
     tied = _is_tied(model)
     adapted = load_adapter(model, place)
     before = _logits(adapted)
-    with catch_warnings(action="ignore"):
+    with without_warnings():
         merged: PreTrainedModel = adapted.merge_and_unload()
     after = _logits(merged)
     difference, tolerance = compare(after, before, after.dtype)

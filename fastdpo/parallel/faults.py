@@ -148,6 +148,7 @@ def raised(error: BaseException, fault: Fault, rank: int) -> BaseException:
             error.said = True
             return error
     if fault.rank == rank and fault.kind in ("program", "connection"):
-        error.add_note(f"on {fault.where}")
+        # What `add_note` does, which Python 3.10 has not.
+        error.__notes__ = [*getattr(error, "__notes__", []), f"on {fault.where}"]  # type: ignore[attr-defined]
         return error
     return OtherRankError(fault.message(), fault.status, said=fault.speaker != rank)

@@ -5,7 +5,6 @@ in 8 bits (blocks of 256 share an fp32 scale) for every weight of 4096 and more 
 """
 
 from typing import Any
-from warnings import catch_warnings
 
 import torch
 from torch.optim import Optimizer
@@ -17,6 +16,7 @@ from ..config import TrainConfig
 from ..config.optimizer import BITSANDBYTES, TORCHAO
 from ..errors import ConfigError
 from ..extras import need
+from ..quiet import without_warnings
 
 _NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
@@ -118,7 +118,7 @@ def restart(scheduler: LRScheduler, step: int) -> None:
     """Set the rates to those after `step` steps; every schedule follows the step alone."""
     scheduler.last_epoch = step - 1
     # It wants to see a step of the optimizer first.
-    with catch_warnings(action="ignore", category=UserWarning):
+    with without_warnings(UserWarning):
         scheduler.step()
 
 

@@ -37,6 +37,7 @@ from ..model.precision import choose_precision
 from ..model.scorer import Scorer
 from ..parallel.agree import same_data, same_weights
 from ..parallel.world import ALONE, World
+from ..tried import untried
 from .arrangement import arranged, spread_over
 from .changes import check_keys
 from .checkpoint import read_state
@@ -135,6 +136,8 @@ def load(
     autocast, reason = world.share(choose_precision(bf16, device) if world.first else None)
     precision = "bf16 autocast" if autocast else config.dtype
     logger.info(f"precision: {precision} on {device.type} ({reason})")
+    for line in untried():
+        logger.info(f"versions: {line}")
     spread = ONE
     if world.size > 1:
         spread = spread_over(config, data, model_config, device, autocast, world, given.model)

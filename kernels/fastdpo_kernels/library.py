@@ -26,6 +26,8 @@ _HEAD = (
     "str backend, int workspace_mib"
 )
 _OUTPUTS = ", ".join(f"Tensor {name}" for name in OUTPUTS)
+_NAMESPACE = __package__.replace(".", "_")
+"""Of the operators: two copies of the package under two names live beside each other."""
 _GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
 
@@ -93,7 +95,7 @@ def _fake_outputs(hidden: Tensor, dtype: torch.dtype, outputs: str) -> tuple[Ten
 
 
 @custom_op(
-    "fastdpo_kernels::linear_logprob",
+    f"{_NAMESPACE}::linear_logprob",
     mutates_args=(),
     schema=f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, *, {_HEAD}, str outputs, "
     f"bool keep_gradient) -> (Tensor logprob, {_OUTPUTS}, Tensor grad_hidden)",
@@ -135,7 +137,7 @@ def _(hidden, weight, bias, targets, *, dtype, outputs, keep_gradient, **_):
 
 
 @custom_op(
-    "fastdpo_kernels::linear_logprob_backward",
+    f"{_NAMESPACE}::linear_logprob_backward",
     mutates_args=(),
     schema="(Tensor grad_logprob, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
     f"Tensor logprob, Tensor lse, *, {_HEAD}, bool[] needs) -> ({_GRADIENTS})",
@@ -206,7 +208,7 @@ linear_logprob.register_autograd(_logprob_gradients, setup_context=_logprob_cont
 
 
 @custom_op(
-    "fastdpo_kernels::linear_dpo_loss",
+    f"{_NAMESPACE}::linear_dpo_loss",
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor response_ids, "
     "Tensor comparisons, Tensor ref_logps, Tensor? comparison_weights, Tensor? response_lengths, "
