@@ -1,5 +1,5 @@
-"""Package definition of `fastdpo`, the trainer. Its head is a distribution of its own, in `kernels/`,
-and of the same version: pip install -e ./kernels -e .
+"""Package definition of `fastdpo`, the trainer. Its head, `fastdpo-kernels`, is a distribution of
+its own in `kernels/`, of the same version: pip install -e ./kernels -e .
 """
 
 from pathlib import Path
@@ -20,6 +20,7 @@ TEST = [
     *MEMORY,
     "hatchling>=1.27",
     "hypothesis>=6.100",
+    "kernels>=0.17",
     "pytest>=8",
     "pytest-benchmark>=5",
     "pytest-xdist>=3.6",

@@ -237,7 +237,7 @@ def _bench(arguments: Sequence[str]) -> None:
     root = Path(__file__).parent.parent
     if not (root / "bench" / "cli.py").is_file():
         raise ConfigError(
-            "fastdpo bench runs from the repository: clone it, pip install -e '.[test]' there, and "
+            "fastdpo bench runs from the repository: clone it, pip install -e ./kernels -e '.[test]' there, and "
             "call it again"
         )
     sys.path.insert(0, str(root))
