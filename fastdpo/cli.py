@@ -237,8 +237,8 @@ def _bench(arguments: Sequence[str]) -> None:
     root = Path(__file__).parent.parent
     if not (root / "bench" / "cli.py").is_file():
         raise ConfigError(
-            "fastdpo bench runs from the repository: clone it, pip install -e ./kernels -e '.[test]' "
-            "there, and call it again"
+            "fastdpo bench runs from the repository: clone it, pip install -e ./kernels "
+            "-e '.[test]' there, and call it again"
         )
     sys.path.insert(0, str(root))
     importlib.import_module("bench.cli").main(arguments)

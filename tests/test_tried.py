@@ -18,9 +18,7 @@ PAGE = (Path(__file__).parents[1] / "docs" / "versions.md").read_text(encoding="
 def torch_of_tomorrow(monkeypatch):
     version, (oldest, newest) = metadata.version, tried.TRIED["torch"]
     monkeypatch.setattr(metadata, "version", lambda n: "2.99.1" if n == "torch" else version(n))
-    return (
-        f"torch 2.99.1 is untried, {tried.TRIED['torch'][0]} to {tried.TRIED['torch'][1]} are not"
-    )
+    return f"torch 2.99.1 is untried, {oldest} to {newest} are not"
 
 
 def test_a_run_and_the_doctor_say_what_is_untried(
