@@ -108,10 +108,19 @@ def evaluate_logprob(case, engine, train=(True, True), dtype=None, outputs=OUTPU
     out = linear_logprob(targets=case.targets.to(engine.device), **tensors, **options)
     values = out._asdict() if outputs else {"logprob": out}
     logprob = values["logprob"]
+    found = {}
     if any(train):
         coefficients = torch.linspace(-1, 2, logprob.numel()).to(logprob).view(logprob.shape)
-        (logprob * coefficients).sum().backward()
-    return numbers(values, tensors)
+        total = (logprob * coefficients).sum()
+        if "lse" in values:
+            other = torch.linspace(2, -1.5, logprob.numel()).to(logprob).view(logprob.shape)
+            both = total + (values["lse"] * other).sum()
+            both.backward(retain_graph=True)
+            for name, leaf in tensors.items():
+                if leaf is not None and leaf.grad is not None:
+                    found[f"gradient of {name} with lse"], leaf.grad = leaf.grad, None
+        total.backward()
+    return numbers(values | found, tensors)
 
 
 def evaluate_loss(case, engine, train=(True, True), dtype=None, outputs=OUTPUTS, **options):
@@ -121,7 +130,6 @@ def evaluate_loss(case, engine, train=(True, True), dtype=None, outputs=OUTPUTS,
     names = ("targets", "response_ids", "comparisons", "ref_logps")
     rest = {name: getattr(case, name).to(engine.device) for name in names}
     loss, logps, *stats = linear_dpo_loss(**tensors, **rest, **options)
-    assert not logps.requires_grad
     if any(train):
         (3 * loss).backward()
     values = {"loss": loss, "logps": logps} | (stats[0]._asdict() if stats else {})

@@ -130,7 +130,6 @@ def by_linear_loss(
         units=task.units,
         **constants | task.head | options,
     )
-    assert not result.response_logps.requires_grad and not result.token_logps.requires_grad
     return _with_gradients(result._asdict(), leaves)
 
 

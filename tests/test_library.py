@@ -12,6 +12,7 @@ from fastdpo_kernels.head import OUTPUTS
 from fastdpo_kernels.problem import Problem
 from fastdpo_kernels.tiles import TorchTiles
 from head_problems import make, packed, small_tiles
+from torch.testing._internal.optests import aot_autograd_check
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdpo.losses import make_loss
@@ -32,6 +33,7 @@ HEAD = {
     "backend": "torch",
     "workspace_mib": 1,
 }
+WITHOUT_GRADIENTS = ("test_schema", "test_autograd_registration", "test_faketensor")
 CAPPED = {"softcap": 4.0, "logit_scale": 1.3, "temperature": 0.7}
 
 
@@ -63,17 +65,30 @@ def gradients(loss, tensors, **kwargs):
     return torch.autograd.grad(loss, wanted, **kwargs)
 
 
+def check_operator(operator, arguments, options, differentiable):
+    """`opcheck`, compiled with those results alone that have a gradient."""
+    torch.library.opcheck(operator, arguments, options, test_utils=WITHOUT_GRADIENTS)
+
+    def function(*arguments, **options):
+        results = operator(*arguments, **options)
+        return [r if i in differentiable else r.detach() for i, r in enumerate(results)]
+
+    for dynamic in (False, True):
+        aot_autograd_check(function, arguments, options, dynamic, check_gradients="auto")
+
+
 @pytest.mark.parametrize(
     ("outputs", "head"),
-    [("", {}), ("entropy,is_top1", {}), (",".join(OUTPUTS), CAPPED)],
-    ids=["none", "some", "all"],
+    [("", {}), ("lse", CAPPED), ("entropy,is_top1", {}), (",".join(OUTPUTS), CAPPED)],
+    ids=["none", "lse", "some", "all"],
 )
 @pytest.mark.parametrize("needs", NEEDS, ids=str)
 def test_opcheck_of_logprob(needs, outputs, head):
     inputs, y = logprob_problem()
     frozen = needs == (True, False, False)
     options = HEAD | head | {"outputs": outputs, "keep_gradient": frozen}
-    torch.library.opcheck(library.linear_logprob, (*leaves(inputs, needs), y), options)
+    differentiable = {0, 1 + OUTPUTS.index("lse")}
+    check_operator(library.linear_logprob, (*leaves(inputs, needs), y), options, differentiable)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -81,9 +96,11 @@ def test_opcheck_of_logprob(needs, outputs, head):
 def test_opcheck_of_logprob_backward(needs, dtype):
     inputs, y = logprob_problem(dtype)
     logprob, lse = linear_logprob(inputs[0], inputs[1], y, inputs[2], outputs=("lse",))
-    arguments = (torch.ones_like(logprob), *inputs, y, logprob, lse)
+    ones = torch.ones_like(logprob)
     options = HEAD | {"dtype": dtype, "needs": needs}
-    torch.library.opcheck(library.linear_logprob_backward, arguments, options)
+    for upstream in ((ones, None), (None, ones), (ones, 2 * ones)):
+        arguments = (*upstream, *inputs, y, logprob, lse)
+        torch.library.opcheck(library.linear_logprob_backward, arguments, options)
 
 
 def test_opcheck_of_a_transposed_weight():
@@ -92,12 +109,12 @@ def test_opcheck_of_a_transposed_weight():
     w = w.T.contiguous().T
     logprob, lse = linear_logprob(x, w, y, b, outputs=("lse",))
     options = HEAD | {"needs": NEEDS[0]}
-    arguments = (torch.ones_like(logprob), x, w, b, y, logprob, lse)
+    arguments = (torch.ones_like(logprob), None, x, w, b, y, logprob, lse)
     torch.library.opcheck(library.linear_logprob_backward, arguments, options)
     assert library.linear_logprob_backward(*arguments, **options)[1].stride() == w.stride()
     options |= {"outputs": "", "loss_type": "sigmoid", "beta": 0.1, "label_smoothing": 0.1}
     arguments = (*leaves((x, w, b)), y, *rest, None, None)
-    torch.library.opcheck(library.linear_dpo_loss, arguments, options)
+    check_operator(library.linear_dpo_loss, arguments, options, {0})
     assert library.linear_dpo_loss(*arguments, **options)[-2].stride() == w.stride()
 
 
@@ -113,15 +130,15 @@ def test_opcheck_of_dpo_loss(needs, extras, dtype):
     options = HEAD | {"dtype": dtype, "outputs": "entropy" if extras else "", "needs": needs}
     options |= {"loss_type": "sigmoid", "beta": 0.1, "label_smoothing": 0.1}
     arguments = (*leaves(inputs, needs), *rest, *extra)
-    torch.library.opcheck(library.linear_dpo_loss, arguments, options)
+    check_operator(library.linear_dpo_loss, arguments, options, {0})
 
 
 def logprob_and_loss(x, w, b, y, ids, pairs, ref):
     """Both public functions, every output of theirs used."""
-    tokens = linear_logprob(x, w, y, b, softcap=5.0, outputs=("entropy", "is_top1"))
+    tokens = linear_logprob(x, w, y, b, softcap=5.0, outputs=("entropy", "is_top1", "lse"))
     loss, logps, stats = linear_dpo_loss(x, w, y, ids, pairs, ref, b, outputs=("lse",))
-    total = (tokens.logprob * tokens.entropy.sin()).sum() + 3 * loss
-    return total, logps, stats.lse, tokens.is_top1
+    total = (tokens.logprob * tokens.entropy.detach().sin()).sum() + 3 * loss
+    return total + (tokens.lse**2).sum(), logps, stats.lse, tokens.is_top1
 
 
 # "lite" leaves operations other than ours as they are, and needs no C++ compiler for them.
@@ -293,7 +310,6 @@ def test_the_backward_of_an_unused_logprob_makes_no_zeros():
     inputs, y = logprob_problem()
     x, w, b = leaves(inputs)
     tokens = linear_logprob(x, w, y, b, outputs=("entropy",))
-    assert not tokens.entropy.requires_grad
     with Allocations(w.shape) as seen:
         (tokens.logprob.sum() * 0 + x.sum()).backward()
     assert len(seen.names) == 0 or all("empty" not in name for name in seen.names)
@@ -340,6 +356,94 @@ def test_gradcheck(needs, options):
     assert torch.autograd.gradcheck(
         lambda x, w, b: linear_dpo_loss(x, w, y, ids, pairs % 3, ref, b, **options)[0], (x, w, b)
     )
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: linear_logprob(x, w, y, b, outputs=("lse",), **options), (x, w, b)
+    )
+
+
+def lse_gradients(tensors, y, c, d, **options):
+    x, w, b = tensors
+    found = linear_logprob(x, w, y, b, outputs=("lse",), **options)
+    return gradients((c * found.logprob + d * found.lse).sum(), tensors)
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("needs", NEEDS[:-1], ids=str)
+def test_the_gradient_of_lse(needs, dtype, columns):
+    """Any coefficients, those included whose sum is 0, where softmax − onehot has none."""
+    inputs, y = logprob_problem(dtype)
+    if columns:
+        inputs = (inputs[0], inputs[1].T.contiguous().T, inputs[2])
+    c = torch.linspace(-1, 2, len(y), dtype=torch.float64)
+    d = torch.linspace(2, -1, len(y), dtype=torch.float64)
+    d[::3] = c[::3]
+    c[1], d[4], d[7] = 0, 0, -1e-30
+    exact = leaves([t.double() for t in inputs], needs)
+    tensors = leaves(inputs, needs)
+    for head in ({}, CAPPED):
+        expected = lse_gradients(exact, y, c, d, backend="naive", **head)
+        found = lse_gradients(tensors, y, c, d, **head)
+        eps = torch.finfo(dtype).eps
+        for gradient, other in zip(found, expected, strict=True):
+            assert (gradient - other).norm() <= 4 * eps * other.norm()
+    if columns and needs[1]:
+        assert found[int(needs[0])].stride() == inputs[1].stride()
+
+
+@pytest.mark.parametrize("needs", NEEDS[:-1], ids=str)
+def test_lse_alone_or_next_to_nothing_beside_a_large_sum(needs):
+    """The row of a target gets p and not p − 1 + 1, which fp16 would round off."""
+    x, w, b, y = make(20, vocab=4001, bias=True, ignore=0.0, dtype=torch.float16)
+    exact = leaves([t.double() for t in (x, w / 9, b)], needs)
+    tensors = leaves((x, w / 9, b), needs)
+    for c, d in ((0.0, 1e-5), (-1e-5, 1e-5)):
+        expected = lse_gradients(exact, y, c * 2**20, d * 2**20, backend="naive")
+        found = lse_gradients(tensors, y, c * 2**20, d * 2**20)
+        for gradient, other in zip(found, expected, strict=True):
+            assert (gradient - other).norm() <= 2e-3 * other.norm()
+
+
+def test_a_frozen_head_that_no_one_asks_for_lse_is_projected_once(monkeypatch):
+    inputs, y = logprob_problem()
+    tensors = leaves(inputs, (True, False, False))
+    found = linear_logprob(*tensors[:2], y, tensors[2], outputs=("lse",))
+    expected = linear_logprob(*tensors[:2], y, tensors[2]).sum()
+
+    def refuse(*_):
+        raise AssertionError("projected again")
+
+    monkeypatch.setattr(TorchTiles, "probabilities", refuse)
+    assert torch.equal(*(gradients(v, tensors)[0] for v in (found.logprob.sum(), expected)))
+
+
+REFUSED = [name for name in OUTPUTS if name not in ("lse", "is_top1")]
+
+
+@pytest.mark.parametrize("needs", NEEDS[:-1], ids=str)
+def test_a_gradient_of_what_has_none_is_an_error(needs):
+    inputs, rest = dpo_problem()
+    tensors = leaves(inputs, needs)
+    found = linear_logprob(*tensors[:2], rest[0], tensors[2], outputs=OUTPUTS)
+    loss, logps, stats = linear_dpo_loss(*tensors[:2], *rest, tensors[2], outputs=OUTPUTS)
+    refused = {f"token {name}": getattr(found, name) for name in REFUSED}
+    refused |= {name: getattr(stats, name) for name in (*REFUSED, "lse")}
+    refused["response_logps"] = logps
+    for name, value in refused.items():
+        for total in (value.sum(), value.sum() + found.logprob.sum() + loss):
+            with pytest.raises(RuntimeError, match=f"^{name.split()[-1]} has no gradient: use "):
+                gradients(total, tensors, retain_graph=True)
+    assert not (found.is_top1.requires_grad or stats.is_top1.requires_grad)
+    gradients(loss + found.logprob.sum(), tensors)
+
+
+def test_a_compiled_gradient_of_what_has_none_is_nan():
+    inputs, rest = dpo_problem()
+    tensors = leaves(inputs)
+    compiled = torch.compile(logprob_and_loss, fullgraph=True, backend="aot_eager")
+    total, logps, lse, _ = compiled(*tensors, *rest)
+    found = gradients(total + logps.sum() * lse.sum(), tensors)
+    assert all(gradient.isnan().all() for gradient in found)
 
 
 def test_hooks_on_saved_tensors_are_honoured():

@@ -1,6 +1,6 @@
 """What the operators of `library.py` begin and end with: engine, rounding, ignored tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -131,3 +131,29 @@ def once(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     if not torch.is_grad_enabled():
         return gradients
     return _Once.apply(torch.empty(0, requires_grad=True), *gradients)
+
+
+def refuse(
+    gradient: Tensor | None, others: Mapping[str, Tensor | None], *, scalar: bool = False
+) -> Tensor | None:
+    """The gradient of a result, given those of `others` by name, which have none.
+
+    A compiler gives every result that leaves its graph a gradient, of zeros as a rule, and no error
+    can depend on numbers there: one that is not 0 makes everything NaN.
+
+    Raises:
+        RuntimeError: a gradient is asked of one of the others.
+    """
+    for name, asked in others.items():
+        if asked is None:
+            continue
+        if type(asked) is Tensor:
+            raise RuntimeError(
+                f"{name} has no gradient: use {name}.detach() in what is differentiated"
+            )
+        wrong = torch.where((asked != 0).any(), torch.nan, 0.0).to(asked.dtype)
+        if gradient is None:
+            gradient = wrong if scalar else wrong.expand_as(asked)
+        else:
+            gradient = gradient + wrong
+    return gradient

@@ -30,6 +30,41 @@ class Dtypes(NamedTuple):
     bias: torch.dtype
 
 
+_LEAST = {
+    torch.float16: 2.0**-10,
+    torch.bfloat16: 2.0**-16,
+    torch.float32: 2.0**-25,
+    torch.float64: 2.0**-54,
+}
+"""How far below the coefficient of lse one may be, by the dtype of a tile that it divides."""
+
+
+def with_lse(
+    tiles: Tiles,
+    tile: Tensor,
+    row_scale: Tensor,
+    targets: Tensor,
+    logprob: Tensor,
+    logit: Tensor,
+    coefficients: Tensor,
+    of_lse: Tensor,
+) -> Tensor:
+    """Make of a tile (t, V) for Σ c_t·logp_t one for Σ c_t·logp_t + d_t·lse_t, in place; returns
+    what takes the place of c. All others are (t,): what is known of the tokens, c, and d `of_lse`.
+
+    As lse = z_y − logp, the logits of a token get (c − d)·(onehot − softmax) + d·onehot: c − d for
+    c, and −d/(c − d) added to the target's entry, which is rounded as a whole. Where c − d is next
+    to 0, the other entries are as well: a little above 0 keeps that entry finite.
+    """
+    c = coefficients - of_lse
+    least = of_lse.abs() * _LEAST[tile.dtype]
+    c = torch.where(c.abs() < least, least.copysign(c), c)
+    ratio = torch.where(of_lse == 0, 0, of_lse / c)
+    entry = tiles.head.slope(logit) * (logprob.expm1() - ratio) / row_scale
+    tiles.put_targets(tile, targets, torch.where(row_scale == 0, 0, entry))
+    return c
+
+
 class Gradients:
     """Accumulates the gradients of `Σ c_t·logp_t` from tiles, the coefficients kept off the tile.
 

@@ -54,6 +54,12 @@ class Head:
         """d z / d (x·Wᵀ + b) without the soft cap's own factor."""
         return self.logit_scale / self.temperature
 
+    def slope(self, logits: Tensor) -> Tensor:
+        """The soft cap's derivative where these logits came out, in their shape."""
+        if self.softcap is None:
+            return torch.ones_like(logits)
+        return 1 - (logits * (self.temperature / self.softcap)).square()
+
     def cast(self, dtype: torch.dtype) -> "Head":
         """The same head with weight and bias detached, in `dtype` and laid out as engines read it:
         the weight is copied only where neither its rows nor its columns are contiguous.
@@ -124,6 +130,13 @@ class Tiles(ABC):
     @abstractmethod
     def probabilities(self, hidden: Tensor, targets: Tensor, stats: Stats) -> tuple[Tensor, Tensor]:
         """A tile and its `row_scale` once more, from the statistics that `score` gave."""
+
+    def put_targets(self, tile: Tensor, targets: Tensor, values: Tensor) -> None:
+        """Put values (t,) into the entries of the targets (t,), anywhere for those outside the
+        vocabulary.
+        """
+        index = targets.clamp(0, tile.shape[1] - 1).unsqueeze(1)
+        tile.scatter_(1, index, values.unsqueeze(1).to(tile.dtype))
 
     def loss_and_coefficients(
         self,

@@ -15,7 +15,7 @@ from torch.library import custom_op
 
 from . import regimes
 from .arguments import check_problem
-from .call import begin, empty, inside_operator, names, once, wide
+from .call import begin, empty, inside_operator, names, once, refuse, wide
 from .gradients import Dtypes, Needs
 from .head import OUTPUTS, transposed
 from .losses import Loss
@@ -28,6 +28,8 @@ _HEAD = (
 _OUTPUTS = ", ".join(f"Tensor {name}" for name in OUTPUTS)
 _NAMESPACE = __package__.replace(".", "_")
 """Of the operators: two copies of the package under two names live beside each other."""
+_RESULTS = ("response_logps", "token_logps", *OUTPUTS)
+"""Of `linear_dpo_loss`, beside the loss; they have no gradient."""
 _GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
 
@@ -139,11 +141,12 @@ def _(hidden, weight, bias, targets, *, dtype, outputs, keep_gradient, **_):
 @custom_op(
     f"{_NAMESPACE}::linear_logprob_backward",
     mutates_args=(),
-    schema="(Tensor grad_logprob, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
-    f"Tensor logprob, Tensor lse, *, {_HEAD}, bool[] needs) -> ({_GRADIENTS})",
+    schema="(Tensor? grad_logprob, Tensor? grad_lse, Tensor hidden, Tensor weight, Tensor? bias, "
+    f"Tensor targets, Tensor logprob, Tensor lse, *, {_HEAD}, bool[] needs) -> ({_GRADIENTS})",
 )
 def linear_logprob_backward(
-    grad_logprob: Tensor,
+    grad_logprob: Tensor | None,
+    grad_lse: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -154,14 +157,17 @@ def linear_logprob_backward(
     needs: Sequence[bool],
     **head: Any,
 ) -> tuple[Tensor, ...]:
-    """Gradients of Σ grad_logprob_t·logp_t."""
+    """Gradients of Σ grad_logprob_t·logp_t + grad_lse_t·lse_t, None for 0."""
     with inside_operator(hidden):
         call = begin(hidden, weight, bias, targets, **head)
         dtypes = _dtypes(hidden, weight, bias)
         stats = {"logprob": call.take(logprob), "lse": call.take(lse)}
-        coefficients = call.take(grad_logprob).to(logprob.dtype)
+        given = torch.zeros_like(logprob) if grad_logprob is None else grad_logprob
+        coefficients = call.take(given).to(logprob.dtype)
+        of_lse = None if grad_lse is None else call.take(grad_lse).to(logprob.dtype)
         grad_hidden, *others = regimes.logprob_gradients(
-            call.tiles, call.hidden, call.targets, stats, coefficients, Needs(*needs), dtypes
+            *(call.tiles, call.hidden, call.targets, stats, coefficients),
+            *(Needs(*needs), dtypes, of_lse),
         )
         if grad_hidden is not None:
             grad_hidden = call.spread(grad_hidden)
@@ -169,7 +175,7 @@ def linear_logprob_backward(
 
 
 @linear_logprob_backward.register_fake
-def _(grad_logprob, hidden, weight, bias, targets, logprob, lse, *, needs, **_):
+def _(grad_logprob, grad_lse, hidden, weight, bias, targets, logprob, lse, *, needs, **_):
     return _fake_gradients(hidden, weight, bias, needs, _dtypes(hidden, weight, bias))
 
 
@@ -177,28 +183,33 @@ def _logprob_context(ctx, inputs, keyword_only_inputs, output):
     hidden, weight, bias, targets = inputs
     logprob, *others, grad_hidden = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*others, grad_hidden)
     ctx.options, ctx.hidden_dtype = dict(keyword_only_inputs), hidden.dtype
-    del ctx.options["outputs"]
-    ctx.frozen = ctx.options.pop("keep_gradient")
+    asked = names(ctx.options.pop("outputs"))
+    ctx.frozen, again = ctx.options.pop("keep_gradient"), "lse" in asked
+    fixed = [value for name, value in zip(OUTPUTS, others, strict=True) if name not in asked]
+    # Those that are asked for have a gradient or, in `refuse`, an error in its place.
+    ctx.mark_non_differentiable(*fixed, grad_hidden)
     lse = others[OUTPUTS.index("lse")]
-    saved = (grad_hidden,) if ctx.frozen else (hidden, weight, bias, targets, logprob, lse)
-    ctx.save_for_backward(*saved)
+    saved = (hidden, weight, bias, targets, logprob, lse)
+    ctx.save_for_backward(grad_hidden, *(saved if again or not ctx.frozen else ()))
 
 
-def _logprob_gradients(ctx, grad_logprob, *_):
-    if grad_logprob is None:
+def _logprob_gradients(ctx, grad_logprob, *others):
+    grads = dict(zip(OUTPUTS, others, strict=False))
+    grad_lse = grads.pop("lse")
+    grad_logprob = refuse(grad_logprob, grads)
+    if grad_logprob is None and grad_lse is None:
         return (None,) * 4
     gradients: tuple[Tensor | None, ...]
     with torch.no_grad():
-        if ctx.frozen:
-            (kept,) = ctx.saved_tensors
+        kept, *saved = ctx.saved_tensors
+        if ctx.frozen and grad_lse is None:
             gradient = kept * grad_logprob.unsqueeze(1)
             gradients = (gradient.to(ctx.hidden_dtype), None, None)
         else:
             needs = ctx.needs_input_grad[:3]
             parts = linear_logprob_backward(
-                grad_logprob, *ctx.saved_tensors, **ctx.options, needs=needs
+                grad_logprob, grad_lse, *saved, **ctx.options, needs=needs
             )
             gradients = tuple(g if need else None for g, need in zip(parts, needs, strict=True))
     return *once(*gradients), None
@@ -292,13 +303,17 @@ def times(kept: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _dpo_context(ctx, inputs, keyword_only_inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
+    asked = ("response_logps", "token_logps", *names(keyword_only_inputs["outputs"]))
+    results = zip(_RESULTS, output[1:-3], strict=True)
+    fixed = [value for name, value in results if name not in asked]
+    ctx.mark_non_differentiable(*fixed, *output[-3:])
     ctx.needs = keyword_only_inputs["needs"]
     ctx.dtypes = [None if t is None else t.dtype for t in inputs[:3]]
     ctx.save_for_backward(*output[-3:])
 
 
-def _dpo_gradients(ctx, grad_loss, *_):
+def _dpo_gradients(ctx, grad_loss, *others):
+    grad_loss = refuse(grad_loss, dict(zip(_RESULTS, others, strict=False)), scalar=True)
     gradients: list[Tensor | None] = [None] * 3
     if grad_loss is not None:
         with torch.no_grad(), inside_operator(grad_loss):

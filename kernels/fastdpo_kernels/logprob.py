@@ -47,8 +47,10 @@ def linear_logprob(
         softcap: cap of the tanh, None for none.
         logit_scale, temperature: multiply and divide the logits, before and after the soft cap.
         ignore_index: positions with this target give 0 and receive no gradient.
-        outputs: any of "entropy" (nats), "mean_logit", "is_top1", "log_sum_sq_prob", "lse"; not
-            differentiable.
+        outputs: any of "lse" (log Σ_v exp z_v), "entropy" (nats), "mean_logit", "is_top1",
+            "log_sum_sq_prob". Only lse has a gradient, by one more pass over a head that gets none
+            itself; where one is asked of another, `backward` raises a `RuntimeError` (compiled,
+            gradients become NaN).
         backend: "triton" (fused kernels: CUDA, or any device under `TRITON_INTERPRET=1`), "torch"
             (the same in plain PyTorch, any device), "auto" (the first where it can, else the
             second) or "naive" (full logits, for tests).
@@ -56,7 +58,7 @@ def linear_logprob(
 
     Returns:
         (...) fp32 (fp64 for fp64 inputs), differentiable in hidden, weight and bias; with
-        `outputs`, a named tuple whose first field is `logprob`.
+        `outputs`, a named tuple whose first field is `logprob`, all 0 where ignored.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown output or backend, a

@@ -71,9 +71,9 @@ def linear_dpo_loss(
         softcap, logit_scale, ignore_index, backend, workspace_mib, outputs: as in `linear_logprob`.
 
     Returns:
-        `(loss, response_logps)`: a scalar differentiable in hidden, weight and bias, and (R,) fp32
-        without gradient; with `outputs`, a third element: a named tuple of (T,) tensors, 0 where
-        ignored.
+        `(loss, response_logps)`: a scalar differentiable in hidden, weight and bias, and (R,) fp32;
+        with `outputs`, a third element: a named tuple of (T,) tensors, 0 where ignored. Only the
+        loss has a gradient: a `backward` that reaches another result is a `RuntimeError`.
 
     Raises:
         ValueError: as `linear_logprob`, and for an unknown loss or one of another shape.
@@ -112,9 +112,12 @@ class LinearLoss(NamedTuple):
 
     Attributes:
         loss: a scalar, differentiable in hidden, weight and bias.
-        response_logps: (R,) log-probability of each response, nats; no gradient.
-        token_logps: (T,) of each token, 0 where ignored; no gradient.
+        response_logps: (R,) log-probability of each response, nats.
+        token_logps: (T,) of each token, 0 where ignored.
         stats: a named tuple of the `outputs` that were asked for, (T,) each.
+
+    Only the loss has a gradient: a `backward` that reaches another result is a `RuntimeError` (but
+    with `backend="naive"`, which differentiates everything).
     """
 
     loss: Tensor
@@ -272,6 +275,5 @@ def _naive_loss(
     problem = Problem.build(targets, *rest, *given).to(targets.device)
     value, logps = naive.preference_loss(stats, problem)
     dtype = wide(options["dtype"])
-    token_logps = stats["logprob"].detach().to(dtype)
-    found = named_stats(stats, outputs)
-    return LinearLoss(value.to(dtype), logps.detach().to(dtype), token_logps, found)
+    token_logps = stats["logprob"].to(dtype)
+    return LinearLoss(value.to(dtype), logps.to(dtype), token_logps, named_stats(stats, outputs))

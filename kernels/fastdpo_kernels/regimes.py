@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .cuts import whole_units
-from .gradients import Dtypes, Gradients, Needs
+from .gradients import Dtypes, Gradients, Needs, with_lse
 from .head import Stats, Tiles
 from .problem import Problem, Selection
 
@@ -65,12 +65,20 @@ def logprob_gradients(
     coefficients: Tensor,
     needs: Needs,
     dtypes: Dtypes,
+    of_lse: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of Σ c_t·logp_t for any coefficients (T,), from the statistics of the forward."""
+    """Gradients of Σ c_t·logp_t + d_t·lse_t for any coefficients (T,), d `of_lse`, from the
+    statistics of the forward.
+    """
     grads = Gradients(tiles, hidden, needs, dtypes)
     for rows in ranges(0, targets.shape[0], tiles.rows):
-        tile, row_scale = tiles.probabilities(hidden[rows], targets[rows], part_of(stats, rows))
-        grads.add(rows, tile, row_scale * coefficients[rows])
+        some, c = part_of(stats, rows), coefficients[rows]
+        tile, row_scale = tiles.probabilities(hidden[rows], targets[rows], some)
+        if of_lse is not None:
+            logit = some["logprob"] + some["lse"]
+            known = (row_scale, targets[rows], some["logprob"], logit)
+            c = with_lse(tiles, tile, *known, c, of_lse[rows])
+        grads.add(rows, tile, row_scale * c)
     return grads.result()
 
 

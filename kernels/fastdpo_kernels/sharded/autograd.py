@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import library
-from ..call import inside_operator, wide
+from ..call import inside_operator, refuse, wide
 from ..problem import Problem
 from . import regimes
 from .call import ShardCall
@@ -43,33 +43,47 @@ class Logprob(torch.autograd.Function):
         call: ShardCall,
         outputs: tuple[str, ...],
     ) -> tuple[Tensor, ...]:
-        ctx.call, ctx.frozen = call, call.needs.hidden and not call.needs.head
+        ctx.call, ctx.outputs = call, outputs
+        # The gradient of lse needs the row of the target, which another rank may hold.
+        ctx.frozen = call.needs.hidden and not call.needs.head and "lse" not in outputs
         with inside_operator(hidden):
             tiles = call.make_tiles(weight, bias)
             if ctx.frozen:
                 stats, gradient = regimes.score_with_gradient(call, tiles, outputs)
                 ctx.save_for_backward(call.spread(gradient))
             else:
-                stats, kept = regimes.score(call, tiles, outputs, keep=call.needs.head)
+                stats, kept = regimes.score(call, tiles, outputs, keep=any(call.needs))
                 ctx.save_for_backward(weight, bias, stats["logprob"], stats[TARGET_LOGIT], *kept)
-        others = call.spread_all(stats, outputs)
-        ctx.mark_non_differentiable(*others)
-        return call.spread(stats["logprob"]).clone(), *others
+        ctx.set_materialize_grads(False)
+        return call.spread(stats["logprob"]).clone(), *call.spread_all(stats, outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprob: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_logprob: Tensor | None, *others: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         call: ShardCall = ctx.call
+        grads = dict(zip(ctx.outputs, others, strict=True))
+        grad_lse = grads.pop("lse", None)
+        refuse(grad_logprob, grads)
         if ctx.frozen:
             (kept,) = ctx.saved_tensors
-            gradient = kept * grad_logprob.unsqueeze(1)
-            return gradient.to(call.input_dtypes.hidden), *(None,) * 4
+            gradient = None if grad_logprob is None else kept * grad_logprob.unsqueeze(1)
+            return None if gradient is None else gradient.to(call.input_dtypes.hidden), *(None,) * 4
         weight, bias, logprob, target, *states = ctx.saved_tensors
+
+        def scored(gradient: Tensor | None) -> Tensor:
+            if gradient is None:  # of this rank, which takes part all the same
+                return torch.zeros_like(logprob)
+            return call.take(gradient).to(logprob.dtype)
+
         with inside_operator(logprob):
             stats = {"logprob": logprob, TARGET_LOGIT: target}
-            coefficients = call.take(grad_logprob).to(logprob.dtype)
+            of_lse = scored(grad_lse) if "lse" in ctx.outputs else None
             tiles = call.make_tiles(weight, bias)
-            parts = regimes.logprob_gradients(call, tiles, states, stats, coefficients)
+            parts = regimes.logprob_gradients(
+                call, tiles, states, stats, scored(grad_logprob), of_lse
+            )
         return *_wanted(ctx, call, parts), None, None
 
 
@@ -86,20 +100,24 @@ class Loss(torch.autograd.Function):
         problem: Problem,
         outputs: tuple[str, ...],
     ) -> tuple[Tensor, ...]:
-        ctx.call = call
+        ctx.call, ctx.names = call, ("response_logps", "token_logps", *outputs)
+        ctx.set_materialize_grads(False)
         with inside_operator(hidden):
             tiles = call.make_tiles(weight, bias)
             result = regimes.preference_loss(call, tiles, problem, outputs)
         ctx.save_for_backward(*_wanted(ctx, call, result.gradients))
         dtype = wide(call.hidden.dtype)
         values = (result.logps.to(dtype), call.spread(result.stats["logprob"]))
-        others = (*values, *call.spread_all(result.stats, outputs))
-        ctx.mark_non_differentiable(*others)
-        return result.loss.to(dtype), *others
+        return result.loss.to(dtype), *values, *call.spread_all(result.stats, outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_loss: Tensor | None, *others: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        refuse(grad_loss, dict(zip(ctx.names, others, strict=True)))
+        if grad_loss is None:
+            return (None,) * 6
         with inside_operator(grad_loss):
             pairs = zip(ctx.saved_tensors, ctx.call.input_dtypes, strict=True)
             parts = [None if t is None else library.times(t, grad_loss, d) for t, d in pairs]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..cuts import unit_cuts, units_between
-from ..gradients import Dtypes, Gradients, Needs
+from ..gradients import Dtypes, Gradients, Needs, with_lse
 from ..head import Stats, Tiles
 from ..problem import Problem, Selection, add_sums
 from ..regimes import LossResult, join, part_of, piece_gradients, ranges
@@ -59,21 +59,39 @@ def score_with_gradient(
 
 
 def logprob_gradients(
-    call: ShardCall, tiles: Tiles, kept: list[Tensor], stats: Stats, coefficients: Tensor
+    call: ShardCall,
+    tiles: Tiles,
+    kept: list[Tensor],
+    stats: Stats,
+    coefficients: Tensor,
+    of_lse: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of Σ c_t·logp_t for any coefficients (t,) of this rank's tokens, from what `score`
-    gave and kept.
+    """Gradients of Σ c_t·logp_t + d_t·lse_t for any coefficients (t,) of this rank's tokens, d
+    `of_lse`, from what `score` gave and kept.
     """
     grads, hidden = _gradients(call, tiles)
-    numbers = torch.stack([stats["logprob"], stats[TARGET_LOGIT], coefficients], 1)
+    numbers = torch.stack(
+        [
+            stats["logprob"],
+            stats[TARGET_LOGIT],
+            coefficients,
+            *([] if of_lse is None else [of_lse]),
+        ],
+        1,
+    )
     for piece, states in zip(rounds_of(call, tiles), kept, strict=True):
         own = numbers[piece[call.exchange.rank]]
-        logprob, target, c = call.exchange.gather(own, call.lengths(piece)).T.contiguous()
+        gathered = call.exchange.gather(own, call.lengths(piece)).T.contiguous()
+        logprob, target, coefficients, *others = gathered
         known, targets = {"logprob": logprob, TARGET_LOGIT: target}, call.round_targets(piece)
         grads.turn_to(states)
         for rows in ranges(0, len(targets), tiles.rows):
             tile, scale = tiles.probabilities(states[rows], targets[rows], part_of(known, rows))
-            grads.add(rows, tile, scale * c[rows])
+            c = coefficients[rows]
+            if others:
+                about = (scale, targets[rows], logprob[rows], target[rows])
+                c = with_lse(tiles, tile, *about, c, others[0][rows])
+            grads.add(rows, tile, scale * c)
         if grads.hidden is not None:
             call.send_back(grads.hidden, piece, hidden)
     return _finish(call, grads, hidden)

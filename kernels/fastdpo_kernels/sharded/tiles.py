@@ -83,7 +83,7 @@ class ShardTiles(TorchTiles):
         stats, rest, row_scale = self._merge(sums, targets, outputs)
         factor = (sums["peak"] - sums["highest"]).exp_()
         factor = torch.where(self._owned(targets), factor.clamp(min=self._least), factor)
-        self._put_targets(tile, targets, -rest / factor * sums["slope"])
+        self.put_targets(tile, targets, -rest / factor * sums["slope"])
         row_scale = row_scale * factor
         self._mark(row_scale, targets)
         return tile, row_scale, stats
@@ -96,7 +96,7 @@ class ShardTiles(TorchTiles):
             slope = self._finish_logits(tile[some], slope=True)
             # log p = (z − z_y) + log p_y: lse is too coarse a number where logits are large.
             p = tile[some].sub_(stats[TARGET_LOGIT][some, None]).add_(logprob[some, None]).exp_()
-            self._put_targets(p, targets[some], logprob[some].expm1())
+            self.put_targets(p, targets[some], logprob[some].expm1())
             if slope is not None:
                 p.mul_(slope)
         row_scale = torch.ones_like(logprob)
@@ -147,7 +147,7 @@ class ShardTiles(TorchTiles):
             sums["moment"].copy_(torch.linalg.vecdot(e, z.clamp_(min=-FAR)))
         if "square" in sums:
             sums["square"].copy_(torch.linalg.vecdot(e, e))
-        self._put_targets(e, targets, torch.zeros_like(target))
+        self.put_targets(e, targets, torch.zeros_like(target))
         torch.sum(e, 1, out=sums["rest"])
         if slope is not None:
             torch.mul(e, slope, out=z)
@@ -170,7 +170,7 @@ class ShardTiles(TorchTiles):
         """Where every target is among this rank's columns (t, 1), anywhere for others."""
         return (targets - self._start).clamp_(0, max(0, self._columns - 1)).unsqueeze(1)
 
-    def _put_targets(self, tile: Tensor, targets: Tensor, values: Tensor) -> None:
+    def put_targets(self, tile: Tensor, targets: Tensor, values: Tensor) -> None:
         """Put values (t,) into the targets' columns of a tile, where this rank has them."""
         if self._columns:
             index, owned = self._index(targets), self._owned(targets).unsqueeze(1)

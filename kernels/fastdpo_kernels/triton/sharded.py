@@ -60,7 +60,7 @@ class TritonShardTiles(TritonTiles):
         if self._columns:
             flagged = own.where(owned, self._columns).where(over, -1)
             exponential.again(self.head, hidden, flagged, tile, anchor, stats["logprob"])
-            slope = self._slope(anchor)
+            slope = self.head.slope(anchor)
             self._put_targets(tile, own, owned & ~over, -sums["rest"] * slope)
         row_scale = torch.where(over, 1.0, (1 + sums["rest"]).reciprocal())
         return tile, self._mark(row_scale, targets), self._marked(stats, targets)
@@ -144,11 +144,9 @@ class TritonShardTiles(TritonTiles):
         sums["highest"] = self._exchange.highest(peak.clone())
         return merge(sums, self._exchange, self._columns / self._vocab, outputs)[0]
 
-    def _slope(self, logits: Tensor) -> Tensor:
-        """The derivative (t,) of the soft cap where these logits came out."""
-        if self.head.softcap is None:
-            return torch.ones_like(logits)
-        return 1 - (logits * (self.head.temperature / self.head.softcap)).square()
+    def put_targets(self, tile: Tensor, targets: Tensor, values: Tensor) -> None:
+        if self._columns:
+            self._put_targets(tile, *self._own(targets), values)
 
     def _put_targets(self, tile: Tensor, own: Tensor, where: Tensor, values: Tensor) -> None:
         index = own.clamp(min=0).unsqueeze(1)
