@@ -108,19 +108,32 @@ def evaluate_logprob(case, engine, train=(True, True), dtype=None, outputs=OUTPU
     out = linear_logprob(targets=case.targets.to(engine.device), **tensors, **options)
     values = out._asdict() if outputs else {"logprob": out}
     logprob = values["logprob"]
-    found = {}
     if any(train):
-        coefficients = torch.linspace(-1, 2, logprob.numel()).to(logprob).view(logprob.shape)
-        total = (logprob * coefficients).sum()
-        if "lse" in values:
-            other = torch.linspace(2, -1.5, logprob.numel()).to(logprob).view(logprob.shape)
-            both = total + (values["lse"] * other).sum()
-            both.backward(retain_graph=True)
-            for name, leaf in tensors.items():
-                if leaf is not None and leaf.grad is not None:
-                    found[f"gradient of {name} with lse"], leaf.grad = leaf.grad, None
-        total.backward()
-    return numbers(values | found, tensors)
+        c, d = uneven(logprob.numel())
+        values |= differentiated(values, tensors, c.view(logprob.shape), d.view(logprob.shape))
+    return numbers(values, tensors)
+
+
+def uneven(count: int) -> tuple[Tensor, Tensor]:
+    """Coefficients of the log-probabilities and of lse of `count` tokens."""
+    return torch.linspace(-1, 2, count), torch.linspace(2, -1.5, count)
+
+
+def differentiated(
+    values: dict[str, Tensor], tensors: dict[str, Tensor | None], c: Tensor, d: Tensor
+) -> dict[str, Tensor]:
+    """Leave the gradient of Σ c·logp at the leaves; returns that with Σ d·lse added, where there
+    is one.
+    """
+    logprob, found = values["logprob"], {}
+    total = (logprob * c.to(logprob)).sum()
+    if "lse" in values:
+        (total + (values["lse"] * d.to(logprob)).sum()).backward(retain_graph=True)
+        for name, leaf in tensors.items():
+            if leaf is not None and leaf.grad is not None:
+                found[f"gradient of {name} with lse"], leaf.grad = leaf.grad, None
+    total.backward()
+    return found
 
 
 def evaluate_loss(case, engine, train=(True, True), dtype=None, outputs=OUTPUTS, **options):

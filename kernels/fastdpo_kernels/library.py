@@ -15,9 +15,10 @@ from torch.library import custom_op
 
 from . import regimes
 from .arguments import check_problem
-from .call import begin, empty, inside_operator, names, once, refuse, wide
-from .gradients import Dtypes, Needs
-from .head import OUTPUTS, transposed
+from .call import begin, inside_operator, names, once, refuse, wide
+from .fakes import dtypes_of, fake_gradients, fake_outputs, kept_dtypes, or_empty
+from .gradients import Needs
+from .head import OUTPUTS
 from .losses import Loss
 from .problem import Problem
 
@@ -58,44 +59,6 @@ def named(given: Given) -> Iterator[str]:
         del _given[name]
 
 
-def _dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Dtypes:
-    return Dtypes(hidden.dtype, weight.dtype, (weight if bias is None else bias).dtype)
-
-
-def _kept_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Dtypes:
-    kept = (torch.float32 if d == torch.float16 else d for d in _dtypes(hidden, weight, bias))
-    return Dtypes(*kept)
-
-
-def _or_empty(
-    gradients: Sequence[Tensor | None], like: Tensor, dtypes: Dtypes
-) -> tuple[Tensor, ...]:
-    """Gradients as an operator returns them."""
-    pairs = zip(gradients, dtypes, strict=True)
-    return tuple(like.new_empty(0, dtype=dtype) if g is None else g for g, dtype in pairs)
-
-
-def _fake_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool], dtypes: Dtypes
-) -> tuple[Tensor, ...]:
-    """What `Gradients` returns, in shape and layout; empty where it is not needed."""
-    tensors = (hidden, weight, weight if bias is None else bias)
-    fakes = [
-        t.new_empty(t.shape if need else 0, dtype=dtype)
-        for t, need, dtype in zip(tensors, needs, dtypes, strict=True)
-    ]
-    if needs[1] and transposed(weight):
-        fakes[1] = weight.new_empty(weight.shape[::-1], dtype=dtypes.weight).T
-    return tuple(fakes)
-
-
-def _fake_outputs(hidden: Tensor, dtype: torch.dtype, outputs: str) -> tuple[Tensor, ...]:
-    wanted, count = names(outputs), hidden.shape[0]
-    return tuple(
-        empty(hidden, name, wide(dtype), count if name in wanted else 0) for name in OUTPUTS
-    )
-
-
 @custom_op(
     f"{_NAMESPACE}::linear_logprob",
     mutates_args=(),
@@ -117,7 +80,7 @@ def linear_logprob(
     """
     with inside_operator(hidden):
         call = begin(hidden, weight, bias, targets, **head)
-        dtype = _kept_dtypes(hidden, weight, bias).hidden
+        dtype = kept_dtypes(hidden, weight, bias).hidden
         if keep_gradient:
             stats, gradient = regimes.score_with_gradient(
                 call.tiles, call.hidden, call.targets, names(outputs), dtype
@@ -133,9 +96,9 @@ def linear_logprob(
 @linear_logprob.register_fake
 def _(hidden, weight, bias, targets, *, dtype, outputs, keep_gradient, **_):
     logprob = hidden.new_empty(hidden.shape[0], dtype=wide(dtype))
-    needs, dtypes = (keep_gradient, False, False), _kept_dtypes(hidden, weight, bias)
-    gradient = _fake_gradients(hidden, weight, bias, needs, dtypes)[0]
-    return logprob, *_fake_outputs(hidden, dtype, outputs + ",lse"), gradient
+    needs, dtypes = (keep_gradient, False, False), kept_dtypes(hidden, weight, bias)
+    gradient = fake_gradients(hidden, weight, bias, needs, dtypes)[0]
+    return logprob, *fake_outputs(hidden, dtype, outputs + ",lse"), gradient
 
 
 @custom_op(
@@ -160,7 +123,7 @@ def linear_logprob_backward(
     """Gradients of Σ grad_logprob_t·logp_t + grad_lse_t·lse_t, None for 0."""
     with inside_operator(hidden):
         call = begin(hidden, weight, bias, targets, **head)
-        dtypes = _dtypes(hidden, weight, bias)
+        dtypes = dtypes_of(hidden, weight, bias)
         stats = {"logprob": call.take(logprob), "lse": call.take(lse)}
         given = torch.zeros_like(logprob) if grad_logprob is None else grad_logprob
         coefficients = call.take(given).to(logprob.dtype)
@@ -171,12 +134,12 @@ def linear_logprob_backward(
         )
         if grad_hidden is not None:
             grad_hidden = call.spread(grad_hidden)
-        return _or_empty((grad_hidden, *others), hidden, dtypes)
+        return or_empty((grad_hidden, *others), hidden, dtypes)
 
 
 @linear_logprob_backward.register_fake
 def _(grad_logprob, grad_lse, hidden, weight, bias, targets, logprob, lse, *, needs, **_):
-    return _fake_gradients(hidden, weight, bias, needs, _dtypes(hidden, weight, bias))
+    return fake_gradients(hidden, weight, bias, needs, dtypes_of(hidden, weight, bias))
 
 
 def _logprob_context(ctx, inputs, keyword_only_inputs, output):
@@ -265,7 +228,7 @@ def linear_dpo_loss(
             ref_token_logps,
             given.constants,
         )
-        dtypes = _kept_dtypes(hidden, weight, bias)
+        dtypes = kept_dtypes(hidden, weight, bias)
         result = regimes.preference_loss(
             call.tiles, call.hidden, problem, names(outputs), Needs(*needs), dtypes
         )
@@ -278,7 +241,7 @@ def linear_dpo_loss(
             result.logps.to(dtype),
             call.spread(result.stats["logprob"]),
             *call.outputs(result.stats, outputs),
-            *_or_empty((grad_hidden, *others), hidden, dtypes),
+            *or_empty((grad_hidden, *others), hidden, dtypes),
         )
 
 
@@ -287,8 +250,8 @@ def _(hidden, weight, bias, targets, ids, pairs, ref, *_, dtype, outputs, needs,
     loss = hidden.new_empty((), dtype=wide(dtype))
     logps = hidden.new_empty(ref.shape[0], dtype=wide(dtype))
     token_logps = hidden.new_empty(hidden.shape[0], dtype=wide(dtype))
-    gradients = _fake_gradients(hidden, weight, bias, needs, _kept_dtypes(hidden, weight, bias))
-    return loss, logps, token_logps, *_fake_outputs(hidden, dtype, outputs), *gradients
+    gradients = fake_gradients(hidden, weight, bias, needs, kept_dtypes(hidden, weight, bias))
+    return loss, logps, token_logps, *fake_outputs(hidden, dtype, outputs), *gradients
 
 
 def times(kept: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -73,8 +73,9 @@ class LinearLogProb:
         """Log-probabilities (N,) fp32 of `targets` (N,) under hidden (N, H), weight (V, H) and bias
         (V,), then entropy, log Σp², mean logit and top-1, None where not in `outputs`.
 
-        Log-probabilities and entropy are differentiable in hidden, weight and bias. Of equal
-        logits at the top, TRL takes the first one for the argmax; here each counts as top-1.
+        Log-probabilities and entropy are differentiable in hidden, weight and bias, the others, as
+        TRL's, are constants. Of equal logits at the top, TRL takes the first one for the argmax;
+        here each counts as top-1.
         """
         options = (temperature, chunk_size, final_logit_softcapping, logit_scale)
         if self._sharded():
@@ -93,7 +94,7 @@ class LinearLogProb:
         )
         logprob, *stats = result if wanted else (result,)
         values: dict[str, Tensor] = {
-            name: value.bool() if name == "is_top1" else value.float()
+            name: value.bool() if name == "is_top1" else value.detach().float()
             for name, value in zip(wanted, stats, strict=True)
         }
         if "entropy" in values:
