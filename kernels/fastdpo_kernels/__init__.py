@@ -9,7 +9,9 @@ written for Liger and into TRL. `workspace_bytes` says beforehand what memory th
 """
 
 from .backends import workspace_bytes
+from .cross_entropy import linear_cross_entropy
 from .head import WorkspaceBytes
+from .integrations.cross_entropy import LinearCrossEntropyLoss, torch_linear_cross_entropy
 from .integrations.liger import LinearDPOLoss
 from .integrations.trl import patch_trl
 from .losses import LOSSES, Comparisons, Responses, register_loss
@@ -24,14 +26,17 @@ from .ops import (
 __all__ = [
     "LOSSES",
     "Comparisons",
+    "LinearCrossEntropyLoss",
     "LinearDPOLoss",
     "Responses",
     "WorkspaceBytes",
+    "linear_cross_entropy",
     "linear_dpo_loss",
     "linear_logprob",
     "linear_loss",
     "patch_trl",
     "register_loss",
+    "torch_linear_cross_entropy",
     "vocab_parallel_logprob",
     "vocab_parallel_loss",
     "workspace_bytes",

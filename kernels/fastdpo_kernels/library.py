@@ -19,7 +19,7 @@ from .call import begin, inside_operator, names, once, refuse, wide
 from .fakes import dtypes_of, fake_gradients, fake_outputs, kept_dtypes, or_empty
 from .gradients import Needs
 from .head import OUTPUTS
-from .losses import Loss
+from .losses import Loss, Responses
 from .problem import Problem
 
 _HEAD = (
@@ -42,8 +42,13 @@ class Given(NamedTuple):
     constants: Mapping[str, Tensor] | None = None
 
 
-_given: dict[str, Given] = {}
-"""Each under a name of its own while an operator uses it."""
+def _negative(responses: Responses) -> Tensor:
+    return -responses.logps
+
+
+NLL = "<nll>"
+_given: dict[str, Given] = {NLL: Given(Loss(_negative, kind="response"))}
+"""Each under a name of its own while an operator uses it; −logp of a response for good."""
 
 
 @contextmanager
