@@ -4,13 +4,16 @@ logits.
 Needs torch alone. `linear_logprob` gives the log-probability of given tokens, `linear_dpo_loss` the
 loss of packed preference comparisons together with its gradient, `linear_loss` any other loss of
 the family. `vocab_parallel_logprob` and `vocab_parallel_loss` are those for a head that is spread
-over devices by its vocabulary. `LinearDPOLoss` and `patch_trl` put them into trainers that are
-written for Liger and into TRL. `workspace_bytes` says beforehand what memory they take.
+over devices by its vocabulary. `linear_cross_entropy` is what supervised training takes, under the
+calls of CCE, Liger (`LinearCrossEntropyLoss`) and PyTorch (`torch_linear_cross_entropy`).
+`LinearDPOLoss`, `patch_trl` and `patch_transformers` put the head into trainers that are written
+for Liger, into TRL and into transformers' models. `workspace_bytes` says beforehand what memory they take.
 """
 
 from .backends import workspace_bytes
 from .cross_entropy import linear_cross_entropy
 from .head import WorkspaceBytes
+from .integrations.causal_lm import patch_transformers
 from .integrations.cross_entropy import LinearCrossEntropyLoss, torch_linear_cross_entropy
 from .integrations.liger import LinearDPOLoss
 from .integrations.trl import patch_trl
@@ -34,6 +37,7 @@ __all__ = [
     "linear_dpo_loss",
     "linear_logprob",
     "linear_loss",
+    "patch_transformers",
     "patch_trl",
     "register_loss",
     "torch_linear_cross_entropy",
