@@ -7,7 +7,8 @@ the family. `vocab_parallel_logprob` and `vocab_parallel_loss` are those for a h
 over devices by its vocabulary. `linear_cross_entropy` is what supervised training takes, under the
 calls of CCE, Liger (`LinearCrossEntropyLoss`) and PyTorch (`torch_linear_cross_entropy`).
 `LinearDPOLoss`, `patch_trl` and `patch_transformers` put the head into trainers that are written
-for Liger, into TRL and into transformers' models. `workspace_bytes` says beforehand what memory they take.
+for Liger, into TRL and into transformers' models. `workspace_bytes` says beforehand what memory
+they take.
 """
 
 from .backends import workspace_bytes

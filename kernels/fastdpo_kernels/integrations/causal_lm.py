@@ -56,10 +56,10 @@ def patch_transformers(undo: bool = False) -> None:
         from transformers import PreTrainedModel
     except ImportError as error:
         raise ImportError("patch_transformers needs transformers, which is missing") from error
-    begin = PreTrainedModel.__init_subclass__.__func__  # type: ignore[attr-defined]
+    begin = PreTrainedModel.__init_subclass__.__func__
     if undo == hasattr(begin, "fastdpo_original"):
         begin = begin.fastdpo_original if undo else _then_patched(begin)
-        PreTrainedModel.__init_subclass__ = classmethod(begin)  # type: ignore[assignment]
+        PreTrainedModel.__init_subclass__ = classmethod(begin)
     for model_class in _subclasses(PreTrainedModel):
         if undo:
             _restore(model_class)
@@ -80,6 +80,7 @@ def _then_patched(begin: Callable[..., None]) -> Callable[..., None]:
 
 
 def _subclasses(parent: type) -> Iterator[type]:
+    child: type
     for child in parent.__subclasses__():
         yield child
         yield from _subclasses(child)
@@ -231,13 +232,14 @@ class HeadLoss:
 @contextmanager
 def _in_place(model: Any, head: nn.Linear, loss: HeadLoss) -> Iterator[None]:
     own = vars(model).get("_loss_function")
-    head.forward, model._loss_function = loss.keep, loss  # type: ignore[method-assign]
+    # A module's attribute of that name comes before its class's method.
+    vars(head)["forward"], vars(model)["_loss_function"] = loss.keep, loss
     try:
         yield
     finally:
-        del head.forward, model._loss_function
+        del vars(head)["forward"], vars(model)["_loss_function"]
         if own is not None:
-            model._loss_function = own
+            vars(model)["_loss_function"] = own
 
 
 def _rule_of(logits: Tensor, count: int) -> Rule:
