@@ -60,6 +60,7 @@ def patch_transformers(undo: bool = False) -> None:
     if undo == hasattr(begin, "fastdpo_original"):
         begin = begin.fastdpo_original if undo else _then_patched(begin)
         PreTrainedModel.__init_subclass__ = classmethod(begin)
+    _rules.clear()
     for model_class in _subclasses(PreTrainedModel):
         if undo:
             _restore(model_class)
