@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from fastdpo_kernels import call, linear_dpo_loss, linear_logprob
 from fastdpo_kernels.backends import make_tiles
-from fastdpo_kernels.head import OUTPUTS, Head, Tiles
+from fastdpo_kernels.head import OUTPUTS, Tiles
 from torch import Tensor
 
 
@@ -172,8 +172,8 @@ def small_tiles(rows: int, block_rows: int = 3) -> Iterator[list[Tiles]]:
     """
     made: list[Tiles] = []
 
-    def make_small(backend: str, head: Head, workspace_mib: int) -> Tiles:
-        engine: Any = make_tiles(backend, head, workspace_mib)
+    def make_small(*arguments: Any) -> Tiles:
+        engine: Any = make_tiles(*arguments)
         engine.rows, engine.block_rows = min(rows, engine.rows), block_rows
         poison(engine)
         made.append(engine)

@@ -138,9 +138,11 @@ def test_whole_units_are_projected_once():
 
 
 def test_of_a_long_comparison_all_but_the_last_tile_is_projected_twice():
-    share = passes(16, ALL._replace(bias=False), responses=2, longest=60)
-    assert share["score"] == share["probabilities"] == 1 - share["exponentials"]
-    assert 0 < share["exponentials"] < 1
+    """The last tile is a full one, whatever is left over."""
+    for rows in (16, 15, 9):
+        share = passes(rows, ALL._replace(bias=False), responses=2, longest=60)
+        assert share["exponentials"] == rows / 45
+        assert share["score"] == share["probabilities"] == pytest.approx(1 - rows / 45)
 
 
 def test_a_frozen_head_is_projected_once_whatever_the_length():

@@ -31,8 +31,8 @@ def poisoned(monkeypatch):
     def tile(self, tokens):
         return original(self, tokens).fill_(math.nan)
 
-    def small(self, head, workspace_mib, make=TritonTiles.__init__):
-        make(self, head, workspace_mib)
+    def small(self, *arguments, make=TritonTiles.__init__):
+        make(self, *arguments)
         self.rows = 23
 
     monkeypatch.setattr(TritonTiles, "empty_tile", tile)

@@ -1,10 +1,14 @@
 """The bytes that kernels say their tiles take, beside those that are allocated."""
 
+from unittest import mock
+
 import pytest
 import torch
-from fastdpo_kernels import linear_logprob, workspace_bytes
-from fastdpo_kernels.head import OUTPUTS
+from fastdpo_kernels import call, linear_logprob, linear_loss, workspace_bytes
+from fastdpo_kernels.backends import make_tiles
+from fastdpo_kernels.head import OUTPUTS, Head, default_workspace_mib, workspace_of
 from fastdpo_kernels.tiles import release_workspace
+from fastdpo_kernels.triton.layout import TritonLayout
 
 from bench.heads.measure import peak_bytes
 
@@ -52,12 +56,77 @@ def test_plain_pytorch_allocates_what_it_says(dtype, outputs, softcap, tokens):
 
 
 @pytest.mark.parametrize("outputs", [(), ("entropy",), OUTPUTS], ids=len)
-@pytest.mark.parametrize("tokens", [20, 100])
+@pytest.mark.parametrize("tokens", [20, None], ids=str)
 def test_the_fused_kernels_allocate_no_more_than_they_say(outputs, tokens):
+    """Also for a full tile, whose sums are most of what is beside it. They compute in fp32 here:
+    the interpreter's products of other dtypes copy their factors.
+    """
+    pytest.importorskip("triton")
+    vocab, width = 1500, 64
     options = {"outputs": outputs, "softcap": False, "workspace_mib": 1, "backend": "triton"}
-    tile, beside = workspace_bytes(tokens, 300, 64, FP32, CPU, **options)
-    found = allocated(tokens, 300, 64, FP32, **options)
-    assert tile <= found <= (1 + SLACK) * (tile + beside)
+    if tokens is None:
+        tokens = make_tiles("triton", Head(torch.zeros(vocab, width)), 1, outputs).rows
+    tile, beside = workspace_bytes(tokens, vocab, width, FP32, CPU, **options)
+    found = allocated(tokens, vocab, width, FP32, **options)
+    assert tile <= found <= tile + beside <= 1 << 20
+    assert tokens == 20 or (tile + beside) * (tokens + 1) / tokens > 1 << 20
+
+
+HEADS = {
+    "Qwen2.5-0.5B": (151936, 896),
+    "Llama-3.1-8B": (128256, 4096),
+    "Gemma-3-1B": (262144, 1152),
+}
+ROWS = {"Qwen2.5-0.5B": (1664, 6784), "Llama-3.1-8B": (1792, 7552), "Gemma-3-1B": (896, 3968)}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_tokens_of_a_tile(name):
+    """Of bf16 in 512 MiB and 2 GiB; what a call asks for takes room: a number a block and output."""
+    for mib, expected in zip((512, 2048), ROWS[name], strict=True):
+        layout = TritonLayout(*HEADS[name], BF16, "cuda", mib, (), 128)
+        assert layout.rows == expected
+        measured = TritonLayout(*HEADS[name], BF16, "cuda", mib, OUTPUTS, 128)
+        narrow = TritonLayout(*HEADS[name], BF16, "cuda", mib, OUTPUTS, 64)
+        assert layout.rows >= measured.rows >= narrow.rows > 0.9 * layout.rows
+        for made in (layout, measured, narrow):
+            total, rows = sum(made.bytes(10**6, softcap=False)), made.rows
+            assert total <= mib << 20 < total / rows * (rows + 128)
+
+
+def test_the_outputs_of_a_call_reach_its_tiles(monkeypatch):
+    """Those that are asked for, and the one that a loss measures for itself."""
+    seen = []
+
+    def make(*arguments):
+        seen.append(set(arguments[3]))
+        return make_tiles(*arguments)
+
+    monkeypatch.setattr(call, "make_tiles", make)
+    x, w, y = torch.randn(6, 8), torch.randn(11, 8), torch.arange(6)
+    linear_logprob(x, w, y, outputs=("entropy", "lse"))
+    ids, pairs, ref = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([[0, 1]]), torch.zeros(2)
+    linear_loss(x, w, y, ids, pairs, ref, use_weighting=True, outputs=("is_top1",))
+    assert seen == [{"entropy", "lse"}, {"is_top1", "log_sum_sq_prob"}]
+
+
+GIB = 2**30
+
+
+def test_the_default_workspace_grows_with_the_memory_of_a_gpu(monkeypatch):
+    """From 512 MiB to 2 GiB of a card of 80 GB, whose driver keeps some of it."""
+    sizes = [default_workspace_mib(int(gib * GIB)) for gib in (8, 16, 22.2, 39.4, 79.1, 139)]
+    assert sizes == [512, 512, 631, 1120, 2048, 2048]
+    assert workspace_of(None, CPU) == 512 and workspace_of(32, CUDA) == 32
+    assert workspace_of(None, CUDA) == 512 or torch.cuda.is_available()
+    there = mock.Mock(total_memory=79 * GIB)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: there)
+    assert workspace_of(None, CUDA) == 2048 and workspace_of(None, CPU) == 512
+    sizes = (10**6, 151936, 896, BF16, CUDA)
+    assert workspace_bytes(*sizes, backend="torch") == workspace_bytes(
+        *sizes, backend="torch", workspace_mib=2048
+    )
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -5,7 +5,7 @@ from functools import cache
 
 import torch
 
-from .head import WORKSPACE_MIB, Head, Layout, Tiles, WorkspaceBytes
+from .head import OUTPUTS, Head, Layout, Tiles, WorkspaceBytes, workspace_of
 from .sharded.tiles import ShardLayout
 from .tiles import TorchLayout, TorchTiles
 from .triton.layout import TritonLayout, TritonShardLayout
@@ -15,7 +15,7 @@ _NARROWEST_FUSED_HEAD = 16
 
 
 @cache
-def _triton_tiles() -> Callable[[Head, int], Tiles] | None:
+def _triton_tiles() -> Callable[[Head, int, tuple[str, ...]], Tiles] | None:
     """`TritonTiles`, or None without Triton; imported where it is first used, which takes time."""
     try:
         from .triton.tiles import TritonTiles
@@ -49,14 +49,18 @@ def choose_backend(
     return "triton" if fits and _triton_tiles() is not None else "torch"
 
 
-def make_tiles(backend: str, head: Head, workspace_mib: int) -> Tiles:
-    """The tiles of a head that is in the dtype it computes in; `backend` is "torch" or "triton"."""
+def make_tiles(
+    backend: str, head: Head, workspace_mib: int, outputs: tuple[str, ...] = OUTPUTS
+) -> Tiles:
+    """The tiles of a head that is in the dtype it computes in, for calls that ask for `outputs`;
+    `backend` is "torch" or "triton".
+    """
     if backend == "torch":
-        return TorchTiles(head, workspace_mib)
+        return TorchTiles(head, workspace_mib, outputs)
     engine = _triton_tiles()
     if engine is None:
         raise RuntimeError('backend "triton": Triton cannot be imported here; use "torch"')
-    return engine(head, workspace_mib)
+    return engine(head, workspace_mib, outputs)
 
 
 def workspace_bytes(
@@ -66,7 +70,7 @@ def workspace_bytes(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    workspace_mib: int = WORKSPACE_MIB,
+    workspace_mib: int | None = None,
     outputs: tuple[str, ...] = (),
     softcap: bool = False,
     shards: int = 1,
@@ -81,7 +85,8 @@ def workspace_bytes(
         tokens: how many are scored: a host leaves out ignored ones.
         vocab, width: V and H of the head.
         dtype: what the head computes in.
-        device: "cpu" or "cuda", which need not be there; nor need Triton for backend "triton".
+        device: "cpu" or "cuda", which need not be there, where `workspace_mib` is given; nor need
+            Triton for backend "triton".
         outputs, workspace_mib, backend: as in `linear_logprob`.
         softcap: whether the head has a soft cap.
         shards: over how many ranks the head is spread (`vocab_parallel_loss`), about evenly; what a
@@ -93,14 +98,15 @@ def workspace_bytes(
     engine = choose_backend(backend, device, dtype, width)
     if engine not in _LAYOUTS:
         raise ValueError(f'backend: expected "auto", "triton" or "torch", got {backend!r}')
+    workspace_mib = workspace_of(workspace_mib, device)
     columns = -(-vocab // shards)
     if shards == 1:
-        layout = _LAYOUTS[engine](vocab, width, dtype, device.type, workspace_mib)
+        layout = _LAYOUTS[engine](vocab, width, dtype, device.type, workspace_mib, outputs)
     elif engine == "triton":
-        layout = TritonShardLayout(columns, width, dtype, device.type, workspace_mib)
+        layout = TritonShardLayout(columns, width, dtype, device.type, workspace_mib, outputs)
     else:
-        layout = ShardLayout(columns, width, dtype, device.type, workspace_mib, shards)
-    return layout.bytes(tokens, outputs, softcap)
+        layout = ShardLayout(columns, width, dtype, device.type, workspace_mib, outputs, shards)
+    return layout.bytes(tokens, softcap)
 
 
 _LAYOUTS: dict[str, type[Layout]] = {"torch": TorchLayout, "triton": TritonLayout}

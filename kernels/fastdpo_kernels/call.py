@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .arguments import check_head, check_packed, scored_targets
 from .backends import choose_backend, make_tiles
-from .head import OUTPUTS, Head, Stats, Tiles
+from .head import OUTPUTS, Head, Stats, Tiles, workspace_of
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -87,7 +87,8 @@ def begin(
     ignore_index: int,
     dtype: torch.dtype,
     backend: str,
-    workspace_mib: int,
+    workspace_mib: int | None,
+    outputs: tuple[str, ...] = (),
 ) -> Call:
     """Check, choose the engine, round to `dtype`, and leave out ignored tokens where that is cheap.
 
@@ -98,7 +99,7 @@ def begin(
     targets = scored_targets(targets, weight.shape[0], ignore_index).contiguous()
     head = Head(weight, bias, softcap, logit_scale, temperature).cast(dtype)
     engine = choose_backend(backend, hidden.device, dtype, hidden.shape[-1])
-    tiles = make_tiles(engine, head, workspace_mib)
+    tiles = make_tiles(engine, head, workspace_of(workspace_mib, hidden.device), outputs)
     index = None
     if engine == "torch":  # counting costs a GPU a synchronisation, and saves it whole products
         valid = targets >= 0

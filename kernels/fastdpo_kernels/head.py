@@ -15,7 +15,11 @@ from torch import Tensor
 from .problem import Problem, Selection
 
 OUTPUTS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_prob", "lse")
-WORKSPACE_MIB = 512
+_LEAST_MIB, _MOST_MIB = 512, 2048
+_SHARE = 36
+"""Of a device's memory a workspace is one in so many: 2 GiB of 72 and more, which large heads need
+for a tile of 4096 tokens and more, and less than 3 % of any device that has 18 GiB.
+"""
 
 Stats = dict[str, Tensor]
 """Per-token results by name: "logprob", "lse" and any other of `OUTPUTS`, each (t,)."""
@@ -27,6 +31,20 @@ def transposed(weight: Tensor) -> bool:
     """
     vocab, width = weight.shape
     return width > 1 and weight.stride(0) == 1 and weight.stride(1) >= vocab > 1
+
+
+def default_workspace_mib(memory: int) -> int:
+    """MiB of a workspace on a GPU with so many bytes of memory."""
+    return max(_LEAST_MIB, min(_MOST_MIB, (memory >> 20) // _SHARE))
+
+
+def workspace_of(workspace_mib: int | None, device: torch.device) -> int:
+    """MiB of a workspace; None is what suits the device: 512 but for a GPU that is there."""
+    if workspace_mib is not None:
+        return workspace_mib
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return _LEAST_MIB
+    return default_workspace_mib(torch.cuda.get_device_properties(device).total_memory)
 
 
 class WorkspaceBytes(NamedTuple):
@@ -80,6 +98,8 @@ class Layout(ABC):
     dtype: torch.dtype
     device: str
     workspace_mib: int
+    outputs: tuple[str, ...] = OUTPUTS
+    """What a call asks for beside "logprob" and "lse", some of which take room."""
 
     @property
     @abstractmethod
@@ -87,7 +107,7 @@ class Layout(ABC):
         """How many tokens a tile may hold."""
 
     @abstractmethod
-    def bytes(self, tokens: int, outputs: tuple[str, ...], softcap: bool) -> WorkspaceBytes:
+    def bytes(self, tokens: int, softcap: bool) -> WorkspaceBytes:
         """What a call for so many scored tokens needs, the gradient of the head included."""
 
 

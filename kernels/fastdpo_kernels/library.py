@@ -24,7 +24,7 @@ from .problem import Problem
 
 _HEAD = (
     "float? softcap, float logit_scale, float temperature, int ignore_index, ScalarType dtype, "
-    "str backend, int workspace_mib"
+    "str backend, int? workspace_mib"
 )
 _OUTPUTS = ", ".join(f"Tensor {name}" for name in OUTPUTS)
 _NAMESPACE = __package__.replace(".", "_")
@@ -84,7 +84,7 @@ def linear_logprob(
     gradient, ∂logp_t/∂x_t (T, H).
     """
     with inside_operator(hidden):
-        call = begin(hidden, weight, bias, targets, **head)
+        call = begin(hidden, weight, bias, targets, **head, outputs=names(outputs))
         dtype = kept_dtypes(hidden, weight, bias).hidden
         if keep_gradient:
             stats, gradient = regimes.score_with_gradient(
@@ -220,7 +220,8 @@ def linear_dpo_loss(
         given = Given(Loss.named(loss_type, beta=beta, label_smoothing=label_smoothing))
     ref_token_logps = given.ref_token_logps
     with inside_operator(hidden):
-        call = begin(hidden, weight, bias, targets, **head)
+        measured = regimes.measured(given.loss, names(outputs))
+        call = begin(hidden, weight, bias, targets, **head, outputs=measured)
         rest = (comparisons, ref_logps, comparison_weights, response_lengths)
         check_problem(hidden, response_ids, *rest)
         if ref_token_logps is not None:
@@ -235,7 +236,7 @@ def linear_dpo_loss(
         )
         dtypes = kept_dtypes(hidden, weight, bias)
         result = regimes.preference_loss(
-            call.tiles, call.hidden, problem, names(outputs), Needs(*needs), dtypes
+            call.tiles, call.hidden, problem, measured, Needs(*needs), dtypes
         )
         grad_hidden, *others = result.gradients
         if grad_hidden is not None:

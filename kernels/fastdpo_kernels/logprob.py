@@ -12,7 +12,7 @@ from . import library, naive
 from .arguments import check_head, scored_targets
 from .backends import backend_name
 from .call import no_autocast, wide
-from .head import OUTPUTS, WORKSPACE_MIB
+from .head import OUTPUTS
 
 
 def linear_logprob(
@@ -27,7 +27,7 @@ def linear_logprob(
     ignore_index: int = -100,
     outputs: tuple[str, ...] = (),
     backend: str = "auto",
-    workspace_mib: int = WORKSPACE_MIB,
+    workspace_mib: int | None = None,
 ):
     """Log-probability of given tokens under a language-model head, without the (T, V) logits.
 
@@ -54,7 +54,8 @@ def linear_logprob(
         backend: "triton" (fused kernels: CUDA, or any device under `TRITON_INTERPRET=1`), "torch"
             (the same in plain PyTorch, any device), "auto" (the first where it can, else the
             second) or "naive" (full logits, for tests).
-        workspace_mib: MiB that a tile of logits may take.
+        workspace_mib: MiB that a tile of logits may take; None grows with the memory of a GPU, from
+            512 to 2048, the latter from 72 GiB on, and is 512 elsewhere.
 
     Returns:
         (...) fp32 (fp64 for fp64 inputs), differentiable in hidden, weight and bias; with

@@ -18,7 +18,7 @@ from .arguments import (
 )
 from .backends import backend_name
 from .call import wide
-from .head import OUTPUTS, WORKSPACE_MIB
+from .head import OUTPUTS
 from .logprob import check_outputs, head_options, naive_stats, needs_of
 from .losses import Comparisons, Loss
 from .losses.registry import Kind
@@ -46,7 +46,7 @@ def linear_dpo_loss(
     loss_function: Callable[[Comparisons], Tensor] | None = None,
     response_lengths: Tensor | None = None,
     outputs: tuple[str, ...] = (),
-    workspace_mib: int = WORKSPACE_MIB,
+    workspace_mib: int | None = None,
 ):
     """DPO's loss over packed responses and its gradient, in one pass over the head (6TVH
     operations).
@@ -148,7 +148,7 @@ def linear_loss(
     ignore_index: int = -100,
     backend: str = "auto",
     outputs: tuple[str, ...] = (),
-    workspace_mib: int = WORKSPACE_MIB,
+    workspace_mib: int | None = None,
     **options: Any,
 ) -> LinearLoss:
     """Any loss of packed responses and its gradient: `linear_dpo_loss` for the whole family.
@@ -226,7 +226,7 @@ def _preference_loss(
     *,
     outputs: tuple[str, ...],
     backend: str,
-    workspace_mib: int,
+    workspace_mib: int | None,
 ) -> LinearLoss:
     """The common part of the losses: the naive way, or the operator."""
     backend, loss = backend_name(backend), given.loss

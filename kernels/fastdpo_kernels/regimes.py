@@ -23,6 +23,7 @@ from torch import Tensor
 from .cuts import whole_units
 from .gradients import Dtypes, Gradients, Needs, with_lse
 from .head import Stats, Tiles
+from .losses import Loss
 from .problem import Problem, Selection
 
 
@@ -82,6 +83,12 @@ def logprob_gradients(
     return grads.result()
 
 
+def measured(loss: Loss, outputs: tuple[str, ...]) -> tuple[str, ...]:
+    """What is measured of every token for a loss, and because it is asked for."""
+    weighting = ("log_sum_sq_prob",) if loss.use_weighting else ()
+    return tuple(dict.fromkeys((*outputs, *weighting)))
+
+
 @dataclass
 class LossResult:
     """Loss () fp64, response log-probabilities (R,) fp64, per-token statistics, gradients."""
@@ -100,10 +107,10 @@ def preference_loss(
     needs: Needs,
     dtypes: Dtypes,
 ) -> LossResult:
-    """The loss of packed units with the gradients that are wanted."""
+    """The loss of packed units with the gradients that are wanted; `outputs` are those `measured`
+    for it.
+    """
     everything = slice(0, hidden.shape[0])
-    if problem.loss.use_weighting:
-        outputs = tuple(dict.fromkeys((*outputs, "log_sum_sq_prob")))
     host, problem = problem, problem.to(hidden.device)
     logps = hidden.new_zeros(problem.ref_logps.shape[0], dtype=torch.float64)
     one_tile = 0 < hidden.shape[0] <= tiles.rows
@@ -178,11 +185,15 @@ def piece_gradients(
     answer: Callable[[Stats], tuple[Tensor, Tensor | None]],
 ) -> tuple[Tensor, Stats]:
     """Score a range of tokens, ask for its loss and the coefficient of every token in it (t,), and
-    add its gradients; the last tile is not projected twice. Returns the loss and the statistics.
+    add its gradients. Returns the loss and the statistics.
+
+    The last tile is not projected twice, so it is a full one: what is left over comes first.
     """
-    *earlier, last = ranges(piece.start, piece.stop, tiles.rows)
+    over = (piece.stop - piece.start) % tiles.rows
+    first = [slice(piece.start, piece.start + over)] if over else []
+    *earlier, last = [*first, *ranges(piece.start + over, piece.stop, tiles.rows)]
     before = slice(piece.start, last.start)
-    parts = [tiles.score(hidden[before], targets[before], outputs)] if earlier else []
+    parts = [tiles.score(hidden[rows], targets[rows], outputs) for rows in earlier]
     tile, row_scale, stats = tiles.exponentials(hidden[last], targets[last], outputs)
     stats = join([*parts, stats])
     loss, coefficients = answer(stats)

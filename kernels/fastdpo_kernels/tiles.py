@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .head import Head, Layout, Stats, Tiles, WorkspaceBytes
+from .head import OUTPUTS, Head, Layout, Stats, Tiles, WorkspaceBytes
 from .products import mm
 
 MAX_TILE_ROWS = 2048
@@ -67,11 +67,11 @@ class TorchLayout(Layout):
         limit = _CACHE_BLOCK_BYTES if self.device == "cpu" else _DEVICE_BLOCK_BYTES
         return max(1, limit // self._row_bytes)
 
-    def bytes(self, tokens: int, outputs: tuple[str, ...], softcap: bool) -> WorkspaceBytes:
+    def bytes(self, tokens: int, softcap: bool) -> WorkspaceBytes:
         rows = min(tokens, self.rows)
         states = rows * self.width * self.tile_dtype.itemsize
         # The slope of a soft cap; the exponentials and their products with something else.
-        copies = int(softcap) + (2 if APART & set(outputs) else 0)
+        copies = int(softcap) + (2 if APART & set(self.outputs) else 0)
         blocks = copies * min(rows, self.block_rows) * self._row_bytes
         targets = 3 * min(rows, _TARGET_ROWS) * self.width * torch.float64.itemsize
         rounded = self.tile_dtype != self.dtype
@@ -90,12 +90,11 @@ class TorchLayout(Layout):
 class TorchTiles(Tiles):
     """`Tiles` in plain PyTorch; `head` is in the dtype that the head computes in."""
 
-    def __init__(self, head: Head, workspace_mib: int) -> None:
+    def __init__(self, head: Head, workspace_mib: int, outputs: tuple[str, ...] = OUTPUTS) -> None:
         weight = head.weight
         vocab, width = weight.shape
-        self._lay_out(
-            head, TorchLayout(vocab, width, weight.dtype, weight.device.type, workspace_mib)
-        )
+        sizes = (vocab, width, weight.dtype, weight.device.type)
+        self._lay_out(head, TorchLayout(*sizes, workspace_mib, outputs))
 
     def _lay_out(self, head: Head, layout: TorchLayout) -> None:
         self._operands, self._dtype = layout.dtype, layout.tile_dtype

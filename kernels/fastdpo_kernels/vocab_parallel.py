@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import library
+from . import library, regimes
 from .backends import choose_backend
 from .call import wide
-from .head import WORKSPACE_MIB
+from .head import workspace_of
 from .logprob import check_outputs, head_options, linear_logprob
 from .loss import LinearLoss, linear_loss, named_stats
 from .losses import Loss
@@ -40,7 +40,7 @@ def vocab_parallel_logprob(
     ignore_index: int = -100,
     outputs: tuple[str, ...] = (),
     backend: str = "auto",
-    workspace_mib: int = WORKSPACE_MIB,
+    workspace_mib: int | None = None,
 ):
     """`linear_logprob` of this rank's tokens under a head whose rows are spread over a group.
 
@@ -113,7 +113,7 @@ def vocab_parallel_loss(
     ignore_index: int = -100,
     backend: str = "auto",
     outputs: tuple[str, ...] = (),
-    workspace_mib: int = WORKSPACE_MIB,
+    workspace_mib: int | None = None,
     **options: Any,
 ) -> LinearLoss:
     """`linear_loss` of this rank's units under a head whose rows are spread over a group.
@@ -145,8 +145,8 @@ def vocab_parallel_loss(
         response_lengths,
     )
     head = _Head(softcap, logit_scale, ignore_index, backend, workspace_mib)
-    settings = {"temperature": 1.0, "outputs": tuple(outputs), "kind": "loss"}
-    settings["use_weighting"] = made.use_weighting
+    measured = regimes.measured(made, outputs)
+    settings = {"temperature": 1.0, "outputs": measured, "kind": "loss"}
     operands = (hidden, weight, bias)
     start = _start(operands, targets, group, vocab_start, vocab_size, head, settings)
     if start.naive:
@@ -175,7 +175,7 @@ class _Head(NamedTuple):
     logit_scale: float
     ignore_index: int
     backend: str
-    workspace_mib: int
+    workspace_mib: int | None
 
 
 class _Start(NamedTuple):
@@ -224,7 +224,11 @@ def _start(
         *operands, head.softcap, head.logit_scale, settings["temperature"], head.ignore_index
     )
     backend = choose_backend(head.backend, hidden.device, options["dtype"], hidden.shape[-1])
-    options |= {"workspace_mib": head.workspace_mib, "backend": backend}
+    options |= {
+        "workspace_mib": workspace_of(head.workspace_mib, hidden.device),
+        "backend": backend,
+        "outputs": settings["outputs"],
+    }
     exchange = Exchange(group)
     told = settings | options | {"vocab_size": vocab_size}
     ranks = check_shard(exchange, *operands, targets, told, vocab_start)

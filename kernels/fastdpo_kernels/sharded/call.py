@@ -36,13 +36,14 @@ class ShardCall:
     input_dtypes: Dtypes
     scalars: dict[str, float | None]
     workspace_mib: int
+    outputs: tuple[str, ...]  # of the call, for the room that they take
     backend: str  # "torch" or "triton"
 
     def make_tiles(self, weight: Tensor, bias: Tensor | None) -> Tiles:
         """The tiles of this rank's shard of the head."""
         head = Head(weight, bias, **self.scalars).cast(self.hidden.dtype)  # type: ignore[arg-type]
         engine = _triton_tiles() if self.backend == "triton" else ShardTiles
-        return engine(head, self.workspace_mib, self.shards, self.exchange)
+        return engine(head, self.workspace_mib, self.outputs, self.shards, self.exchange)
 
     def lengths(self, piece: Round) -> list[int]:
         """How many tokens of each rank are in a round."""
@@ -131,11 +132,12 @@ def begin(
         dtypes,
         {name: options[name] for name in ("softcap", "logit_scale", "temperature")},
         options["workspace_mib"],
+        options["outputs"],
         options["backend"],
     )
 
 
-def _triton_tiles() -> Callable[[Head, int, Shards, Exchange], Tiles]:
+def _triton_tiles() -> Callable[[Head, int, tuple[str, ...], Shards, Exchange], Tiles]:
     """Imported where it is first used, which takes time."""
     from ..triton.sharded import TritonShardTiles
 

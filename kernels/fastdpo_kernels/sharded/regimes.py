@@ -102,8 +102,6 @@ def preference_loss(
 ) -> LossResult:
     """The loss of this rank's units; gradients of hidden of that, of the head of all ranks'."""
     host, problem = problem, problem.to(call.hidden.device)
-    if problem.loss.use_weighting:
-        outputs = tuple(dict.fromkeys((*outputs, "log_sum_sq_prob")))
     logps = call.hidden.new_zeros(problem.ref_logps.shape[0], dtype=torch.float64)
     if not call.needs.head:
         return _frozen_head(call, tiles, problem, outputs, logps)

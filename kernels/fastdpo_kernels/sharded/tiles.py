@@ -37,8 +37,8 @@ class ShardLayout(TorchLayout):
         budget = int((self.workspace_mib << 20) * TILE_SHARE)
         return max(1, min(self.shards * MAX_TILE_ROWS, budget // (self._row_bytes + states)))
 
-    def bytes(self, tokens: int, outputs: tuple[str, ...], softcap: bool) -> WorkspaceBytes:
-        tile, beside = super().bytes(tokens, outputs, softcap)
+    def bytes(self, tokens: int, softcap: bool) -> WorkspaceBytes:
+        tile, beside = super().bytes(tokens, softcap)
         return WorkspaceBytes(tile, beside + min(tokens, self.rows) * self._exchanged)
 
     @property
@@ -54,12 +54,17 @@ class ShardTiles(TorchTiles):
     what is made from a tile is this rank's share, over the vocabulary, of what it is for the whole.
     """
 
-    def __init__(self, head: Head, workspace_mib: int, shards: Shards, exchange: Exchange) -> None:
+    def __init__(
+        self,
+        head: Head,
+        workspace_mib: int,
+        outputs: tuple[str, ...],
+        shards: Shards,
+        exchange: Exchange,
+    ) -> None:
         weight = head.weight
-        columns, width, device = max(shards.columns), weight.shape[1], weight.device.type
-        layout = ShardLayout(
-            columns, width, weight.dtype, device, workspace_mib, shards=exchange.size
-        )
+        sizes = (max(shards.columns), weight.shape[1], weight.dtype, weight.device.type)
+        layout = ShardLayout(*sizes, workspace_mib, outputs, exchange.size)
         self._lay_out(head, layout)
         self._exchange = exchange
         self._start, self._columns = shards.starts[exchange.rank], shards.columns[exchange.rank]

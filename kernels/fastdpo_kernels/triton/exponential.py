@@ -206,6 +206,7 @@ def exponentials(
     anchor = anchors(head, hidden, targets)
     partial, clamp, flags = anchored(head, hidden, targets, tile, anchor, outputs)
     results, row_scale, flagged = finish(head, targets, anchor, tile, partial, clamp, flags)
+    del partial  # before the sums of `score`, which are no more
     score_into(results, head, hidden, flagged, outputs)
     again(head, hidden, flagged, tile, anchor, results[0])
     return row_scale, unpack(results, outputs)

@@ -245,8 +245,12 @@ def partial_sums(head: Head, hidden: Tensor, targets: Tensor, outputs: tuple[str
     wanted = PROGRAMS_A_CORE * multiprocessors(hidden.device)
     blocks_a_segment = max(1, row_blocks * col_blocks // wanted)
     segments = triton.cdiv(col_blocks, min(blocks_a_segment, col_blocks, _MAX_BLOCKS_A_SEGMENT))
-    blocks_a_segment = triton.cdiv(col_blocks, segments)
-    partial = hidden.new_empty((3 + sum(flags.values()), segments, tokens), dtype=torch.float32)
+    # No more sums than a tile of exponentials has, for which `TritonLayout` leaves room.
+    blocks = triton.cdiv(vocab, choose(head, hidden, outputs).block_v)
+    sums, room = 3 + sum(flags.values()), blocks * (1 + len({*outputs} - {"lse"}))
+    blocks_a_segment = triton.cdiv(col_blocks, max(1, min(segments, room // sums)))
+    segments = triton.cdiv(col_blocks, blocks_a_segment)
+    partial = hidden.new_empty((sums, segments, tokens), dtype=torch.float32)
     score_kernel[(row_blocks * segments,)](
         **launch,
         targets=targets,

@@ -25,11 +25,18 @@ from .tiles import TritonTiles
 class TritonShardTiles(TritonTiles):
     """`Tiles` of the whole head, of which `head` is what this rank holds; see `ShardTiles`."""
 
-    def __init__(self, head: Head, workspace_mib: int, shards: Shards, exchange: Exchange) -> None:
+    def __init__(
+        self,
+        head: Head,
+        workspace_mib: int,
+        outputs: tuple[str, ...],
+        shards: Shards,
+        exchange: Exchange,
+    ) -> None:
         super().__init__(head, workspace_mib)
         weight = head.weight
-        columns, width, device = max(shards.columns), weight.shape[1], weight.device.type
-        self.rows = TritonShardLayout(columns, width, weight.dtype, device, workspace_mib).rows
+        sizes = (max(shards.columns), weight.shape[1], weight.dtype, weight.device.type)
+        self.rows = TritonShardLayout(*sizes, workspace_mib, outputs).rows
         self._exchange, self._vocab = exchange, shards.vocab
         self._start, self._columns = shards.starts[exchange.rank], shards.columns[exchange.rank]
 

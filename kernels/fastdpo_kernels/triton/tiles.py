@@ -3,24 +3,26 @@
 import torch
 from torch import Tensor
 
-from ..head import Head, Stats, Tiles
+from ..head import OUTPUTS, Head, Stats, Tiles
 from ..problem import Problem, Selection
 from . import exponential
 from .coefficients import DERIVATIVES, add_response_sums, loss_and_coefficients
-from .layout import TritonLayout
+from .layout import TritonLayout, block_columns
 from .score import score
 
 
 class TritonTiles(Tiles):
     """`Tiles` in Triton, for heads in bf16, fp16 and fp32; a tile has the head's dtype."""
 
-    def __init__(self, head: Head, workspace_mib: int) -> None:
+    def __init__(self, head: Head, workspace_mib: int, outputs: tuple[str, ...] = OUTPUTS) -> None:
         weight = head.weight
         if weight.dtype == torch.float64:
             raise ValueError('backend "triton" has no fp64; use "torch" or "naive"')
         self.head = head.cast(weight.dtype)
         vocab, width = weight.shape
-        layout = TritonLayout(vocab, width, weight.dtype, weight.device.type, workspace_mib)
+        sizes = (vocab, width, weight.dtype, weight.device.type)
+        block_v = block_columns(self.head, outputs)
+        layout = TritonLayout(*sizes, workspace_mib, outputs, block_v)
         self.rows, self._pitch = layout.rows, layout.pitch
         self._buffer: Tensor | None = None
 
