@@ -82,7 +82,7 @@ ROWS = {"Qwen2.5-0.5B": (1664, 6784), "Llama-3.1-8B": (1792, 7552), "Gemma-3-1B"
 
 @pytest.mark.parametrize("name", HEADS)
 def test_tokens_of_a_tile(name):
-    """Of bf16 in 512 MiB and 2 GiB; what a call asks for takes room: a number a block and output."""
+    """Of bf16 in 512 MiB and 2 GiB; each output that a call asks for takes a number a block."""
     for mib, expected in zip((512, 2048), ROWS[name], strict=True):
         layout = TritonLayout(*HEADS[name], BF16, "cuda", mib, (), 128)
         assert layout.rows == expected
