@@ -8,7 +8,6 @@ from torch import Tensor
 from . import library
 from .arguments import check_head
 from .backends import backend_name
-from .head import WORKSPACE_MIB
 from .logprob import head_options, linear_logprob, needs_of
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -30,7 +29,7 @@ def linear_cross_entropy(
     lse_square_scale: float = 0.0,
     logit_scale: float = 1.0,
     backend: str = "auto",
-    workspace_mib: int = WORKSPACE_MIB,
+    workspace_mib: int | None = None,
     filter_eps: float | str | None = None,
     accum_e_fp32: bool = True,
     accum_c_fp32: bool = True,
@@ -205,7 +204,7 @@ def _summed(
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     options = head_options(hidden, weight, bias, softcap, logit_scale, 1.0, ignore_index)
     options |= {"outputs": "", "loss_type": library.NLL, "beta": 0.0, "label_smoothing": 0.0}
-    options |= {"workspace_mib": WORKSPACE_MIB} | engine
+    options |= {"workspace_mib": None} | engine
     ids = torch.arange(len(targets))  # on the host, where the head sees where it may cut
     rest = (targets, ids, ids.unsqueeze(1), weights.new_zeros(len(ids)), weights.reshape(-1))
     lengths = weights.new_ones(len(ids))

@@ -49,7 +49,8 @@ def workspace_of(workspace_mib: int | None, device: torch.device) -> int:
 
 class WorkspaceBytes(NamedTuple):
     """The memory that a call needs for its tiles; plain PyTorch on a CPU keeps `tile` until the
-    next call, all else is freed with the call.
+    next call, and `linear_logprob` with a trained head until the next call or the end of its graph;
+    all else is freed with the call.
     """
 
     tile: int
@@ -129,6 +130,8 @@ class Tiles(ABC):
     head: Head
     rows: int
     """How many tokens a tile may hold."""
+    projects_once = True
+    """Whether `exponentials` is one projection; otherwise it is `score` and `probabilities`."""
 
     @abstractmethod
     def empty_tile(self, tokens: int) -> Tensor:

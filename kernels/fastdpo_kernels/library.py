@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import regimes
+from . import kept, one_tile, regimes
 from .arguments import check_problem
 from .call import begin, inside_operator, names, once, refuse, wide
 from .fakes import dtypes_of, fake_gradients, fake_outputs, kept_dtypes, or_empty
@@ -92,7 +92,7 @@ def linear_logprob(
             )
             gradient = call.spread(gradient)
         else:
-            stats = call.tiles.score(call.hidden, call.targets, names(outputs))
+            stats = one_tile.score(call, outputs)
             gradient = hidden.new_empty(0, dtype=dtype)
         logprob = call.spread(stats["logprob"])
         return logprob, *call.outputs(stats, outputs + ",lse"), gradient
@@ -159,6 +159,7 @@ def _logprob_context(ctx, inputs, keyword_only_inputs, output):
     ctx.mark_non_differentiable(*fixed, grad_hidden)
     lse = others[OUTPUTS.index("lse")]
     saved = (hidden, weight, bias, targets, logprob, lse)
+    ctx.kept = kept.taken()
     ctx.save_for_backward(grad_hidden, *(saved if again or not ctx.frozen else ()))
 
 
@@ -170,15 +171,17 @@ def _logprob_gradients(ctx, grad_logprob, *others):
         return (None,) * 4
     gradients: tuple[Tensor | None, ...]
     with torch.no_grad():
-        kept, *saved = ctx.saved_tensors
+        frozen, *saved = ctx.saved_tensors
         if ctx.frozen and grad_lse is None:
-            gradient = kept * grad_logprob.unsqueeze(1)
+            gradient = frozen * grad_logprob.unsqueeze(1)
             gradients = (gradient.to(ctx.hidden_dtype), None, None)
         else:
             needs = ctx.needs_input_grad[:3]
-            parts = linear_logprob_backward(
-                grad_logprob, grad_lse, *saved, **ctx.options, needs=needs
-            )
+            parts = one_tile.gradients(ctx, grad_logprob, grad_lse, saved, needs)
+            if parts is None:
+                parts = linear_logprob_backward(
+                    grad_logprob, grad_lse, *saved, **ctx.options, needs=needs
+                )
             gradients = tuple(g if need else None for g, need in zip(parts, needs, strict=True))
     return *once(*gradients), None
 

@@ -3,6 +3,7 @@
 """
 
 from collections import namedtuple
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from .arguments import check_head, scored_targets
 from .backends import backend_name
 from .call import no_autocast, wide
 from .head import OUTPUTS
+from .kept import keeping
 
 
 def linear_logprob(
@@ -74,7 +76,10 @@ def linear_logprob(
         values = [stats[name] for name in ("logprob", *outputs)]
     else:
         needs = needs_of(hidden, weight, bias)
-        flat = library.linear_logprob(
+        operator: Callable[..., Any] = library.linear_logprob
+        if any(needs[1:]) and not torch.compiler.is_compiling():
+            operator = keeping(operator)
+        flat = operator(
             hidden.reshape(-1, hidden.shape[-1]),
             weight,
             bias,

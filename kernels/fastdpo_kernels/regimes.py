@@ -8,7 +8,8 @@ scalar per token times something the forward knows already. Hence:
 - units (comparisons, responses, groups) that are whole inside a tile: c_t follows at once, so both
   gradients are formed from the tile while it exists (6TVH); of a unit longer than a tile, and of a
   loss of a whole step, all but the last tile are projected twice (up to 8TVH);
-- any other gradient: the backward projects again (8TVH).
+- any other gradient: the backward projects again (8TVH), but where all tokens fit one tile, which
+  is kept (6TVH, `one_tile`).
 
 Nothing here waits for a device, but for the plan of tokens that do not fit one tile, which is made
 on the host, and for losses of tokens, which ask how many tokens their units have.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .head import OUTPUTS, Head, Layout, Stats, Tiles, WorkspaceBytes
+from .kept import give_up
 from .products import mm
 
 MAX_TILE_ROWS = 2048
@@ -29,6 +30,7 @@ def release_workspace() -> None:
     """Free the tile that is kept between calls on the CPU (a fresh one costs more in page faults
     than its product does).
     """
+    give_up(torch.device("cpu"))
     _workspaces.clear()
 
 
@@ -105,6 +107,7 @@ class TorchTiles(Tiles):
 
     def empty_tile(self, tokens: int) -> Tensor:
         weight = self.head.weight
+        give_up(weight.device)
         shape = tokens, weight.shape[0]
         size = shape[0] * shape[1]
         if weight.device.type == "cpu":

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..head import OUTPUTS, Head, Stats, Tiles
+from ..kept import give_up
 from ..problem import Problem, Selection
 from . import exponential
 from .coefficients import DERIVATIVES, add_response_sums, loss_and_coefficients
@@ -24,9 +25,11 @@ class TritonTiles(Tiles):
         block_v = block_columns(self.head, outputs)
         layout = TritonLayout(*sizes, workspace_mib, outputs, block_v)
         self.rows, self._pitch = layout.rows, layout.pitch
+        self.projects_once = weight.dtype != torch.float16
         self._buffer: Tensor | None = None
 
     def empty_tile(self, tokens: int) -> Tensor:
+        give_up(self.head.weight.device)
         if self._buffer is None or self._buffer.shape[0] < tokens:
             self._buffer = None
             self._buffer = self.head.weight.new_empty((tokens, self._pitch))
