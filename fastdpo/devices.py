@@ -57,11 +57,20 @@ class Device:
     """To the host's memory and back, bytes a second each way."""
     link: str | None = None
     """What joins the devices of a host, one of `LINKS`."""
+    total: int = 0
+    """Bytes of a GPU that is there, what others have taken included; 0 where that is `memory`."""
 
     @property
     def overhead(self) -> int:
         """Bytes beside the tensors: `CUDA_OVERHEAD` on a GPU. On a CPU `memory` is without it."""
         return CUDA_OVERHEAD if self.kind == "cuda" else 0
+
+    @property
+    def workspace_mib(self) -> int:
+        """MiB that the head takes for its tiles unless it is told."""
+        from fastdpo_kernels.head import default_workspace_mib
+
+        return default_workspace_mib(max(self.memory, self.total) if self.kind == "cuda" else 0)
 
     @property
     def budget(self) -> int:
@@ -157,14 +166,14 @@ def at_hand(device: torch.device) -> Device:
         return Device("this machine's CPU", "cpu", free_host_memory())
     import torch
 
-    free, _ = torch.cuda.mem_get_info(device)
+    free, total = torch.cuda.mem_get_info(device)
     taken = torch.cuda.memory_reserved(device)
     title, known = torch.cuda.get_device_name(device), known_gpu(device)
     # The context exists by now, and a device's budget takes it off once.
     memory = free + taken + CUDA_OVERHEAD
     if known is None:
-        return Device(title, "cuda", memory)
-    return replace(known, name=title, memory=memory)
+        return Device(title, "cuda", memory, total=total)
+    return replace(known, name=title, memory=memory, total=total)
 
 
 def known_gpu(device: torch.device | None = None) -> Device | None:

@@ -70,7 +70,7 @@ OWN_DEFAULTS: dict[str, Any] = {
     "share_prefix": True,
     "max_tokens_per_batch": None,
     "attention_backend": None,
-    "head_workspace_mib": 512,
+    "head_workspace_mib": None,
     "reference_cache_dir": None,
     "profile_steps": 0,
     "use_peft": False,

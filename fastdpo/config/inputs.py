@@ -130,8 +130,11 @@ class OwnKeys:
         "model and the device.",
         one_of("varlen", "flash_attn", "flash_attn_3", "flash_attn_4", "flex", "sdpa"),
     )
-    head_workspace_mib: int = key(
-        512, "Memory in MiB that the output head may use for pieces of the logits.", AT_LEAST_ONE
+    head_workspace_mib: int | None = key(
+        None,
+        "Memory in MiB that the output head may use for pieces of the logits. Unset: 512, on a GPU "
+        "with more than 18 GiB a 36th of its memory, at most 2048.",
+        AT_LEAST_ONE,
     )
     reference_cache_dir: str | None = key(
         None,

@@ -31,6 +31,8 @@ class Demand:
     """Tokens of the largest row."""
     longest: int
     """Tokens of the longest unit of the loss, below which no row budget makes a row shorter."""
+    workspace_mib: int
+    """Of the head, where the configuration does not say."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def _offload(config: TrainConfig, demand: Demand) -> Values:
 
 
 def _workspace(config: TrainConfig, demand: Demand) -> Values:
-    now = config.head_workspace_mib
+    now = config.head_workspace_mib or demand.workspace_mib
     return {"head_workspace_mib": min(now, max(_SMALLEST_WORKSPACE, now // 4))}
 
 
@@ -136,7 +138,8 @@ def turn_up(switch: Switch, config: TrainConfig, planner: Planner) -> TrainConfi
 def demand(config: TrainConfig, planner: Planner) -> Demand:
     """The rows of a configuration on the planner's device."""
     largest = max(row.tokens for step in planner.steps(config) for row in step)
-    return Demand(planner.device.kind, largest, planner.longest)
+    device = planner.device
+    return Demand(device.kind, largest, planner.longest, device.workspace_mib)
 
 
 def possible(planner: Planner) -> tuple[Switch, ...]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from fastdpo_kernels.backends import choose_backend as choose_head
+from fastdpo_kernels.head import workspace_of
 
 from ..config import TrainConfig
 from .backends import choose_backend
@@ -41,7 +42,8 @@ def head_path(config: TrainConfig) -> str:
     """What computes log-probabilities and their gradient, as "name: reason"."""
     if choose_head("auto", run_device(config)) == "triton":
         return "triton: fused kernels on a GPU"
-    return f"torch: in pieces of at most {config.head_workspace_mib} MiB, no full logits"
+    workspace = workspace_of(config.head_workspace_mib, run_device(config))
+    return f"torch: in pieces of at most {workspace} MiB, no full logits"
 
 
 def activations_path(config: TrainConfig) -> str:

@@ -47,7 +47,7 @@ class Scorer:
     head: Head
     layout: Layout
     autocast: torch.dtype | None = None
-    workspace_mib: int = 512
+    workspace_mib: int | None = None
     context: ContextGroup | None = None
     shares: dist.ProcessGroup | None = None
     from_first: bool = False

@@ -98,11 +98,13 @@ class Pending:
             ]
         )
         steps = []
-        for (step, _, sums, _, rate), row in zip(self._unread, table.tolist(), strict=True):
+        for (step, taken, sums, _, rate), row in zip(self._unread, table.tolist(), strict=True):
             values: dict[str, Any] = sums.means(row[:-1]) | {"grad_norm": row[-1]}
             for name in ("loss", "grad_norm"):
                 if not math.isfinite(values[name]):
                     raise self._not_finite(step, name, values[name])
+            if taken.head_passes is not None:
+                values["head_passes"] = taken.head_passes
             steps.append(values | {"learning_rate": rate})
         return steps
 

@@ -16,6 +16,7 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
+from fastdpo_kernels.head import workspace_of
 from fastdpo_kernels.tiles import release_workspace
 
 from ..config import TrainConfig
@@ -135,7 +136,8 @@ def _less(trainer: Trainer, step: StepBatches) -> dict[str, Any]:
     layout = trainer.objective.policy.layout.name
     largest = min(trainer.max_tokens, _largest(step))
     longest = longest_unit(trainer.data.train, layout)
-    demand = Demand(trainer.device.type, largest, longest)
+    workspace = workspace_of(None, trainer.device)
+    demand = Demand(trainer.device.type, largest, longest, workspace)
     for switch in SWITCHES:
         if not switch.while_training:
             continue

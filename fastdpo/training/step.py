@@ -18,6 +18,7 @@ from ..data.groups import Group, count_units, step_constants
 from ..data.packing import PackedRow, row_tokens, sequence_tokens
 from ..data.plan import Step, make_plan
 from ..losses import TrainingLoss
+from ..model.passes import mean_passes
 from ..model.scorer import TOKEN_STATS, Scorer
 from ..parallel.world import ALONE, World
 from .accuracy import GroupRewards
@@ -37,6 +38,7 @@ class StepBatches:
         batches: the rows that this rank trains on.
         first: the rows that are scored before them; None where that are the same ones.
         pair_tokens, computed_tokens: of the rows of all ranks, as `Batch` counts them.
+        head_passes: see `mean_passes`, of this rank's rows.
     """
 
     units: int
@@ -44,6 +46,7 @@ class StepBatches:
     first: list[Batch] | None = None
     pair_tokens: int = 0
     computed_tokens: int = 0
+    head_passes: float | None = None
 
 
 @dataclass
@@ -78,12 +81,14 @@ class Objective:
         first = None
         if self.loss.mismatched:
             first = self._dealt(groups, step.first_of_ranks, constants, mismatched=True)
+        batches = self._dealt(groups, step.ranks, constants)
         return StepBatches(
             step.units,
-            self._dealt(groups, step.ranks, constants),
+            batches,
             first,
             sum(sequence_tokens(groups, row) for row in rows),
             sum(row_tokens(groups, row, self.policy.layout.name) for row in rows),
+            mean_passes(self.policy, batches, self.loss.loss),
         )
 
     def _dealt(

@@ -8,7 +8,7 @@ over devices by its vocabulary. `linear_cross_entropy` is what supervised traini
 calls of CCE, Liger (`LinearCrossEntropyLoss`) and PyTorch (`torch_linear_cross_entropy`).
 `LinearDPOLoss`, `patch_trl` and `patch_transformers` put the head into trainers that are written
 for Liger, into TRL and into transformers' models. `workspace_bytes` says beforehand what memory
-they take.
+they take, `head_passes` how much they compute.
 """
 
 from .backends import workspace_bytes
@@ -26,6 +26,7 @@ from .ops import (
     vocab_parallel_logprob,
     vocab_parallel_loss,
 )
+from .passes import head_passes
 
 __all__ = [
     "LOSSES",
@@ -34,6 +35,7 @@ __all__ = [
     "LinearDPOLoss",
     "Responses",
     "WorkspaceBytes",
+    "head_passes",
     "linear_cross_entropy",
     "linear_dpo_loss",
     "linear_logprob",

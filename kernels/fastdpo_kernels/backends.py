@@ -95,18 +95,37 @@ def workspace_bytes(
     Raises:
         ValueError: an unknown backend, or "naive", which has the whole logits and no tiles.
     """
+    layout = layout_of(
+        *(vocab, width, dtype, device),
+        workspace_mib=workspace_mib,
+        outputs=outputs,
+        shards=shards,
+        backend=backend,
+    )
+    return layout.bytes(tokens, softcap)
+
+
+def layout_of(
+    vocab: int,
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    workspace_mib: int | None = None,
+    outputs: tuple[str, ...] = (),
+    shards: int = 1,
+    backend: str = "auto",
+) -> Layout:
+    """How the tiles of a call are cut; arguments and errors as in `workspace_bytes`."""
     engine = choose_backend(backend, device, dtype, width)
     if engine not in _LAYOUTS:
         raise ValueError(f'backend: expected "auto", "triton" or "torch", got {backend!r}')
-    workspace_mib = workspace_of(workspace_mib, device)
-    columns = -(-vocab // shards)
+    sizes = (-(-vocab // shards), width, dtype, device.type, workspace_of(workspace_mib, device))
     if shards == 1:
-        layout = _LAYOUTS[engine](vocab, width, dtype, device.type, workspace_mib, outputs)
-    elif engine == "triton":
-        layout = TritonShardLayout(columns, width, dtype, device.type, workspace_mib, outputs)
-    else:
-        layout = ShardLayout(columns, width, dtype, device.type, workspace_mib, outputs, shards)
-    return layout.bytes(tokens, softcap)
+        return _LAYOUTS[engine](*sizes, outputs)
+    if engine == "triton":
+        return TritonShardLayout(*sizes, outputs)
+    return ShardLayout(*sizes, outputs, shards)
 
 
 _LAYOUTS: dict[str, type[Layout]] = {"torch": TorchLayout, "triton": TritonLayout}

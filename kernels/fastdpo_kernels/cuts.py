@@ -3,7 +3,7 @@
 Works on the host: nothing waits for a device if `response_ids` and `units` lie there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,8 +16,14 @@ def unit_cuts(problem: Problem) -> tuple[list[int], Tensor]:
     (U,), on the host.
     """
     tokens, responses = problem.targets.shape[0], problem.ref_logps.shape[0]
-    ids = responses_of("response_ids", problem.response_ids.cpu(), responses)
-    units = problem.units.cpu()
+    return token_cuts(tokens, responses, problem.response_ids, problem.units)
+
+
+def token_cuts(
+    tokens: int, responses: int, response_ids: Tensor, units: Tensor
+) -> tuple[list[int], Tensor]:
+    """`unit_cuts` of so many tokens and responses, from response_ids (T,) and units (U, k)."""
+    ids, units = responses_of("response_ids", response_ids.cpu(), responses), units.cpu()
     none, units = units == NONE, units.clamp(min=0)
     position = torch.arange(tokens)
     first = torch.full((responses,), tokens).scatter_reduce(0, ids, position, "amin")
@@ -39,6 +45,17 @@ def units_between(unit_begin: Tensor, piece: slice, device: torch.device) -> Sel
     return _range_or_indices(inside, device)
 
 
+def pieces(cuts: Sequence[int], rows: int) -> Iterator[slice]:
+    """Ranges that begin and end at `cuts`, ascending from 0 to T, and hold at most `rows` tokens
+    where possible.
+    """
+    start = 0
+    for here, following in zip(cuts, [*cuts[1:], None], strict=True):
+        if here > start and (following is None or following - start > rows):
+            yield slice(start, here)
+            start = here
+
+
 def whole_units(problem: Problem, rows: int) -> Iterator[tuple[slice, Selection]]:
     """Cut the tokens where no response or unit is cut, into pieces of at most `rows` tokens where
     possible; a loss of a whole step has one piece.
@@ -50,12 +67,8 @@ def whole_units(problem: Problem, rows: int) -> Iterator[tuple[slice, Selection]
         yield slice(0, tokens), slice(None)
         return
     cuts, unit_begin = unit_cuts(problem)
-    start = 0
-    for here, following in zip(cuts, [*cuts[1:], None], strict=True):
-        if here > start and (following is None or following - start > rows):
-            piece = slice(start, here)
-            yield piece, units_between(unit_begin, piece, problem.targets.device)
-            start = here
+    for piece in pieces(cuts, rows):
+        yield piece, units_between(unit_begin, piece, problem.targets.device)
 
 
 def _range_or_indices(inside: Tensor, device: torch.device) -> Selection:

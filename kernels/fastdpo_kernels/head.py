@@ -107,6 +107,11 @@ class Layout(ABC):
     def rows(self) -> int:
         """How many tokens a tile may hold."""
 
+    @property
+    def projects_once(self) -> bool:
+        """Whether `Tiles.exponentials` is one projection, not `score` and `probabilities`."""
+        return True
+
     @abstractmethod
     def bytes(self, tokens: int, softcap: bool) -> WorkspaceBytes:
         """What a call for so many scored tokens needs, the gradient of the head included."""
@@ -131,7 +136,7 @@ class Tiles(ABC):
     rows: int
     """How many tokens a tile may hold."""
     projects_once = True
-    """Whether `exponentials` is one projection; otherwise it is `score` and `probabilities`."""
+    """See `Layout`."""
 
     @abstractmethod
     def empty_tile(self, tokens: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from ..head import Head, Layout, WorkspaceBytes
 from .configs import TABLE, choose
 
@@ -34,6 +36,10 @@ class TritonLayout(Layout):
         """A tile and everything beside it stay within `workspace_mib` MiB."""
         rows = (self.workspace_mib << 20) // (self.pitch * self.dtype.itemsize + self._beside)
         return max(1, rows if rows < 2 * _ROWS else rows // _ROWS * _ROWS)
+
+    @property
+    def projects_once(self) -> bool:
+        return self.dtype != torch.float16
 
     def bytes(self, tokens: int, softcap: bool) -> WorkspaceBytes:
         rows = min(tokens, self.rows)

@@ -25,7 +25,7 @@ class TritonTiles(Tiles):
         block_v = block_columns(self.head, outputs)
         layout = TritonLayout(*sizes, workspace_mib, outputs, block_v)
         self.rows, self._pitch = layout.rows, layout.pitch
-        self.projects_once = weight.dtype != torch.float16
+        self.projects_once = layout.projects_once
         self._buffer: Tensor | None = None
 
     def empty_tile(self, tokens: int) -> Tensor:
