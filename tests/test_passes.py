@@ -123,7 +123,8 @@ def packed_passes(name, kind, mib):
     rng = np.random.default_rng(0)
     sizes = rng.lognormal(-(0.6**2) / 2, 0.6, (2048, 3)) * (prompt, response, response)
     groups = []
-    for first, *rest in sizes.astype(int).clip(1, longest // 2):
+    for first, *rest in sizes.astype(int).clip(1).tolist():
+        first = min(first, longest // 2)
         responses = [np.zeros(min(n, longest - first), np.int64) for n in rest]
         groups.append(Group(np.zeros(first, np.int64), responses, comparisons=[(0, 1, 1.0)]))
     plan = make_plan(groups, units_per_step=64, max_tokens=16384, layout="shared", seed=0)
@@ -142,6 +143,6 @@ def packed_passes(name, kind, mib):
 @pytest.mark.parametrize("kind", LENGTHS)
 @pytest.mark.parametrize("name", HEADS)
 def test_packed_comparisons_go_through_the_head_about_once(name, kind):
-    """With the default workspace of a card of 80 GB; with 512 MiB up to 7.5."""
+    """With the default workspace of a card of 80 GB; with 512 MiB up to 6.8."""
     assert 6 <= packed_passes(name, kind, default_workspace_mib(79 << 30)) <= 6.1
-    assert packed_passes(name, kind, 512) <= 7.5
+    assert packed_passes(name, kind, 512) <= 6.8

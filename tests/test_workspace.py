@@ -7,6 +7,7 @@ import torch
 from fastdpo_kernels import call, linear_logprob, linear_loss, workspace_bytes
 from fastdpo_kernels.backends import make_tiles
 from fastdpo_kernels.head import OUTPUTS, Head, default_workspace_mib, workspace_of
+from fastdpo_kernels.sharded import call as sharded
 from fastdpo_kernels.tiles import release_workspace
 from fastdpo_kernels.triton.layout import TritonLayout
 
@@ -171,3 +172,19 @@ def test_the_layout_for_a_gpu_is_known_without_one():
 def test_the_whole_logits_are_no_tiles():
     with pytest.raises(ValueError, match="backend"):
         workspace_bytes(8, 100, 16, FP32, CPU, backend="naive")
+
+
+def test_ranks_cut_alike_whatever_memory_each_has(monkeypatch):
+    """The workspace that is left to devices is the least of all ranks'."""
+
+    class Exchange:
+        def integers(self, mine, device):
+            other = list(mine)
+            other[mine.index(1000)] = 700
+            return [mine, other]
+
+    monkeypatch.setattr(sharded, "workspace_of", lambda given, device: given or 1000)
+    x, w, y = torch.randn(6, 8), torch.randn(11, 8), torch.arange(6)
+    settings = {"softcap": None, "temperature": 1.0, "ignore_index": -100, "workspace_mib": None}
+    ranks = sharded.check_shard(Exchange(), x, w, None, y, settings, None)
+    assert ranks.workspace_mib == 700 and ranks.counts == [6, 6] and not any(ranks.needs)

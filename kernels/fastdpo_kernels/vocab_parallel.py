@@ -13,7 +13,6 @@ from torch import Tensor
 from . import library, regimes
 from .backends import choose_backend
 from .call import wide
-from .head import workspace_of
 from .logprob import check_outputs, head_options, linear_logprob
 from .loss import LinearLoss, linear_loss, named_stats
 from .losses import Loss
@@ -63,7 +62,7 @@ def vocab_parallel_logprob(
         softcap, logit_scale, temperature, ignore_index, outputs: as in `linear_logprob`.
         backend: as in `linear_logprob`; "naive" gathers the weight.
         workspace_mib: MiB that a tile of logits may take on a rank, with the states that are
-            exchanged for it.
+            exchanged for it; None: what suits the device with the least memory.
 
     Returns:
         As `linear_logprob`.
@@ -225,7 +224,7 @@ def _start(
     )
     backend = choose_backend(head.backend, hidden.device, options["dtype"], hidden.shape[-1])
     options |= {
-        "workspace_mib": workspace_of(head.workspace_mib, hidden.device),
+        "workspace_mib": head.workspace_mib,
         "backend": backend,
         "outputs": settings["outputs"],
     }

@@ -104,7 +104,7 @@ class Loss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         with inside_operator(hidden):
             tiles = call.make_tiles(weight, bias)
-            result = regimes.preference_loss(call, tiles, problem, outputs)
+            result = regimes.preference_loss(call, tiles, problem)
         ctx.save_for_backward(*_wanted(ctx, call, result.gradients))
         dtype = wide(call.hidden.dtype)
         values = (result.logps.to(dtype), call.spread(result.stats["logprob"]))

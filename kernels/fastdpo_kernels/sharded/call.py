@@ -11,7 +11,7 @@ from torch import Tensor
 from ..arguments import check_head, check_packed, on_the_host, scored_targets
 from ..call import wide
 from ..gradients import Dtypes, Needs
-from ..head import Head, Stats, Tiles
+from ..head import Head, Stats, Tiles, workspace_of
 from ..logprob import needs_of
 from .exchange import Exchange
 from .rounds import Round
@@ -36,7 +36,7 @@ class ShardCall:
     input_dtypes: Dtypes
     scalars: dict[str, float | None]
     workspace_mib: int
-    outputs: tuple[str, ...]  # of the call, for the room that they take
+    outputs: tuple[str, ...]  # what is measured of every token
     backend: str  # "torch" or "triton"
 
     def make_tiles(self, weight: Tensor, bias: Tensor | None) -> Tiles:
@@ -92,6 +92,7 @@ class Ranks(NamedTuple):
     shards: Shards
     counts: list[int]  # tokens of each
     needs: Needs
+    workspace_mib: int  # the least of all, where it is left to the devices
 
 
 def begin(
@@ -108,7 +109,7 @@ def begin(
 
     `kept`: whether gradients are formed with the forward, where fp16 would round them to 0.
     """
-    shards, counts, needs = ranks
+    shards, counts, needs, workspace_mib = ranks
     kept = kept or not needs.head
     dtype = options["dtype"]
     dtypes = Dtypes(hidden.dtype, weight.dtype, (weight if bias is None else bias).dtype)
@@ -131,7 +132,7 @@ def begin(
         Dtypes(*(wide(d) if kept and d == torch.float16 else d for d in dtypes)),
         dtypes,
         {name: options[name] for name in ("softcap", "logit_scale", "temperature")},
-        options["workspace_mib"],
+        workspace_mib,
         options["outputs"],
         options["backend"],
     )
@@ -177,7 +178,8 @@ def check_shard(
     if on_the_host(targets):  # elsewhere, looking would wait for the device
         count = int((targets != settings["ignore_index"]).sum())
     needs = map(int, needs_of(hidden, weight, bias))
-    mine = [weight.shape[0], start, same, count, *needs]
+    workspace = workspace_of(settings["workspace_mib"], hidden.device)
+    mine = [weight.shape[0], start, same, count, workspace, *needs]
     found = exchange.integers(mine, hidden.device)
     shards = Shards([row[0] for row in found])
     for rank, (expected, row) in enumerate(zip(shards.starts, found, strict=True)):
@@ -191,7 +193,7 @@ def check_shard(
                 f"rank {rank} of the group was given another width, dtype, bias or option of the "
                 "head than rank 0"
             )
-        if row[5:] != found[0][5:]:
+        if row[6:] != found[0][6:]:
             raise ValueError(f"weight, bias: trained on rank {rank} of the group or on 0, not both")
-    trained = Needs(any(row[4] for row in found), *map(bool, found[0][5:]))
-    return Ranks(shards, [row[3] for row in found], trained)
+    trained = Needs(any(row[5] for row in found), *map(bool, found[0][6:]))
+    return Ranks(shards, [row[3] for row in found], trained, min(row[4] for row in found))

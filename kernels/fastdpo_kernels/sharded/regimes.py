@@ -97,10 +97,9 @@ def logprob_gradients(
     return _finish(call, grads, hidden)
 
 
-def preference_loss(
-    call: ShardCall, tiles: Tiles, problem: Problem, outputs: tuple[str, ...]
-) -> LossResult:
+def preference_loss(call: ShardCall, tiles: Tiles, problem: Problem) -> LossResult:
     """The loss of this rank's units; gradients of hidden of that, of the head of all ranks'."""
+    outputs = call.outputs
     host, problem = problem, problem.to(call.hidden.device)
     logps = call.hidden.new_zeros(problem.ref_logps.shape[0], dtype=torch.float64)
     if not call.needs.head:
