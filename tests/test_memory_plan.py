@@ -1,6 +1,7 @@
 """What a plan predicts, beside what is counted on real runs of small models."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -150,13 +151,28 @@ def test_the_least_that_fits(planner):
     assert switches.least(roomy, exact=True).config == roomy.config
 
 
+def test_the_workspace_of_the_head_is_that_of_the_device(planner):
+    """Unless a key says; and to lower it begins with what the device would have given."""
+    roomy, small = planner("h100-80gb"), planner("l4-24gb")
+    for made, expected in ((roomy, 2048), (small, 628)):
+        run = made.run(made.config)
+        row = replace(run.steps[0][0], scored=10**6)
+        tile, beside = components.head_workspace(run, row)
+        assert 0.9 * expected < (tile + beside) / 2**20 <= expected
+        told = made.run(made.config.choose("", head_workspace_mib=64))
+        assert sum(components.head_workspace(told, row)) <= 64 << 20
+        (lower,) = (s for s in switches.SWITCHES if s.name == "lower head_workspace_mib")
+        demand = switches.demand(made.config, made)
+        assert lower.values(made.config, demand) == {"head_workspace_mib": expected // 4}
+
+
 def test_switches_are_dropped_where_a_cheaper_one_is_enough(planner):
     keys = {"max_length": 8192, "gradient_checkpointing": False, "max_tokens_per_batch": 65536}
     start = planner("h100-80gb", **keys)
     assert not start.fits(start.predict(start.config))
     found = switches.least(start, exact=True)
     assert found is not None and start.fits(found)
-    assert found.config.layer_tile_tokens is None and found.config.head_workspace_mib == 512
+    assert found.config.layer_tile_tokens is None and found.config.head_workspace_mib is None
     assert start.longest <= found.max_tokens < 65536
     more = start.config.choose("more", max_tokens_per_batch=int(found.max_tokens * 1.2))
     kept = more.choose("", gradient_checkpointing=found.config.gradient_checkpointing)

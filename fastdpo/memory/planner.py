@@ -141,7 +141,7 @@ class Planner:
             max_tokens=row_budget(config, self.device.kind),
             mismatched=_stretches(rows.mismatched, cp_size),
             spread=self.spread,
-            workspace_mib=config.head_workspace_mib or self.device.workspace_mib,
+            workspace_mib=self.device.workspace_mib,
         )
 
     def fits(self, prediction: Prediction) -> bool:
