@@ -1,5 +1,6 @@
 """`head_passes` against what is really projected, and the figures of real packing."""
 
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -9,11 +10,15 @@ from fastdpo_kernels import call, head_passes, linear_dpo_loss, linear_logprob
 from fastdpo_kernels.backends import layout_of, make_tiles
 from fastdpo_kernels.cuts import token_cuts
 from fastdpo_kernels.head import default_workspace_mib
+from fastdpo_kernels.losses import Loss
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastdpo.data.batch import idle_batch, make_batch
 from fastdpo.data.groups import Group
+from fastdpo.data.packing import Part
 from fastdpo.data.plan import make_plan
 from fastdpo.memory.shapes import row_shape
+from fastdpo.model.passes import mean_passes
 from fastdpo.model.scorer import TOKEN_STATS
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -106,6 +111,38 @@ def test_a_product_is_two_of_them():
     with FlopCounterMode(display=False) as counter:
         x @ w.T
     assert counter.get_total_flops() == 2 * 50 * VOCAB * WIDTH
+
+
+def scorer_of(trained=True, **options):
+    """What `mean_passes` reads of a scorer: a head whose tiles of 1 MiB have 64 tokens."""
+    module = torch.nn.Linear(WIDTH, VOCAB).requires_grad_(trained)
+    fixed = {"shares": None, "context": None, "autocast": None, "workspace_mib": 1}
+    head = SimpleNamespace(module=module, weight=module.weight)
+    return SimpleNamespace(**fixed | {"head": head} | options)
+
+
+def batch_of(*lengths):
+    pairs = [(2 * i, 2 * i + 1, 1.0) for i in range(len(lengths) // 2)]
+    group = Group(np.ones(3, np.int64), [np.ones(n, np.int64) for n in lengths], comparisons=pairs)
+    places = tuple(range(len(pairs)))
+    return make_batch([group], [Part(0, tuple(range(len(lengths))), places, places)], "shared")
+
+
+def test_a_run_reports_the_mean_over_its_tokens():
+    """Of 20 + 30 and of 100 + 50 tokens, of which 86 are projected twice."""
+    loss = Loss.named("sigmoid", beta=0.1)
+    batches = [batch_of(20, 30), batch_of(100, 50)]
+    twice = 6 + 2 * 86 / 200
+    assert mean_passes(scorer_of(), batches, loss) == pytest.approx(twice)
+    assert mean_passes(scorer_of(), [*batches, idle_batch("shared")], loss) == pytest.approx(twice)
+    assert mean_passes(scorer_of(trained=False), batches, loss) == 4
+    assert mean_passes(scorer_of(workspace_mib=None), batches, loss) == 6
+    assert mean_passes(scorer_of(), [batch_of(20, 30, 10, 5)], loss) == 6
+    assert mean_passes(scorer_of(shares=object()), batches, loss) is None
+    assert mean_passes(scorer_of(), [idle_batch("shared")], loss) is None
+    half = SimpleNamespace(part=lambda count: slice(0, count // 2))
+    assert mean_passes(scorer_of(context=half), batches[:1], loss) == 6
+    assert mean_passes(scorer_of(context=half), batches[1:], loss) == 8
 
 
 HEADS = {

@@ -34,6 +34,7 @@ TRL_METRICS = {
     "rewards/margins",
 }
 OURS = {"tokens_per_second", "pairs_per_second", "peak_memory_mib", "tokens_saved_by_sharing"}
+OURS |= {"head_passes"}
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_a_run_learns_and_writes_what_the_stack_reads(go, tmp_path, pairs_file, 
     assert rows[0]["eval_rewards/accuracies"] == pytest.approx(0.5, abs=0.5)
     assert rows[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert rows[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert rows[1].keys() >= TRL_METRICS | OURS | {"step"}
+    assert rows[1].keys() >= TRL_METRICS | OURS | {"step"} and rows[1]["head_passes"] == 6
     assert result["eval_rewards/accuracies"] > 0.9 and result["eval_loss"] < 0.4
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 25))
     assert rows[-1]["epoch"] == 6
