@@ -180,7 +180,8 @@ def configured(inputs: Inputs) -> dict[str, Provider]:
     from fastdpo_kernels.head import Head
     from fastdpo_kernels.triton import configs
 
-    entry = configs.TABLE[configs.architecture(inputs.weight.device)]
+    device = inputs.weight.device
+    entry = configs.TABLE[configs.card(device)]
     kind = configs.family(Head(inputs.weight), inputs.hidden)
     candidates = entry[kind]
 
@@ -201,7 +202,7 @@ def configured(inputs: Inputs) -> dict[str, Provider]:
 
         return build
 
-    return {str(config): make(config) for config in candidates}
+    return {str(config): make(config) for config in configs.candidates(device, kind)}
 
 
 def release() -> None:

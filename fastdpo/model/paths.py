@@ -5,7 +5,7 @@
 from typing import Any
 
 import torch
-from fastdpo_kernels.backends import choose_backend as choose_head
+from fastdpo_kernels.backends import explain_backend
 from fastdpo_kernels.head import workspace_of
 
 from ..config import TrainConfig
@@ -40,10 +40,12 @@ def attention_path(config: TrainConfig, model_config: Any = None, sinks: bool = 
 
 def head_path(config: TrainConfig) -> str:
     """What computes log-probabilities and their gradient, as "name: reason"."""
-    if choose_head("auto", run_device(config)) == "triton":
-        return "triton: fused kernels on a GPU"
+    head = explain_backend("auto", run_device(config))
+    if head.name == "triton":
+        return f"triton: {head.reason}"
     workspace = workspace_of(config.head_workspace_mib, run_device(config))
-    return f"torch: in pieces of at most {workspace} MiB, no full logits"
+    pieces = f"in pieces of at most {workspace} MiB, no full logits"
+    return f"torch: {pieces} ({head.reason})"
 
 
 def activations_path(config: TrainConfig) -> str:

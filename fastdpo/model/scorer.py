@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fastdpo_kernels import (
+    compile_ahead,
     linear_logprob,
     linear_loss,
     vocab_parallel_logprob,
@@ -127,6 +128,20 @@ class Scorer:
         if self.shares is None:
             return linear_logprob, linear_loss
         return vocab_parallel_logprob, vocab_parallel_loss
+
+    def compile_head(self, loss: Loss, outputs: tuple[str, ...] = ()) -> None:
+        """Compile the kernels of the head that scoring and `loss` will launch; on a GPU only."""
+
+        def compile_each() -> None:
+            arguments, weight = self._head_arguments(), effective_weight(self.head)
+            arguments = {name: arguments[name] for name in ("bias", "softcap", "logit_scale")}
+            weight = weight.to_local() if isinstance(weight, DTensor) else weight
+            # Under autocast the model's last norm decides in which dtype the states come out.
+            for dtype in dict.fromkeys((self.autocast or weight.dtype, weight.dtype)):
+                compile_ahead(weight, dtype=dtype, outputs=outputs, loss=loss, **arguments)
+
+        if self.device.type == "cuda":
+            inside(self.model, compile_each)
 
     @torch.no_grad()
     def token_logps(self, batch: Batch) -> Tensor:

@@ -34,7 +34,7 @@ from ..model.load_scorer import load_scorer
 from ..model.offload import transfer_of
 from ..model.paths import activations_path, attention_path, run_device
 from ..model.precision import choose_precision
-from ..model.scorer import Scorer
+from ..model.scorer import TOKEN_STATS, Scorer
 from ..parallel.agree import same_data, same_weights
 from ..parallel.world import ALONE, World
 from ..tried import untried
@@ -217,6 +217,7 @@ def set_up(
     )
     _log_training(trainer, loaded)
     _keep_memory(loaded)
+    policy.compile_head(loss.loss, TOKEN_STATS)
     if not world.first:  # what dropout draws on each rank is its own
         torch.manual_seed(config.seed + world.rank)
     if start is not None:

@@ -8,9 +8,11 @@ over devices by its vocabulary. `linear_cross_entropy` is what supervised traini
 calls of CCE, Liger (`LinearCrossEntropyLoss`) and PyTorch (`torch_linear_cross_entropy`).
 `LinearDPOLoss`, `patch_trl` and `patch_transformers` put the head into trainers that are written
 for Liger, into TRL and into transformers' models. `workspace_bytes` says beforehand what memory
-they take, `head_passes` how much they compute.
+they take, `head_passes` how much they compute; `compile_ahead` compiles their kernels before the
+first step.
 """
 
+from .ahead import compile_ahead
 from .backends import workspace_bytes
 from .cross_entropy import linear_cross_entropy
 from .head import WorkspaceBytes
@@ -35,6 +37,7 @@ __all__ = [
     "LinearDPOLoss",
     "Responses",
     "WorkspaceBytes",
+    "compile_ahead",
     "head_passes",
     "linear_cross_entropy",
     "linear_dpo_loss",

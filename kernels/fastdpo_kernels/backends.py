@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
 from .head import OUTPUTS, Head, Layout, Tiles, WorkspaceBytes, workspace_of
 from .sharded.tiles import ShardLayout
 from .tiles import TorchLayout, TorchTiles
+from .triton.configs import UnsupportedDevice, card, describe
 from .triton.layout import TritonLayout, TritonShardLayout
 
 BACKENDS = ("auto", "triton", "torch", "naive")
@@ -38,15 +40,60 @@ def backend_name(backend: str) -> str:
     return name
 
 
+class Choice(NamedTuple):
+    """An engine and, in one line, why it is that one."""
+
+    name: str
+    reason: str
+
+
 def choose_backend(
     backend: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, width: int = 1024
 ) -> str:
     """What "auto" stands for, for a head of `width` H that computes in `dtype` on `device`."""
+    return explain_backend(backend, device, dtype, width).name
+
+
+def explain_backend(
+    backend: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, width: int = 1024
+) -> Choice:
+    """`choose_backend` with the reason: the table of configurations in use, or what the fused
+    kernels lack.
+    """
     backend = backend_name(backend)
     if backend != "auto":
-        return backend
-    fits = device.type == "cuda" and width >= _NARROWEST_FUSED_HEAD and dtype != torch.float64
-    return "triton" if fits and _triton_tiles() is not None else "torch"
+        return Choice(backend, "asked for")
+    try:
+        return Choice("triton", _fused(device, dtype, width))
+    except UnsupportedDevice as error:
+        return Choice("torch", str(error))
+
+
+def _fused(device: torch.device, dtype: torch.dtype, width: int) -> str:
+    """Which of the fused kernels' configurations serve a head.
+
+    Raises:
+        UnsupportedDevice: none, and why.
+    """
+    if device.type == "cpu":
+        raise UnsupportedDevice("no GPU")
+    if dtype == torch.float64:
+        raise UnsupportedDevice("the fused kernels have no fp64")
+    if width < _NARROWEST_FUSED_HEAD:
+        raise UnsupportedDevice(f"the fused kernels need H of {_NARROWEST_FUSED_HEAD} or more")
+    # A plan may be made for a GPU on a machine that has none.
+    planned = device.type == "cuda" and not torch.cuda.is_available()
+    blocks = "" if planned else describe(device)
+    if _triton_tiles() is None:
+        raise UnsupportedDevice("Triton cannot be imported")
+    return f"fused kernels, {blocks}" if blocks else "fused kernels"
+
+
+def _interpreted() -> bool:
+    """Whether Triton's kernels are Python, which runs on any device."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
 
 
 def make_tiles(
@@ -54,12 +101,22 @@ def make_tiles(
 ) -> Tiles:
     """The tiles of a head that is in the dtype it computes in, for calls that ask for `outputs`;
     `backend` is "torch" or "triton".
+
+    Raises:
+        RuntimeError: "triton" without Triton.
+        ValueError: "triton" in fp64, or on a device that its kernels do not run on.
     """
     if backend == "torch":
         return TorchTiles(head, workspace_mib, outputs)
     engine = _triton_tiles()
     if engine is None:
         raise RuntimeError('backend "triton": Triton cannot be imported here; use "torch"')
+    try:
+        name = card(head.weight.device)
+    except UnsupportedDevice as error:
+        raise ValueError(f'backend "triton": {error}; use "torch"') from None
+    if name == "interpreter" and not _interpreted():
+        raise ValueError('backend "triton": no GPU, and TRITON_INTERPRET is not 1; use "torch"')
     return engine(head, workspace_mib, outputs)
 
 

@@ -1,4 +1,4 @@
-"""The anchor of a token: its target's own logit a_t = z_t,y, which costs T·H operations."""
+"""The anchor of a token: its target's own logit a_t = z_t,y in bits, which costs T·H operations."""
 
 import torch
 import triton
@@ -11,7 +11,7 @@ from .logits import operands, transform
 _BLOCK_T = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["targets"])
 def anchor_kernel(
     x,
     w,
@@ -31,8 +31,9 @@ def anchor_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """anchor (tokens,): the target's logit; 0 where ignored, NaN for a target outside."""
+    """anchor (tokens,): the target's logit in bits; 0 where ignored, NaN for a target outside."""
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     target = tl.load(targets + rows, mask=rows < tokens, other=-1)
     known = (target >= 0) & (target < vocab)
@@ -48,13 +49,13 @@ def anchor_kernel(
     raw = tl.sum(acc, 1)
     if HAS_BIAS:
         raw += tl.load(bias + target, mask=known, other=0.0).to(tl.float32)
-    z = transform(raw, scale, softcap, inv_temperature, HAS_SOFTCAP)
+    z = transform(raw, scale, softcap, inv_temperature, HAS_SOFTCAP, PRECISION)
     z = tl.where(known, z, tl.where(target < 0, 0.0, float("nan")))
     tl.store(anchor + rows, z, mask=rows < tokens)
 
 
 def anchors(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
-    """The logit (t,) of each target, fp32; 0 where ignored, NaN for a target outside."""
+    """The logit (t,) of each target in bits, fp32; 0 where ignored, NaN for a target outside."""
     result = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     anchor_kernel[(triton.cdiv(hidden.shape[0], _BLOCK_T),)](
         **operands(head, hidden),

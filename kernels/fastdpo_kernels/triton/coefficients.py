@@ -19,7 +19,10 @@ DERIVATIVES = {"sigmoid": 0, "ipo": 1, "hinge": 2, "robust": 3}
 """The registered losses that `loss_and_coefficients` knows, by their number in the kernel."""
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["tokens"],
+    do_not_specialize_on_alignment=["logprob", "response_ids"],
+)
 def response_sums_kernel(logprob, response_ids, logps, tokens, BLOCK: tl.constexpr):
     """logps (R,) fp64 += the sum of the response's tokens; NaN if a token has no such response."""
     response = tl.program_id(0)
@@ -43,7 +46,7 @@ def _log_sigmoid(x):
     return tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["comparisons", "weights"])
 def coefficients_kernel(
     logps,
     ref_logps,

@@ -13,8 +13,8 @@ running maximum, no atomics, one order of summation. At the end the target's ent
 
 With a soft cap E also carries its slope 1 − tanh². A sum that reaches exp(clamp) flags its token:
 its log-sum-exp is then computed as in `score`, and its row of E once more with that as the anchor,
-which makes it softmax − onehot. A second pass over the same tokens does so for all of them. Both
-kernels look for flagged tokens on the device; where there are none they end at once.
+which makes it softmax − onehot (`again`). A second pass over the same tokens does so for all of
+them. The kernels look for flagged tokens on the device; where there are none they end at once.
 """
 
 from typing import Any
@@ -25,10 +25,20 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..head import Head, Stats
+from .again import again, at_most, softmax_minus_onehot
 from .anchor import anchors
 from .configs import Config, choose, multiprocessors
 from .finish import finish
-from .logits import block_position, logits_block, prepare, softcap_slope
+from .logits import (
+    LN2,
+    LOG2E,
+    block_position,
+    exp2,
+    logits_block,
+    prepare,
+    softcap_slope,
+    sum_of_logits,
+)
 from .score import extras, score_into, unpack
 
 GROUP = 16
@@ -38,19 +48,61 @@ _NO_EXTRAS = {"HAS_ENTROPY": False, "HAS_SQUARES": False, "HAS_MEAN": False, "HA
 
 
 @triton.jit
-def at_most(x, limit):
-    """min(x, limit), NaN where x is: a GPU's plain minimum takes the limit instead."""
-    return tl.minimum(x, limit, propagate_nan=tl.PropagateNan.ALL)
+def _exponential_block(
+    x, w, bias, targets, anchor, logprob, tile, partial, row_block, col_block,
+    tokens, vocab, width, stride_x, stride_w, stride_tile,
+    scale, softcap, inv_temperature, clamp,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, WHOLE_H: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, SUMS: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, HAS_SQUARES: tl.constexpr, HAS_MEAN: tl.constexpr,
+    HAS_TOP1: tl.constexpr,
+):  # fmt: skip
+    """One block of `exponential_kernel`."""
+    row, col = row_block * BLOCK_T, col_block * BLOCK_V
+    z = logits_block(
+        x, w, bias, row, col, tokens, vocab, width, stride_x, stride_w,
+        scale, softcap, inv_temperature,
+        BLOCK_T, BLOCK_V, BLOCK_H, WHOLE_H, HAS_BIAS, HAS_SOFTCAP, DESCRIPTORS, TRANSPOSED,
+        PRECISION,
+    )  # fmt: skip
+    rows = row + tl.arange(0, BLOCK_T)
+    cols = col + tl.arange(0, BLOCK_V)
+    kept = rows < tokens
+    # A target that does not fit has been found by `anchor_kernel`; a comparison of int64 takes two.
+    target = tl.load(targets + rows, mask=kept, other=-1).to(tl.int32)
+    hit = cols[None, :] == target[:, None]
+    a = tl.load(anchor + rows, mask=kept, other=0.0)[:, None]
+    if SUMS:
+        other = (cols < vocab)[None, :] & (hit == 0)
+        out = partial + tl.cast(col_block, tl.int64) * tokens + rows
+        step = tl.cast(tl.cdiv(vocab, BLOCK_V), tl.int64) * tokens
+        # In this order, and from z each time, the sums need the fewest registers.
+        if HAS_MEAN:
+            mean = sum_of_logits(z, cols < vocab, DESCRIPTORS) * LN2
+            tl.store(out + step, mean, mask=kept)
+        e = exp2(tl.where(other, at_most(z - a, clamp), -float("inf")), PRECISION)
+        tl.store(out, tl.sum(e, 1), mask=kept)
+        if HAS_TOP1:
+            tl.store(out + (1 + HAS_MEAN) * step, tl.max(e, 1), mask=kept)
+        out += (1 + HAS_MEAN + HAS_TOP1) * step
+        if HAS_ENTROPY:
+            tl.store(out, tl.sum(e * tl.maximum(z - a, -1e4), 1) * LN2, mask=kept)
+        if HAS_SQUARES:
+            tl.store(out + HAS_ENTROPY * step, tl.sum(e * e, 1), mask=kept)
+    else:
+        known = tl.load(logprob + rows, mask=kept, other=0.0)
+        e = softmax_minus_onehot(z, a, known, hit, PRECISION)
+    if HAS_SOFTCAP:
+        e = e * softcap_slope(z, softcap, inv_temperature)
+    if DESCRIPTORS:
+        tile.store([row, col], e.to(tile.dtype))
+    else:
+        at = tile + rows.to(tl.int64)[:, None] * stride_tile + cols[None, :]
+        tl.store(at, e.to(tile.dtype.element_ty), mask=kept[:, None] & (cols < vocab)[None, :])
 
 
-@triton.jit
-def softmax_minus_onehot(z, anchor, logprob, hit):
-    """log p = (z − z_y) + log p_y: the log-sum-exp is too coarse where logits are large."""
-    p = tl.exp(at_most(z - anchor + logprob[:, None], 0.0))
-    return tl.where(hit, p - 1.0, p)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["targets", "logprob"])
 def exponential_kernel(
     x,
     w,
@@ -88,111 +140,31 @@ def exponential_kernel(
     PERSISTENT: tl.constexpr,
 ):
     """tile (tokens, vocab) = E. With SUMS, partial (1 + extras, blocks, tokens): Σ E over v ≠ y;
-    then Σ z, max(z − a), Σ E·(z − a), Σ E². Without, E is softmax − onehot, from `logprob`.
+    then Σ z, max E over v ≠ y, Σ E·(z − a), Σ E². Without, E is softmax − onehot, from `logprob`.
     """
     row_blocks, col_blocks = tl.cdiv(tokens, BLOCK_T), tl.cdiv(vocab, BLOCK_V)
-    programs = tl.num_programs(0)
-    for program in tl.range(
-        tl.program_id(0), row_blocks * col_blocks, programs, flatten=PERSISTENT
-    ):
-        row_block, col_block = block_position(program, row_blocks, col_blocks, GROUP)
-        row, col = row_block * BLOCK_T, col_block * BLOCK_V
-        z = logits_block(
-            x, w, bias, row, col, tokens, vocab, width, stride_x, stride_w,
-            scale, softcap, inv_temperature,
+    if PERSISTENT:
+        for program in tl.range(
+            tl.program_id(0), row_blocks * col_blocks, tl.num_programs(0), flatten=True
+        ):
+            row_block, col_block = block_position(program, row_blocks, col_blocks, GROUP)
+            _exponential_block(
+                x, w, bias, targets, anchor, logprob, tile, partial, row_block, col_block,
+                tokens, vocab, width, stride_x, stride_w, stride_tile,
+                scale, softcap, inv_temperature, clamp,
+                BLOCK_T, BLOCK_V, BLOCK_H, WHOLE_H, HAS_BIAS, HAS_SOFTCAP, DESCRIPTORS, TRANSPOSED,
+                PRECISION, SUMS, HAS_ENTROPY, HAS_SQUARES, HAS_MEAN, HAS_TOP1,
+            )  # fmt: skip
+    else:
+        # Without a loop the block that is stored takes the memory that the pipeline had.
+        row_block, col_block = block_position(tl.program_id(0), row_blocks, col_blocks, GROUP)
+        _exponential_block(
+            x, w, bias, targets, anchor, logprob, tile, partial, row_block, col_block,
+            tokens, vocab, width, stride_x, stride_w, stride_tile,
+            scale, softcap, inv_temperature, clamp,
             BLOCK_T, BLOCK_V, BLOCK_H, WHOLE_H, HAS_BIAS, HAS_SOFTCAP, DESCRIPTORS, TRANSPOSED,
-            PRECISION,
+            PRECISION, SUMS, HAS_ENTROPY, HAS_SQUARES, HAS_MEAN, HAS_TOP1,
         )  # fmt: skip
-        rows = row + tl.arange(0, BLOCK_T)
-        cols = col + tl.arange(0, BLOCK_V)
-        kept = rows < tokens
-        target = tl.load(targets + rows, mask=kept, other=-1)
-        hit = cols[None, :] == target[:, None]
-        a = tl.load(anchor + rows, mask=kept, other=0.0)[:, None]
-        if SUMS:
-            other = (cols < vocab)[None, :] & (hit == 0)
-            out = partial + tl.cast(col_block, tl.int64) * tokens + rows
-            step = tl.cast(col_blocks, tl.int64) * tokens
-            # In this order, and from z each time, the sums need the fewest registers.
-            if HAS_MEAN:
-                tl.store(
-                    out + step, tl.sum(tl.where((cols < vocab)[None, :], z, 0.0), 1), mask=kept
-                )
-            if HAS_TOP1:
-                highest = tl.max(tl.where(other, z - a, -float("inf")), 1)
-                tl.store(out + (1 + HAS_MEAN) * step, highest, mask=kept)
-            e = tl.exp(tl.where(other, at_most(z - a, clamp), -float("inf")))
-            tl.store(out, tl.sum(e, 1), mask=kept)
-            out += (1 + HAS_MEAN + HAS_TOP1) * step
-            if HAS_ENTROPY:
-                tl.store(out, tl.sum(e * tl.maximum(z - a, -1e4), 1), mask=kept)
-            if HAS_SQUARES:
-                tl.store(out + HAS_ENTROPY * step, tl.sum(e * e, 1), mask=kept)
-        else:
-            known = tl.load(logprob + rows, mask=kept, other=0.0)
-            e = softmax_minus_onehot(z, a, known, hit)
-        if HAS_SOFTCAP:
-            e = e * softcap_slope(z, softcap, inv_temperature)
-        if DESCRIPTORS:
-            tile.store([row, col], e.to(tile.dtype))
-        else:
-            at = tile + rows.to(tl.int64)[:, None] * stride_tile + cols[None, :]
-            tl.store(at, e.to(tile.dtype.element_ty), mask=kept[:, None] & (cols < vocab)[None, :])
-
-
-@triton.jit
-def again_kernel(
-    x,
-    w,
-    bias,
-    targets,
-    anchor,
-    logprob,
-    tile,
-    tokens,
-    vocab,
-    width,
-    stride_x,
-    stride_w,
-    stride_tile,
-    scale,
-    softcap,
-    inv_temperature,
-    BLOCK_T: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    WHOLE_H: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """softmax − onehot into the rows of the tile whose target is not negative: the flagged ones.
-
-    Whether there are any is decided on the device, a block of rows at a time.
-    """
-    for row in range(0, tokens, BLOCK_T):
-        rows = row + tl.arange(0, BLOCK_T)
-        kept = rows < tokens
-        target = tl.load(targets + rows, mask=kept, other=-1)
-        if tl.max(target, 0) >= 0:
-            a = tl.load(anchor + rows, mask=kept, other=0.0)[:, None]
-            known = tl.load(logprob + rows, mask=kept, other=0.0)
-            for col_block in range(tl.program_id(0), tl.cdiv(vocab, BLOCK_V), tl.num_programs(0)):
-                z = logits_block(
-                    x, w, bias, row, col_block * BLOCK_V, tokens, vocab, width, stride_x, stride_w,
-                    scale, softcap, inv_temperature,
-                    BLOCK_T, BLOCK_V, BLOCK_H, WHOLE_H, HAS_BIAS, HAS_SOFTCAP, DESCRIPTORS,
-                    TRANSPOSED, PRECISION,
-                )  # fmt: skip
-                cols = col_block * BLOCK_V + tl.arange(0, BLOCK_V)
-                e = softmax_minus_onehot(z, a, known, cols[None, :] == target[:, None])
-                if HAS_SOFTCAP:
-                    e = e * softcap_slope(z, softcap, inv_temperature)
-                at = tile + rows.to(tl.int64)[:, None] * stride_tile + cols[None, :]
-                mask = (target >= 0)[:, None] & (cols < vocab)[None, :]
-                tl.store(at, e.to(tile.dtype.element_ty), mask=mask)
 
 
 def exponentials(
@@ -236,23 +208,6 @@ def anchored(
     partial = anchor.new_empty((1 + sum(flags.values()), blocks, tokens))
     _launch(head, hidden, targets, tile, config, anchor, anchor, partial, clamp, flags)
     return partial, clamp, flags
-
-
-def again(
-    head: Head, hidden: Tensor, flagged: Tensor, tile: Tensor, anchor: Tensor, logprob: Tensor
-) -> None:
-    """Rows of the tile (t, V) whose target in `flagged` (t,) is not negative become softmax −
-    onehot, from their anchors and log-probabilities (t,).
-    """
-    launch = prepare(head, hidden, choose(head, hidden, descriptors=False))
-    again_kernel[(multiprocessors(hidden.device),)](
-        **launch,
-        targets=flagged,
-        anchor=anchor,
-        logprob=logprob,
-        tile=tile,
-        stride_tile=tile.stride(0),
-    )
 
 
 def probabilities(
@@ -300,7 +255,7 @@ def _launch(
         tile=destination,
         partial=partial,
         stride_tile=tile.stride(0),
-        clamp=clamp,
+        clamp=clamp * LOG2E.value,
         SUMS=flags is not None,
         GROUP=GROUP,
         PERSISTENT=config.persistent,

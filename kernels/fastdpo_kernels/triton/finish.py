@@ -8,12 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..head import Head
-from .logits import log1p, softcap_slope
+from .logits import LN2, LOG2E, log1p, softcap_slope
 
 _MERGED = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "blocks"], do_not_specialize_on_alignment=["targets"])
 def finish_kernel(
     targets,
     anchor,
@@ -47,7 +47,7 @@ def finish_kernel(
     lanes = tl.arange(0, BLOCK_S)
     step = tl.cast(blocks, tl.int64) * tokens
     rest = tl.zeros((BLOCK_T,), tl.float32)
-    peak = tl.full((BLOCK_T,), -float("inf"), tl.float32)
+    peak = tl.zeros((BLOCK_T,), tl.float32)
     weighted = tl.zeros((BLOCK_T,), tl.float32)
     squares = tl.zeros((BLOCK_T,), tl.float32)
     plain = tl.zeros((BLOCK_T,), tl.float32)
@@ -60,7 +60,7 @@ def finish_kernel(
             plain += tl.sum(tl.load(at, mask=read, other=0.0), 0)
         if HAS_TOP1:
             at += step
-            peak = tl.maximum(peak, tl.max(tl.load(at, mask=read, other=-float("inf")), 0))
+            peak = tl.maximum(peak, tl.max(tl.load(at, mask=read, other=0.0), 0))
         if HAS_ENTROPY:
             at += step
             weighted += tl.sum(tl.load(at, mask=read, other=0.0), 0)
@@ -82,9 +82,9 @@ def finish_kernel(
     tl.store(at, hit.to(tile.dtype.element_ty), mask=kept & valid & (target < vocab))
     out = results + rows
     tl.store(out, tl.where(valid, -log_s, 0.0), mask=kept)
-    tl.store(out + tokens, tl.where(valid, z + log_s, 0.0), mask=kept)
+    tl.store(out + tokens, tl.where(valid, z * LN2 + log_s, 0.0), mask=kept)
     if HAS_TOP1:
-        tl.store(out + 2 * tokens, (valid & (peak <= 0.0)).to(tl.float32), mask=kept)
+        tl.store(out + 2 * tokens, (valid & (peak <= 1.0)).to(tl.float32), mask=kept)
     if HAS_ENTROPY:
         tl.store(out + 3 * tokens, tl.where(valid, log_s - weighted / s, 0.0), mask=kept)
     if HAS_SQUARES:
@@ -112,7 +112,7 @@ def finish(
     finish_kernel[(triton.cdiv(tokens, _MERGED),)](
         targets, anchor, flagged, tile, partial, results, row_scale,
         tokens, vocab, partial.shape[1], tile.stride(0), float(head.softcap or 1.0),
-        1.0 / head.temperature, math.exp(clamp),
+        LOG2E.value / head.temperature, math.exp(clamp),
         BLOCK_T=_MERGED, BLOCK_S=32, HAS_SOFTCAP=head.softcap is not None, **flags,
     )  # fmt: skip
     return results, row_scale, flagged

@@ -74,5 +74,7 @@ def block_columns(head: Head, outputs: tuple[str, ...]) -> int:
 
 def _narrowest_block(device: str) -> int:
     """The fewest columns of a block of logits in any configuration of a kind of device."""
-    entries = [entry for arch, entry in TABLE.items() if (arch > 0) == (device == "cuda")]
+    entries = [
+        entry for name, entry in TABLE.items() if (name == "interpreter") == (device != "cuda")
+    ]
     return min(c.block_v for entry in entries for family in entry.values() for c in family)

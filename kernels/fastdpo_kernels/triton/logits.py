@@ -2,6 +2,9 @@
 
     z = cap·tanh(scale·(x·Wᵀ + b)/cap) / temperature
 
+in bits: times log2(e), so that exp(z) of a logit in nats is one exp2 and no product. What leaves a
+kernel is in nats where its docstring does not say otherwise.
+
 Operands are read through tensor memory descriptors (TMA) or through pointers, multiplied on the
 tensor cores, summed in fp32. Nothing outside these functions knows how a logit is made.
 """
@@ -12,10 +15,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..head import Head, transposed
 from .configs import Config
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -43,9 +50,10 @@ def logits_block(
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Logits (BLOCK_T, BLOCK_V) from `row` and `col` on, fp32.
+    """Logits (BLOCK_T, BLOCK_V) from `row` and `col` on, fp32, in bits.
 
-    Rows and columns beyond the end hold finite values of no meaning.
+    Rows and columns beyond the end hold finite values of no meaning; with DESCRIPTORS the columns
+    hold 0.
     """
     acc = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
     cols = col + tl.arange(0, BLOCK_V)
@@ -75,7 +83,7 @@ def logits_block(
             w_block += BLOCK_H * stride_w if TRANSPOSED else BLOCK_H
     if HAS_BIAS:
         acc += tl.load(bias + cols, mask=cols < vocab, other=0.0).to(tl.float32)[None, :]
-    return transform(acc, scale, softcap, inv_temperature, HAS_SOFTCAP)
+    return transform(acc, scale, softcap, inv_temperature, HAS_SOFTCAP, PRECISION)
 
 
 @triton.jit
@@ -88,16 +96,42 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def transform(raw, scale, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
-    """Logits from x·Wᵀ + b."""
+def exp2(x, PRECISION: tl.constexpr):
+    """2^x, 0 below 2^−126: the instruction alone, where `tl.exp2` adds a path for subnormals."""
+    if PRECISION == "interpreter":
+        return tl.exp2(x)
+    else:
+        return libdevice.exp2(x)
+
+
+@triton.jit
+def transform(
+    raw, scale, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Logits in bits from x·Wᵀ + b; `inv_temperature` has the factor log2(e)."""
     if HAS_SOFTCAP:
         # tanh(u) = 1 − 2/(exp(2u) + 1), without an overflow on either side.
-        e = tl.exp(raw * (2.0 * scale / softcap))
+        e = exp2(raw * (2.0 * LOG2E * scale / softcap), PRECISION)
         cap = softcap * inv_temperature
-        z = cap - (2.0 * cap) / (e + 1.0)
+        if PRECISION == "interpreter":
+            z = cap - (2.0 * cap) / (e + 1.0)
+        else:
+            z = cap - libdevice.fast_dividef(2.0 * cap, e + 1.0)
     else:
         z = raw * (scale * inv_temperature)
     return z
+
+
+@triton.jit
+def sum_of_logits(z, inside, DESCRIPTORS: tl.constexpr):
+    """Σ of a block's logits over the columns `inside` the vocabulary, in bits.
+
+    The copy engine reads zeros outside, whose logits are 0; a mask would cost registers.
+    """
+    if DESCRIPTORS:
+        return tl.sum(z, 1)
+    else:
+        return tl.sum(tl.where(inside[None, :], z, 0.0), 1)
 
 
 @triton.jit
@@ -145,10 +179,11 @@ def operands(head: Head, hidden: Tensor) -> dict[str, Any]:
         "stride_w": weight.stride(1 if columns else 0),
         "scale": float(head.logit_scale),
         "softcap": float(head.softcap or 1.0),
-        "inv_temperature": 1.0 / head.temperature,
+        "inv_temperature": LOG2E.value / head.temperature,
         "HAS_BIAS": bias is not None,
         "HAS_SOFTCAP": head.softcap is not None,
         "TRANSPOSED": columns,
+        "PRECISION": _precision(hidden),
     }
 
 
@@ -160,9 +195,7 @@ def prepare(head: Head, hidden: Tensor, config: Config) -> dict[str, Any]:
         "BLOCK_H": config.block_h,
         "WHOLE_H": hidden.shape[1] % config.block_h == 0,
         "DESCRIPTORS": config.descriptors,
-        "PRECISION": _precision(hidden),
-        "num_warps": config.warps,
-        "num_stages": config.stages,
+        **config.launch,
     }
     if config.descriptors:
         blocks = {"x": config.block_t, "w": config.block_v}
@@ -173,9 +206,12 @@ def prepare(head: Head, hidden: Tensor, config: Config) -> dict[str, Any]:
 
 
 def _precision(hidden: Tensor) -> str:
-    """fp32 operands are split in three tf32 products, exact to fp32, unless tf32 is allowed."""
+    """fp32 operands are split in three tf32 products, exact to fp32, unless tf32 is allowed.
+
+    AMD's matrix cores multiply fp32 as it is.
+    """
     if hidden.device.type != "cuda":
         return "interpreter"
-    if hidden.dtype != torch.float32:
+    if hidden.dtype != torch.float32 or torch.version.hip:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"

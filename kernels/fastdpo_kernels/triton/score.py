@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..head import Head, Stats
 from .configs import choose, multiprocessors
-from .logits import block_position, logits_block, prepare
+from .logits import LN2, block_position, exp2, logits_block, prepare, sum_of_logits
 
 TOKENS_A_LAUNCH = 32768
 PROGRAMS_A_CORE = 8
@@ -26,7 +26,10 @@ GROUP = 16
 _MERGED = 32
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["tokens", "row_blocks", "segments", "blocks_a_segment"],
+    do_not_specialize_on_alignment=["targets"],
+)
 def score_kernel(
     x,
     w,
@@ -58,11 +61,14 @@ def score_kernel(
     HAS_MEAN: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """partial (3 + extras, segments, tokens): m, s, z_y (0 elsewhere); then Σe·(z − m), Σe², Σz."""
+    """partial (3 + extras, segments, tokens): m and z_y (0 elsewhere) in bits, as the first and the
+    third, s as the second; then Σe·(z − m), Σe², Σz.
+    """
     row_block, segment = block_position(tl.program_id(0), row_blocks, segments, GROUP)
     row = row_block * BLOCK_T
     rows = row + tl.arange(0, BLOCK_T)
-    target = tl.load(targets + rows, mask=rows < tokens, other=-1)
+    # What does not fit is found by `merge_kernel`; a comparison of int64 takes two.
+    target = tl.load(targets + rows, mask=rows < tokens, other=-1).to(tl.int32)
     peak = tl.full((BLOCK_T,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_T,), tl.float32)
     target_logit = tl.zeros((BLOCK_T,), tl.float32)
@@ -82,17 +88,16 @@ def score_kernel(
             PRECISION,
         )  # fmt: skip
         cols = col + tl.arange(0, BLOCK_V)
-        inside = (cols < vocab)[None, :]
         target_logit += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), 1)
         if HAS_MEAN:
-            plain += tl.sum(tl.where(inside, z, 0.0), 1)
-        z = tl.where(inside, z, -float("inf"))
+            plain += sum_of_logits(z, cols < vocab, DESCRIPTORS)
+        z = tl.where((cols < vocab)[None, :], z, -float("inf"))
         highest = tl.maximum(peak, tl.max(z, 1))
         # A token whose logits are −inf so far keeps a sum of 0 instead of exp(−inf + inf).
         base = tl.where(highest == -float("inf"), 0.0, highest)
-        shrink = tl.exp(peak - base)
+        shrink = tl.exp2(peak - base)
         d = z - base[:, None]
-        e = tl.exp(d)
+        e = exp2(d, PRECISION)
         if HAS_ENTROPY:
             # Σe·(z − m) under the old maximum becomes one under the new: shift, then shrink.
             shift = tl.where(total > 0, peak - base, 0.0)
@@ -108,14 +113,17 @@ def score_kernel(
     tl.store(out + step, total, mask=kept)
     tl.store(out + 2 * step, target_logit, mask=kept)
     if HAS_ENTROPY:
-        tl.store(out + 3 * step, weighted, mask=kept)
+        tl.store(out + 3 * step, weighted * LN2, mask=kept)
     if HAS_SQUARES:
         tl.store(out + (3 + HAS_ENTROPY) * step, squares, mask=kept)
     if HAS_MEAN:
-        tl.store(out + (3 + HAS_ENTROPY + HAS_SQUARES) * step, plain, mask=kept)
+        tl.store(out + (3 + HAS_ENTROPY + HAS_SQUARES) * step, plain * LN2, mask=kept)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["stride", "tokens", "segments"],
+    do_not_specialize_on_alignment=["targets"],
+)
 def merge_kernel(
     targets,
     partial,
@@ -154,13 +162,13 @@ def merge_kernel(
         at = source + (first + lanes).to(tl.int64)[:, None] * tokens
         read = (first + lanes < segments)[:, None] & kept[None, :]
         shift = tl.load(at, mask=read, other=-float("inf")) - base[None, :]
-        shrink = tl.exp(shift)
+        shrink = tl.exp2(shift)
         part = tl.load(at + step, mask=read, other=0.0)
         total += tl.sum(part * shrink, 0)
         target_logit += tl.sum(tl.load(at + 2 * step, mask=read, other=0.0), 0)
         if HAS_ENTROPY:
             inner = tl.load(at + 3 * step, mask=read, other=0.0)
-            weighted += tl.sum((inner + tl.where(part > 0, shift, 0.0) * part) * shrink, 0)
+            weighted += tl.sum((inner + tl.where(part > 0, shift * LN2, 0.0) * part) * shrink, 0)
         if HAS_SQUARES:
             inner = tl.load(at + (3 + HAS_ENTROPY) * step, mask=read, other=0.0)
             squares += tl.sum(inner * shrink * shrink, 0)
@@ -168,11 +176,11 @@ def merge_kernel(
             inner = tl.load(at + (3 + HAS_ENTROPY + HAS_SQUARES) * step, mask=read, other=0.0)
             plain += tl.sum(inner, 0)
     log_total = tl.log(total)
-    logp = tl.where(target < vocab, target_logit - base - log_total, float("nan"))
+    logp = tl.where(target < vocab, (target_logit - base) * LN2 - log_total, float("nan"))
     valid = kept & (target >= 0)
     out = results + rows
     tl.store(out, logp, mask=valid)
-    tl.store(out + stride, base + log_total, mask=valid)
+    tl.store(out + stride, base * LN2 + log_total, mask=valid)
     tl.store(out + 2 * stride, (target_logit >= peak).to(tl.float32), mask=valid)
     if HAS_ENTROPY:
         tl.store(out + 3 * stride, log_total - weighted / total, mask=valid)

@@ -18,6 +18,7 @@ from ..sharded.shards import Shards
 from . import exponential
 from .anchor import anchors
 from .layout import TritonShardLayout
+from .logits import LN2, LOG2E
 from .score import TOKENS_A_LAUNCH, extras, partial_sums
 from .tiles import TritonTiles
 
@@ -57,8 +58,9 @@ class TritonShardTiles(TritonTiles):
             return *self.probabilities(hidden, targets, stats), stats
         tile = self.empty_tile(len(targets))
         own, owned = self._own(targets)
-        anchor = self._anchors(hidden, own)
-        sums, clamp = self._anchored(hidden, own, tile, anchor, outputs)
+        bits = self._anchors(hidden, own)
+        anchor = bits * LN2.value
+        sums, clamp = self._anchored(hidden, own, tile, bits, outputs)
         stats = _finished(sums, anchor, outputs)
         over = (sums["rest"] >= math.exp(clamp)) & (targets >= 0)
         again = self._score(hidden, targets, over, outputs)
@@ -66,7 +68,7 @@ class TritonShardTiles(TritonTiles):
         stats = {name: torch.where(over, again[name], value) for name, value in stats.items()}
         if self._columns:
             flagged = own.where(owned, self._columns).where(over, -1)
-            exponential.again(self.head, hidden, flagged, tile, anchor, stats["logprob"])
+            exponential.again(self.head, hidden, flagged, tile, bits, stats["logprob"])
             slope = self.head.slope(anchor)
             self._put_targets(tile, own, owned & ~over, -sums["rest"] * slope)
         row_scale = torch.where(over, 1.0, (1 + sums["rest"]).reciprocal())
@@ -76,7 +78,7 @@ class TritonShardTiles(TritonTiles):
         tile = self.empty_tile(len(targets))
         own, _ = self._own(targets)
         if self._columns:
-            anchor, logprob = stats[TARGET_LOGIT], stats["logprob"]
+            anchor, logprob = stats[TARGET_LOGIT] * LOG2E.value, stats["logprob"]
             exponential.normalised(self.head, hidden, own, tile, anchor, logprob)
         return tile, self._mark(torch.ones_like(stats["logprob"]), targets)
 
@@ -86,7 +88,7 @@ class TritonShardTiles(TritonTiles):
         return (targets - self._start).where(owned, -1), owned
 
     def _anchors(self, hidden: Tensor, own: Tensor) -> Tensor:
-        """The target's logit (t,) of every token."""
+        """The target's logit (t,) of every token, in bits."""
         if self._columns and len(own):
             return self._exchange.total(anchors(self.head, hidden, own))
         return self._exchange.total(hidden.new_zeros(own.shape, dtype=torch.float32))
@@ -108,8 +110,6 @@ class TritonShardTiles(TritonTiles):
         else:
             clamp = exponential.clamp_of(flags)
             parts = {name: torch.zeros_like(anchor) for name in names}
-            if "HAS_TOP1" in parts:
-                parts["HAS_TOP1"].fill_(-math.inf)
         highest = parts.pop("HAS_TOP1", None)
         total = self._exchange.total(torch.stack(list(parts.values())))
         sums = dict(zip(parts, total.unbind(0), strict=True))
@@ -133,11 +133,11 @@ class TritonShardTiles(TritonTiles):
             partial = hidden.new_zeros((count, 1, tokens), dtype=torch.float32)
             partial[0] = -math.inf
         lowest = torch.finfo(torch.float32).min
-        peaks = partial[0].clamp(min=lowest)
+        peaks = (partial[0] * LN2.value).clamp(min=lowest)
         peak = peaks.amax(0)
         shift = peaks - peak
         shrink = shift.exp()
-        target = torch.where(owned, partial[2].sum(0), 0)
+        target = torch.where(owned, partial[2].sum(0) * LN2.value, 0)
         mass = (partial[1] * shrink).sum(0)
         rest = mass - torch.where(owned, (target - peak).exp(), 0)
         sums = {"peak": peak, "target": target, "mass": mass, "rest": rest.clamp_(min=0)}
@@ -175,7 +175,7 @@ def _finished(sums: Stats, anchor: Tensor, outputs: tuple[str, ...]) -> Stats:
     s, log_s = 1 + rest, rest.log1p()
     stats = {"logprob": -log_s, "lse": anchor + log_s, TARGET_LOGIT: anchor}
     if "is_top1" in outputs:
-        stats["is_top1"] = sums["HAS_TOP1"] <= 0
+        stats["is_top1"] = sums["HAS_TOP1"] <= 1
     if "entropy" in outputs:
         stats["entropy"] = log_s - sums["HAS_ENTROPY"] / s
     if "log_sum_sq_prob" in outputs:

@@ -5,11 +5,19 @@ from torch import Tensor
 
 from ..head import OUTPUTS, Head, Stats, Tiles
 from ..kept import give_up
+from ..losses import Loss
 from ..problem import Problem, Selection
 from . import exponential
 from .coefficients import DERIVATIVES, add_response_sums, loss_and_coefficients
 from .layout import TritonLayout, block_columns
 from .score import score
+
+
+def knows(loss: Loss) -> bool:
+    """Whether the kernels of `coefficients` compute a loss."""
+    # Smoothing from a half on is for the loss itself to refuse.
+    other = loss.by_tokens or loss.use_weighting or not 0 <= loss.label_smoothing < 0.5
+    return loss.name in DERIVATIVES and not other
 
 
 class TritonTiles(Tiles):
@@ -63,9 +71,7 @@ class TritonTiles(Tiles):
         differentiate: bool,
     ) -> tuple[Tensor, Tensor | None]:
         loss = problem.loss
-        # Smoothing from a half on is for the loss itself to refuse.
-        other = loss.by_tokens or loss.use_weighting or not 0 <= loss.label_smoothing < 0.5
-        if loss.name not in DERIVATIVES or other:
+        if not knows(loss):
             return super().loss_and_coefficients(
                 problem, tokens, stats, logps, selected, differentiate
             )
@@ -77,7 +83,7 @@ class TritonTiles(Tiles):
             problem.response_lengths,
             problem.units[selected][:, :2],
             problem.weights[selected],
-            loss_type=loss.name,
+            loss_type=str(loss.name),
             beta=loss.beta,
             label_smoothing=loss.label_smoothing,
         )

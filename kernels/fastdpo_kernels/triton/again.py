@@ -1,0 +1,95 @@
+"""Rows of a tile once more, as softmax − onehot: those whose sum reached the clamp."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..head import Head
+from .configs import choose, multiprocessors
+from .logits import LOG2E, exp2, logits_block, prepare, softcap_slope
+
+
+@triton.jit
+def at_most(x, limit):
+    """min(x, limit), NaN where x is: a GPU's plain minimum takes the limit instead."""
+    return tl.minimum(x, limit, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def softmax_minus_onehot(z, anchor, logprob, hit, PRECISION: tl.constexpr):
+    """log p = (z − z_y) + log p_y: the log-sum-exp is too coarse where logits are large."""
+    p = exp2(at_most(z - anchor + (logprob * LOG2E)[:, None], 0.0), PRECISION)
+    return tl.where(hit, p - 1.0, p)
+
+
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["targets", "logprob"])
+def again_kernel(
+    x,
+    w,
+    bias,
+    targets,
+    anchor,
+    logprob,
+    tile,
+    tokens,
+    vocab,
+    width,
+    stride_x,
+    stride_w,
+    stride_tile,
+    scale,
+    softcap,
+    inv_temperature,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    WHOLE_H: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """softmax − onehot into the rows of the tile whose target is not negative: the flagged ones.
+
+    Whether there are any is decided on the device, a block of rows at a time.
+    """
+    for row in range(0, tokens, BLOCK_T):
+        rows = row + tl.arange(0, BLOCK_T)
+        kept = rows < tokens
+        target = tl.load(targets + rows, mask=kept, other=-1)
+        if tl.max(target, 0) >= 0:
+            a = tl.load(anchor + rows, mask=kept, other=0.0)[:, None]
+            known = tl.load(logprob + rows, mask=kept, other=0.0)
+            for col_block in range(tl.program_id(0), tl.cdiv(vocab, BLOCK_V), tl.num_programs(0)):
+                z = logits_block(
+                    x, w, bias, row, col_block * BLOCK_V, tokens, vocab, width, stride_x, stride_w,
+                    scale, softcap, inv_temperature,
+                    BLOCK_T, BLOCK_V, BLOCK_H, WHOLE_H, HAS_BIAS, HAS_SOFTCAP, DESCRIPTORS,
+                    TRANSPOSED, PRECISION,
+                )  # fmt: skip
+                cols = col_block * BLOCK_V + tl.arange(0, BLOCK_V)
+                hit = cols[None, :] == target[:, None]
+                e = softmax_minus_onehot(z, a, known, hit, PRECISION)
+                if HAS_SOFTCAP:
+                    e = e * softcap_slope(z, softcap, inv_temperature)
+                at = tile + rows.to(tl.int64)[:, None] * stride_tile + cols[None, :]
+                mask = (target >= 0)[:, None] & (cols < vocab)[None, :]
+                tl.store(at, e.to(tile.dtype.element_ty), mask=mask)
+
+
+def again(
+    head: Head, hidden: Tensor, flagged: Tensor, tile: Tensor, anchor: Tensor, logprob: Tensor
+) -> None:
+    """Rows of the tile (t, V) whose target in `flagged` (t,) is not negative become softmax −
+    onehot, from their anchors and log-probabilities (t,).
+    """
+    launch = prepare(head, hidden, choose(head, hidden, descriptors=False))
+    again_kernel[(multiprocessors(hidden.device),)](
+        **launch,
+        targets=flagged,
+        anchor=anchor,
+        logprob=logprob,
+        tile=tile,
+        stride_tile=tile.stride(0),
+    )
