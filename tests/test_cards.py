@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fastdpo_kernels import linear_logprob
-from fastdpo_kernels.backends import choose_backend, explain_backend, make_tiles
+from fastdpo_kernels.backends import choose_backend, explain_backend
 from fastdpo_kernels.head import Head
-from fastdpo_kernels.triton import configs
+from fastdpo_kernels.triton import configs, logits
 
 from fastdpo import TrainConfig
 from fastdpo.doctor import report
@@ -39,10 +39,12 @@ def install(monkeypatch):
             name="a card",
             total_memory=80 << 30,
             shared_memory_per_block=plain << 10,
-            shared_memory_per_block_optin=optin << 10,
-            gcnArchName=arch,
             multi_processor_count=100,
         )
+        if arch:
+            properties.gcnArchName = arch
+        else:  # ROCm's torch does not have it
+            properties.shared_memory_per_block_optin = optin << 10
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -99,15 +101,20 @@ def test_other_devices(kind):
     assert explain_backend("auto", device) == ("torch", f"no fused kernels for {kind}")
 
 
-@pytest.mark.parametrize(
-    ("device", "said"),
-    [("meta", "no fused kernels for meta"), ("cpu", "TRITON_INTERPRET is not 1")],
-)
-def test_triton_asked_for_where_it_cannot_run_is_one_line(device, said, monkeypatch):
-    monkeypatch.setattr("fastdpo_kernels.backends._interpreted", lambda: False)
-    with pytest.raises(ValueError, match=said) as error:
-        make_tiles("triton", Head(torch.zeros(64, 32, device=device)), 64)
-    assert str(error.value).startswith('backend "triton": ') and "\n" not in str(error.value)
+@pytest.mark.parametrize("kind", ["meta", "xpu", "T4", "gfx906"])
+def test_triton_asked_for_where_it_cannot_run_is_one_line(kind, install):
+    if kind == "T4":
+        install((7, 5), 64)
+    elif kind == "gfx906":
+        install(arch=kind, plain=64)
+    device = CUDA if kind in ("T4", "gfx906") else torch.device(kind)
+    reason = explain_backend("auto", device).reason
+    with pytest.raises(ValueError, match=r"no fused kernels|compute capability") as error:
+        choose_backend("triton", device)
+    assert str(error.value) == f'backend "triton": {reason}; use "torch"'
+    assert "\n" not in reason
+    assert choose_backend("torch", device) == "torch"
+    assert choose_backend("naive", device) == "naive"
 
 
 def test_triton_asked_for_through_the_public_function(monkeypatch):
@@ -116,6 +123,28 @@ def test_triton_asked_for_through_the_public_function(monkeypatch):
     with pytest.raises(ValueError, match='backend "triton": no GPU'):
         linear_logprob(x, w, y, backend="triton")
     assert linear_logprob(x, w, y).shape == (3,)
+
+
+@pytest.mark.parametrize(("arch", "precision"), [("", "tf32x3"), ("gfx942", "ieee")])
+def test_fp32_is_exact_on_every_card(arch, precision, install):
+    """AMD's matrix cores multiply fp32 as it is; NVIDIA's make it of three tf32 products."""
+    install((9, 0), 227, arch=arch)
+    assert logits._precision(SimpleNamespace(device=CUDA, dtype=torch.float32)) == precision
+    assert logits._precision(SimpleNamespace(device=CUDA, dtype=torch.bfloat16)) == "ieee"
+
+
+@pytest.mark.parametrize("width", [8, 15])
+def test_what_the_fused_kernels_lack_is_said(width, install):
+    install((9, 0), 227)
+    assert explain_backend("auto", CUDA, width=width) == (
+        "torch",
+        "the fused kernels need H of 16 or more",
+    )
+    assert explain_backend("auto", CUDA, torch.float64) == (
+        "torch",
+        "the fused kernels have no fp64",
+    )
+    assert explain_backend("auto", torch.device("cpu")).reason == "the fused kernels are for GPUs"
 
 
 def test_a_card_of_48_kib_takes_smaller_blocks(install):

@@ -59,8 +59,16 @@ def explain_backend(
 ) -> Choice:
     """`choose_backend` with the reason: the table of configurations in use, or what the fused
     kernels lack.
+
+    Raises:
+        ValueError: an unknown backend, or "triton" for a device that its kernels do not run on.
     """
     backend = backend_name(backend)
+    if backend == "triton" and not _absent(device):
+        try:
+            card(device)
+        except UnsupportedDevice as error:
+            raise ValueError(f'backend "triton": {error}; use "torch"') from None
     if backend != "auto":
         return Choice(backend, "asked for")
     try:
@@ -76,17 +84,20 @@ def _fused(device: torch.device, dtype: torch.dtype, width: int) -> str:
         UnsupportedDevice: none, and why.
     """
     if device.type == "cpu":
-        raise UnsupportedDevice("no GPU")
+        raise UnsupportedDevice("the fused kernels are for GPUs")
     if dtype == torch.float64:
         raise UnsupportedDevice("the fused kernels have no fp64")
     if width < _NARROWEST_FUSED_HEAD:
         raise UnsupportedDevice(f"the fused kernels need H of {_NARROWEST_FUSED_HEAD} or more")
-    # A plan may be made for a GPU on a machine that has none.
-    planned = device.type == "cuda" and not torch.cuda.is_available()
-    blocks = "" if planned else describe(device)
+    blocks = "" if _absent(device) else describe(device)
     if _triton_tiles() is None:
         raise UnsupportedDevice("Triton cannot be imported")
     return f"fused kernels, {blocks}" if blocks else "fused kernels"
+
+
+def _absent(device: torch.device) -> bool:
+    """Whether a plan is made for a GPU on a machine that has none."""
+    return device.type == "cuda" and not torch.cuda.is_available()
 
 
 def _interpreted() -> bool:
@@ -104,18 +115,14 @@ def make_tiles(
 
     Raises:
         RuntimeError: "triton" without Triton.
-        ValueError: "triton" in fp64, or on a device that its kernels do not run on.
+        ValueError: "triton" in fp64, or on a CPU without Triton's interpreter.
     """
     if backend == "torch":
         return TorchTiles(head, workspace_mib, outputs)
     engine = _triton_tiles()
     if engine is None:
         raise RuntimeError('backend "triton": Triton cannot be imported here; use "torch"')
-    try:
-        name = card(head.weight.device)
-    except UnsupportedDevice as error:
-        raise ValueError(f'backend "triton": {error}; use "torch"') from None
-    if name == "interpreter" and not _interpreted():
+    if head.weight.device.type == "cpu" and not _interpreted():
         raise ValueError('backend "triton": no GPU, and TRITON_INTERPRET is not 1; use "torch"')
     return engine(head, workspace_mib, outputs)
 

@@ -9,6 +9,7 @@ memory of the device at hand is used. `make gpu-check` times all of them, and
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -169,8 +170,19 @@ def card(device: torch.device) -> str:
         return "interpreter"
     if device.type != "cuda":
         raise UnsupportedDevice(f"no fused kernels for {device.type}")
-    names, room = _entries(device), shared_memory(device)
-    for name in names:
+    if torch.version.hip:
+        reported: str | tuple[int, int] = torch.cuda.get_device_properties(device).gcnArchName
+    else:
+        reported = torch.cuda.get_device_capability(device)
+    return _card(reported, shared_memory(device))
+
+
+@cache  # every launch asks
+def _card(reported: str | tuple[int, int], room: int) -> str:
+    """The card of a GPU that reports the name of an instruction set, or a compute capability, and
+    so many bytes of shared memory.
+    """
+    for name in _nearest(reported):
         if all(_fitting(family, kind, room) for kind, family in TABLE[name].items()):
             return name
     raise UnsupportedDevice(f"no block of the fused kernels fits in {room} bytes of shared memory")
@@ -189,15 +201,15 @@ def describe(device: torch.device) -> str:
     return text
 
 
-def _entries(device: torch.device) -> list[str]:
+def _nearest(reported: str | tuple[int, int]) -> list[str]:
     """Keys of `TABLE` whose machine code or source a GPU runs, the nearest first."""
-    if torch.version.hip:
-        name = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    if isinstance(reported, str):
+        name = reported.partition(":")[0]
         if name in TABLE:
             return [name]
         known = ", ".join(name for name in TABLE if name.startswith("gfx"))
         raise UnsupportedDevice(f"no fused kernels for {name}, only for {known}")
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = reported
     versions = {int(name[3:]): name for name in TABLE if name.startswith("sm_")}
     older = sorted((number for number in versions if number <= 10 * major + minor), reverse=True)
     if not older:
@@ -210,8 +222,9 @@ def _entries(device: torch.device) -> list[str]:
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may have, as the driver reports them."""
     properties = torch.cuda.get_device_properties(device)
-    # ROCm leaves the first of them 0 where there is nothing to opt in to.
-    return max(properties.shared_memory_per_block_optin, properties.shared_memory_per_block)
+    # Under ROCm there is nothing to opt in to, and torch has no such property.
+    most = getattr(properties, "shared_memory_per_block_optin", 0)
+    return max(most, properties.shared_memory_per_block)
 
 
 def shared_bytes(config: Config, itemsize: int) -> int:
