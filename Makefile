@@ -4,6 +4,7 @@
 # make lint   ruff and mypy
 # make constraints   write the pins of all of these (ARGS=--upgrade: on the newest releases)
 # make readme   what README and docs show, from bench/results and fastdpo/config (ARGS=--check: does it?)
+# make cards   what the kernels need on every card, compiled without a GPU (then: make readme)
 # make gpu-check   tests and figures that need a GPU, in nine minutes, with the interpreter PYTHON
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet
 RELEASES ?= --constraint constraints.txt
 
-.PHONY: demo test test-newest lint constraints readme gpu-check clean
+.PHONY: demo test test-newest lint constraints readme cards gpu-check clean
 # An interrupted or failed install must not look like a finished one.
 .DELETE_ON_ERROR:
 
@@ -42,6 +43,10 @@ constraints: | $(BIN)/python
 readme: $(VENV)/.installed-dev
 	$(BIN)/python -m bench.report $(ARGS)
 	$(BIN)/python docs/generate.py $(ARGS)
+
+cards: $(VENV)/.installed-dev
+	cd kernels && ../$(BIN)/python -m fastdpo_kernels.triton.compile \
+		--json ../bench/results/cards.jsonl $(ARGS)
 
 # No virtual environment: a GPU machine has its own torch and triton, and perhaps no network.
 gpu-check:

@@ -184,7 +184,9 @@ def test_what_a_configuration_is_chosen_for(install):
     install((12, 0), 99)
     x, w = torch.empty(2, 64, dtype=torch.bfloat16), torch.empty(8, 64, dtype=torch.bfloat16)
     assert configs.family(Head(w), x) == "narrow"
-    assert configs.family(Head(w, softcap=30.0), x) == "rich"
+    assert configs.family(Head(w, softcap=30.0), x) == "full"
+    assert configs.family(Head(w, w[:, 0]), x) == "rich"
+    assert configs.family(Head(w, w[:, 0]), x, ("entropy",)) == "full"
     assert configs.family(Head(w), x, ("entropy",), online=True) == "rich"
     assert configs.family(Head(w), x, descriptors=False) == "pointers"
     assert configs.family(Head(w[:, :40]), x[:, :40]) == "pointers"  # no multiple of 16

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..cli import Parser
 from .balance import balance_block
+from .cards import cards_block
 from .convergence import convergence_block, convergence_chart, convergence_table
 from .heads import head_tables, heads_all_block, heads_block, heads_chart
 from .losses import demo_block, forms_block, kto_tokens_block
@@ -33,6 +34,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = (
     "README.md",
     "docs/benchmarks.md",
+    "docs/cards.md",
     "docs/devices.md",
     "docs/losses.md",
     "docs/memory.md",
@@ -55,6 +57,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "kto-tokens": kto_tokens_block,
     "memory": memory_block,
     "balance": balance_block,
+    "cards": cards_block,
     "context": context_block,
     "hosts": hosts_block,
     "scaling": scaling_block,

@@ -150,7 +150,7 @@ def _dtypes(kind: str) -> tuple[str, ...]:
 
 def _ends(sets: tuple[Flags, ...]) -> tuple[Flags, ...]:
     """The fewest and the most options."""
-    return tuple(dict.fromkeys((sets[0], max(sets, key=len))))
+    return tuple(dict.fromkeys((sets[0], max(sets, key=lambda flags: len(flags)))))
 
 
 def _family(
@@ -170,7 +170,7 @@ def _family(
         if kind in ("pointers", "float32", "columns"):
             yield _case(card, "again", dtype, config, layout | flags)
     if not config.descriptors:
-        most = layout | frozenset(max(sets, key=len)) | {_TAIL}
+        most = layout | frozenset(_ends(sets)[-1]) | {_TAIL}
         if kind in ("pointers", "float32", "columns"):
             most |= {_ODD}
             yield _case(card, "again", dtype, config, most)
@@ -179,7 +179,7 @@ def _family(
         yield _case(card, "exponential", dtype, config, most)
         yield _case(card, "score", dtype, config, most)
     if dtype == "fp32" and card.startswith("sm_"):
-        tf32 = layout | frozenset(max(sets, key=len)) | {"TF32"}
+        tf32 = layout | frozenset(_ends(sets)[-1]) | {"TF32"}
         yield _case(card, "exponential", dtype, config, tf32 | {"SUMS"})
         yield _case(card, "score", dtype, config, tf32)
 
@@ -209,6 +209,7 @@ def _case(
 
 def _small(card: str) -> Iterator[Case]:
     """What comes before and after a product, and the coefficients; the heaviest last."""
+    flags: Flags
     block: dict[str, Any] = {"BLOCK_T": anchor._BLOCK_T, "BLOCK_H": 256}
     for dtype in DTYPES:
         for layout in ((), ("TRANSPOSED",)):

@@ -173,7 +173,7 @@ def rows(chosen: Sequence[Case], jobs: int) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """Print one line a case, or write the rows."""
+    """Print one line a case, or write the rows and print what spills or does not fit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--card", nargs="+", default=list(CARDS), choices=list(CARDS))
     parser.add_argument("--few", action="store_true", help="some seconds' worth a card")
@@ -188,20 +188,20 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "sources": sources(),
     }
-    lines = []
+    file = None if options.json is None else options.json.open("w", encoding="utf-8")
     for found in rows(chosen, options.jobs):
-        lines.append(json.dumps({**found, **about}))
-        if options.json is None:
-            print(
-                f"{found['registers']:4d} registers {found['spilled']:5d} spilled"
-                f" {found['shared'] / 1024:6.1f} KiB {found['instruction']:11s}"
-                f" {found['card']} {found['kernel']} {found['dtype']} {found['block']}"
-                f" {found['flags']}",
-                flush=True,
-            )
-    if options.json is not None:
-        options.json.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(f"{len(lines)} rows in {options.json}")
+        if file is not None:
+            print(json.dumps({**found, **about}, ensure_ascii=False), file=file, flush=True)
+        if file is None or found["spilled"] or found["shared"] > CARDS[found["card"]].shared << 10:
+            print(_line(found), flush=True)
+
+
+def _line(found: dict[str, Any]) -> str:
+    return (
+        f"{found['registers']:4d} registers {found['spilled']:5d} spilled"
+        f" {found['shared'] / 1024:6.1f} KiB {found['instruction']:11s} {found['card']}"
+        f" {found['kernel']} {found['dtype']} {found['block']} {found['flags']}"
+    )
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ TABLE: dict[str, dict[str, Family]] = {
     },
     "sm_80": _entry(
         plain=(Config(128, 128, 32, 8, 3), Config(128, 128, 64, 8, 2)),
-        rich=(Config(64, 128, 32, 8, 3),),
+        rich=(Config(128, 64, 32, 8, 3),),
         pointers=(Config(64, 64, 32, 8, 3),),
         float32=(Config(32, 64, 32, 8, 2),),
     ),
@@ -132,7 +132,7 @@ TABLE: dict[str, dict[str, Family]] = {
     ),
     "sm_120": _entry(
         plain=(Config(128, 128, 32, 8, 3),),
-        rich=(Config(64, 128, 32, 8, 3),),
+        rich=(Config(128, 64, 32, 8, 3),),
         pointers=(Config(64, 64, 32, 8, 3),),
         float32=(Config(32, 64, 32, 8, 2),),
     ),
