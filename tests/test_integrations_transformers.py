@@ -280,7 +280,7 @@ def test_a_class_that_is_made_later_is_patched_and_restored(losses):
 def test_transformers_may_be_missing(monkeypatch):
     with monkeypatch.context() as context:
         context.setitem(sys.modules, "transformers", None)
-        with pytest.raises(ImportError, match=r"^patch_transformers needs transformers"):
+        with pytest.raises(ImportError, match="patch_transformers needs transformers, which"):
             patch_transformers()
 
 

@@ -19,6 +19,7 @@ from fastdpo_kernels import (
     LOSSES,
     Comparisons,
     Responses,
+    linear_cross_entropy,
     linear_dpo_loss,
     linear_logprob,
     linear_loss,
@@ -153,7 +154,7 @@ def known_names() -> set[str]:
     """Every name with an underscore in it that a page may use."""
     keys = TrainConfig.key_fields()
     choices = [choice for item in keys.values() for choice in item.metadata["choices"] or ()]
-    calls = (linear_logprob, linear_dpo_loss, linear_loss, train)
+    calls = (linear_logprob, linear_dpo_loss, linear_loss, linear_cross_entropy, train)
     arguments = [name for call in calls for name in inspect.signature(call).parameters]
     known = {*keys, *PEER_KEYS, *FIELDS, *LOSSES, *choices, *arguments, *vars(fastdpo_kernels)}
     metrics = explained_metrics() | explained_metrics("docs/losses.md")
