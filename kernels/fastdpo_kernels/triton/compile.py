@@ -142,7 +142,7 @@ def sources() -> str:
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and node.decorator_list:
                 node.body = node.body[ast.get_docstring(node) is not None :]
-                digest.update(ast.dump(node).encode())
+                digest.update(ast.unparse(node).encode())
     return digest.hexdigest()[:12]
 
 
