@@ -1,6 +1,6 @@
 """Products on a GPU, by a stand-in that refuses what CUDA refuses, and by the meta device."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ class OnGpu(Tensor):
 
     is_cuda = True
     widens = True
-    calls: list[torch.dtype] = []
+    calls: ClassVar[list[torch.dtype]] = []
 
     @classmethod
     def __torch_function__(
