@@ -1,6 +1,7 @@
 """Which small faults of `kernels/` no test would notice.
 
     make mutants ARGS="--sample 300 --seed 1"
+    make mutants ARGS="--only products --tests products tiles"
 
 One place of the sources is changed at a time (a comparison, a sign, a constant, a condition, a
 statement that is left out), and the tests that run its line are run, fastest first, in a forked
@@ -270,13 +271,16 @@ def main() -> None:
     parser.add_argument("--sample", type=int, help="how many faults to try; all by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="a part of the files' names")
+    parser.add_argument("--tests", nargs="+", default=TESTS, help="test files; all of the kernels")
     options = parser.parse_args()
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.chdir(ROOT)
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import_all_but_the_kernels()
-    files = [f for name in TESTS for f in sorted(map(str, Path("tests").glob(f"test_{name}.py")))]
+    files = [
+        f for name in options.tests for f in sorted(map(str, Path("tests").glob(f"test_{name}.py")))
+    ]
     with tempfile.TemporaryDirectory() as scratch:
         folder, found = Path(scratch) / "kernels", Path(scratch) / "lines.json"
         shutil.copytree(ROOT / PACKAGE, folder / "fastdpo_kernels")
