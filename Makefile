@@ -1,6 +1,7 @@
 # make demo   train a small real model with DPO, on a CPU, in a few minutes
 # make test   every test that this machine can run
 # make test-newest   the same on the newest releases that setup.py admits, beside the pinned ones
+# make mutants   which small faults of kernels/ no test notices (ARGS="--sample 300 --seed 1")
 # make lint   ruff and mypy
 # make constraints   write the pins of all of these (ARGS=--upgrade: on the newest releases)
 # make readme   what README and docs show, from bench/results and fastdpo/config (ARGS=--check: does it?)
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet
 RELEASES ?= --constraint constraints.txt
 
-.PHONY: demo test test-newest lint constraints readme cards gpu-check clean
+.PHONY: demo test test-newest mutants lint constraints readme cards gpu-check clean
 # An interrupted or failed install must not look like a finished one.
 .DELETE_ON_ERROR:
 
@@ -26,6 +27,9 @@ test: $(VENV)/.installed-test
 test-newest:
 	rm -f $(VENV)-newest/.installed-test
 	$(MAKE) VENV=$(VENV)-newest RELEASES='--upgrade --upgrade-strategy eager' test
+
+mutants: $(VENV)/.installed-test
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

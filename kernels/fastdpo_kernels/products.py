@@ -16,6 +16,7 @@ from torch import Tensor
 _BF16_ADVANTAGE = 1.5
 """The host multiplies in bf16 where that is so much faster in the probe: far from what a host
 without matrix units gets and from what one with them does, so that every run decides alike."""
+_gives: dict[tuple[torch.device, torch.dtype], bool] = {}
 
 
 def mm(
@@ -41,15 +42,33 @@ def addmm_(total: Tensor, a: Tensor, b: Tensor, *, operands: torch.dtype) -> Ten
 
 
 def _factors(a: Tensor, b: Tensor, operands: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Both in bf16 or fp16 on a GPU, which accumulates their product in fp32 by itself; both in
-    fp32 or fp64 elsewhere.
+    """Both in bf16 or fp16 on a GPU that gives their product in fp32; both in fp32 or fp64
+    elsewhere.
     """
-    if a.is_cuda and operands == torch.bfloat16:
+    if a.is_cuda and operands == torch.bfloat16 and _gives_fp32(a, operands):
         return a.to(operands), b.to(operands)
-    if a.is_cuda and a.dtype == b.dtype == torch.float16:
+    if a.is_cuda and a.dtype == b.dtype == torch.float16 and _gives_fp32(a, a.dtype):
         return a, b
     wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     return a.to(wide), b.to(wide)
+
+
+def _gives_fp32(like: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the device of `like` multiplies factors in `dtype` into fp32, tried once: which
+    builds for ROCm do is not written down anywhere, and a rounded product is never taken.
+    """
+    key = like.device, dtype
+    if key not in _gives:
+        factor, total = like.new_ones(16, 16, dtype=dtype), like.new_ones(16, 16).float()
+        try:
+            torch.mm(factor, factor, out_dtype=torch.float32, out=total)
+            torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
+            _gives[key] = True
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError):
+            _gives[key] = False
+    return _gives[key]
 
 
 @contextmanager

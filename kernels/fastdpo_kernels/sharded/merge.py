@@ -42,7 +42,7 @@ def merge(
     logprob = torch.where(away == 0, -rest.log1p(), away - log_s)
     stats = {"logprob": logprob, "lse": log_s + peak, TARGET_LOGIT: merged["target"].clone()}
     if "is_top1" in outputs:
-        stats["is_top1"] = away >= 0
+        stats["is_top1"] = (away >= 0) & (rest == rest)  # a kernel's peak drops NaN
     if "entropy" in outputs:
         stats["entropy"] = log_s - merged["moment"] / s
     if "log_sum_sq_prob" in outputs:

@@ -92,8 +92,9 @@ def coefficients_kernel(
                 value = -(1.0 - SMOOTHING) * _log_sigmoid(h) - SMOOTHING * _log_sigmoid(-h)
                 d_chosen = BETA * (SMOOTHING * _sigmoid(h) - (1.0 - SMOOTHING) * _sigmoid(-h))
             elif LOSS == 2:
-                value = tl.maximum(1.0 - h, 0.0)
-                d_chosen = -BETA * (h < 1.0).to(tl.float64)
+                # A GPU's maximum of NaN and 0 is 0; a comparison with NaN is false.
+                value = tl.where(h >= 1.0, 0.0, 1.0 - h)
+                d_chosen = -BETA * (1.0 - (h >= 1.0).to(tl.float64))
             else:
                 value = SMOOTHING * _log_sigmoid(-h) - (1.0 - SMOOTHING) * _log_sigmoid(h)
                 d_chosen = -BETA * ((1.0 - SMOOTHING) * _sigmoid(-h) + SMOOTHING * _sigmoid(h))

@@ -84,7 +84,9 @@ def finish_kernel(
     tl.store(out, tl.where(valid, -log_s, 0.0), mask=kept)
     tl.store(out + tokens, tl.where(valid, z * LN2 + log_s, 0.0), mask=kept)
     if HAS_TOP1:
-        tl.store(out + 2 * tokens, (valid & (peak <= 1.0)).to(tl.float32), mask=kept)
+        # The largest of logits drops NaN, their sum does not.
+        top1 = valid & (peak <= 1.0) & (rest == rest)
+        tl.store(out + 2 * tokens, top1.to(tl.float32), mask=kept)
     if HAS_ENTROPY:
         tl.store(out + 3 * tokens, tl.where(valid, log_s - weighted / s, 0.0), mask=kept)
     if HAS_SQUARES:

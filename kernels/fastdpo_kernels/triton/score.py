@@ -181,7 +181,9 @@ def merge_kernel(
     out = results + rows
     tl.store(out, logp, mask=valid)
     tl.store(out + stride, base * LN2 + log_total, mask=valid)
-    tl.store(out + 2 * stride, (target_logit >= peak).to(tl.float32), mask=valid)
+    # The largest of logits drops NaN, their sum does not.
+    top1 = (target_logit >= peak) & (total == total)
+    tl.store(out + 2 * stride, top1.to(tl.float32), mask=valid)
     if HAS_ENTROPY:
         tl.store(out + 3 * stride, log_total - weighted / total, mask=valid)
     if HAS_SQUARES:

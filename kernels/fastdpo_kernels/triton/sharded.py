@@ -175,7 +175,7 @@ def _finished(sums: Stats, anchor: Tensor, outputs: tuple[str, ...]) -> Stats:
     s, log_s = 1 + rest, rest.log1p()
     stats = {"logprob": -log_s, "lse": anchor + log_s, TARGET_LOGIT: anchor}
     if "is_top1" in outputs:
-        stats["is_top1"] = sums["HAS_TOP1"] <= 1
+        stats["is_top1"] = (sums["HAS_TOP1"] <= 1) & (rest == rest)
     if "entropy" in outputs:
         stats["entropy"] = log_s - sums["HAS_ENTROPY"] / s
     if "log_sum_sq_prob" in outputs:
