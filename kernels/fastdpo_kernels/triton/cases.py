@@ -102,7 +102,7 @@ class Case:
             for name, value in self.options
             if value is True or (name in ("PRECISION", "LOSS") and value != "ieee")
         ]
-        return tuple(sorted(chosen))
+        return tuple(sorted(chosen if self.aligned else [*chosen, "odd pitches"]))
 
 
 def cases(card: str) -> Iterator[Case]:
@@ -213,7 +213,7 @@ def _small(card: str) -> Iterator[Case]:
     block: dict[str, Any] = {"BLOCK_T": anchor._BLOCK_T, "BLOCK_H": 256}
     for dtype in DTYPES:
         for layout in ((), ("TRANSPOSED",)):
-            for flags in ((), (_BIAS, _CAP)):
+            for flags in ((), (_BIAS,), (_CAP,), (_BIAS, _CAP)):
                 yield _case(card, "anchor", dtype, None, frozenset(layout + flags), **block)
     block = {"BLOCK_T": score._MERGED, "BLOCK_S": 32}
     for flags in ((), (_E,), (_M,), (_S,), (_E, _M), _ALL):

@@ -82,12 +82,29 @@ def _entry(
     pointers: Family,
     float32: Family,
     columns: Family = (_COLUMNS,),
+    most_registers: int | None = None,
 ) -> dict[str, Family]:
-    """One card's families; those of the largest blocks end with a smallest candidate."""
+    """One card's families; those of the largest blocks end with a smallest candidate. What has no
+    descriptors may take `most_registers`.
+    """
     families = {"narrow": plain, "wide": wide or plain, "rich": rich, "full": full or rich}
     families["pointers"] = pointers
     least = {kind: tuple(dict.fromkeys((*family, _LEAST))) for kind, family in families.items()}
-    return {**least, "float32": (*float32, _LEAST_FLOAT32), "columns": columns}
+    entry = {**least, "float32": (*float32, _LEAST_FLOAT32), "columns": columns}
+    return {
+        kind: tuple(
+            config if config.descriptors else replace(config, max_registers=most_registers)
+            for config in family
+        )
+        for kind, family in entry.items()
+    }
+
+
+def _nvidia(**families: Family) -> dict[str, Family]:
+    """`_entry` with all the registers that a thread can have: left to itself, ptxas would rather
+    spill some bytes than run a program less on a multiprocessor.
+    """
+    return _entry(**families, most_registers=255)
 
 
 # Where operands go through registers, eight warps share even a small block: with four, or with a
@@ -109,13 +126,13 @@ TABLE: dict[str, dict[str, Family]] = {
         "float32": (_INTERPRETED,),
         "columns": (_INTERPRETED,),
     },
-    "sm_80": _entry(
+    "sm_80": _nvidia(
         plain=(Config(128, 128, 32, 8, 3), Config(128, 128, 64, 8, 2)),
         rich=(Config(128, 64, 32, 8, 3),),
         pointers=(Config(64, 64, 32, 8, 3),),
         float32=(Config(32, 64, 32, 8, 2),),
     ),
-    "sm_90": _entry(
+    "sm_90": _nvidia(
         plain=(_PAIRED, _WIDE_BLOCK),
         wide=(_WIDE_BLOCK, Config(128, 256, 64, 8, 3, True, persistent=True), _PAIRED),
         rich=(_PAIRED, _PAIRED_FULL),
@@ -123,14 +140,14 @@ TABLE: dict[str, dict[str, Family]] = {
         pointers=(_POINTERS,),
         float32=(_FLOAT32,),
     ),
-    "sm_100": _entry(
+    "sm_100": _nvidia(
         plain=(_UNLIMITED, _WIDE_BLOCK),
         wide=(_WIDE_BLOCK, _UNLIMITED),
         rich=(_PAIRED_FULL,),
         pointers=(_POINTERS,),
         float32=(_FLOAT32,),
     ),
-    "sm_120": _entry(
+    "sm_120": _nvidia(
         plain=(Config(128, 128, 32, 8, 3),),
         rich=(Config(128, 64, 32, 8, 3),),
         pointers=(Config(64, 64, 32, 8, 3),),
