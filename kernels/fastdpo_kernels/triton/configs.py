@@ -135,7 +135,7 @@ TABLE: dict[str, dict[str, Family]] = {
     "sm_90": _nvidia(
         plain=(_PAIRED, _WIDE_BLOCK),
         wide=(_WIDE_BLOCK, Config(128, 256, 64, 8, 3, True, persistent=True), _PAIRED),
-        rich=(_PAIRED, _PAIRED_FULL),
+        rich=(_PAIRED_FULL, _PAIRED),
         full=(_PAIRED_FULL, Config(128, 64, 64, 8, 4, descriptors=True)),
         pointers=(_POINTERS,),
         float32=(_FLOAT32,),
