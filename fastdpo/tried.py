@@ -1,4 +1,4 @@
-"""Releases that the whole suite has passed with; docs/versions.md says which of them together.
+"""Releases that were tried; docs/versions.md says which of them together, and how far.
 
 A release out of the range of `setup.py` is refused by pip. One that is admitted and newer than
 these costs a line.

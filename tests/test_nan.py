@@ -20,6 +20,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def dropped(monkeypatch):
     """PTX's min and max of two numbers; the interpreter's reductions drop NaN by themselves."""
     builder = interpreter.InterpreterBuilder
+    if not hasattr(builder, "create_minnumf"):
+        pytest.skip("this Triton's interpreter has one minimum for both kinds")
     for name, function in (("minnumf", numpy.fmin), ("maxnumf", numpy.fmax)):
         monkeypatch.setattr(
             builder,

@@ -314,7 +314,10 @@ def test_ten_steps_end_with_the_weights_of_one_process(
     for line, other in zip(
         metrics(tmp_path / "one/out"), metrics(tmp_path / "many/out"), strict=True
     ):
-        assert line.keys() == other.keys()
-        same = {name for name in line if "second" not in name and "memory" not in name}
+        # Left out where the vocabulary is spread over the ranks.
+        assert line.keys() - {"head_passes"} == other.keys() - {"head_passes"}
+        same = {
+            name for name in line.keys() & other if "second" not in name and "memory" not in name
+        }
         for name in same:
             assert other[name] == pytest.approx(line[name], rel=1e-5, abs=1e-5), name

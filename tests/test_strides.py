@@ -400,7 +400,7 @@ def test_operators(engine: str, data: Any) -> None:
     leaves = {name: t.detach() for name, t in drawn.tensors.items() if name in truth.gradients}
     upstream = drawn.tensors["upstream"]
     gradients = library.linear_logprob_backward(
-        upstream, *inputs, *saved, **options, needs=[True, True, len(leaves) == 3]
+        upstream, None, *inputs, *saved, **options, needs=[True, True, len(leaves) == 3]
     )
     for leaf, gradient in zip(leaves.values(), gradients, strict=False):
         leaf.requires_grad_().grad = gradient
