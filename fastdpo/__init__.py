@@ -15,11 +15,28 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .config import TrainConfig
+    from .scoring.reward import RewardModel
+    from .scoring.score import ScoreResult, score
     from .training.run import TrainResult, train
 
-__all__ = ["TrainConfig", "TrainResult", "__version__", "train"]
+__all__ = [
+    "RewardModel",
+    "ScoreResult",
+    "TrainConfig",
+    "TrainResult",
+    "__version__",
+    "score",
+    "train",
+]
 
-_PLACES = {"TrainConfig": ".config", "TrainResult": ".training.run", "train": ".training.run"}
+_PLACES = {
+    "RewardModel": ".scoring.reward",
+    "ScoreResult": ".scoring.score",
+    "TrainConfig": ".config",
+    "TrainResult": ".training.run",
+    "score": ".scoring.score",
+    "train": ".training.run",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: `fastdpo train | precompute | plan | bench | doctor`.
+"""The command line: `fastdpo train | precompute | score | plan | bench | doctor`.
 
 What a user got wrong is one line on stderr and exit code 2, never a traceback. As in a shell, an
 interrupted run is 130, and 141 one whose output nobody reads any more. Nothing heavy is imported
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from . import terminal
+from .arguments import own_flags
 from .config import TrainConfig
 from .config.text import key_help
 from .errors import ConfigError, FastDPOError
@@ -30,6 +31,7 @@ fastdpo trains language models on preferences (DPO), without padding, repeated p
 Commands:
   train         train a model, and evaluate and save it
   precompute    compute and cache the reference's log-probabilities, without training
+  score         log-probabilities and implicit rewards of the responses in a file
   plan          what a run would need of a GPU's memory, before anything runs
   bench         compare with other trainers and heads, on this machine
   doctor        what is installed here, and which kernels would run and why
@@ -188,9 +190,9 @@ def _doctor(arguments: Sequence[str]) -> None:
 def _plan(arguments: Sequence[str]) -> None:
     from .memory.plan import NETWORK, plan
 
-    words, flags = _own_flags(arguments, ("gpu", "hosts", "link", "network"))
-    as_json = "--json" in words
-    words = [word for word in words if word != "--json"]
+    values = {"gpu": "the name of a GPU", "hosts": "a number"}
+    values |= {name: f"the name of a {name}" for name in ("link", "network")}
+    words, flags, switches = own_flags(arguments, values, ("json",), "fastdpo plan --help")
     hosts = flags.get("hosts", "1")
     if not hosts.isascii() or not hosts.isdecimal() or int(hosts) < 1:
         raise ConfigError(f"--hosts: expected a whole number of at least 1, got {hosts}")
@@ -198,30 +200,12 @@ def _plan(arguments: Sequence[str]) -> None:
         plan(
             TrainConfig.parse(words),
             gpu=flags.get("gpu"),
-            json=as_json,
+            json="json" in switches,
             hosts=int(hosts),
             link=flags.get("link"),
             network=flags.get("network", NETWORK),
         )
     )
-
-
-def _own_flags(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The command line without flags that are no keys of a configuration, and their values."""
-    words: list[str] = []
-    values: dict[str, str] = {}
-    rest = iter(arguments)
-    for word in rest:
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in names:
-            words.append(word)
-            continue
-        found = value if equals else next(rest, None)
-        if found is None:
-            what = "a number" if name == "hosts" else f"the name of a {name.replace('gpu', 'GPU')}"
-            raise ConfigError(f"--{name}: expected {what} (fastdpo plan --help)")
-        values[name] = found
-    return words, values
 
 
 def _plan_usage() -> str:
@@ -270,6 +254,16 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _elsewhere(module: str) -> tuple[Callable[[Sequence[str]], None], Callable[[], str]]:
+    """A command that a module of its own holds, imported when it is called."""
+
+    def run(arguments: Sequence[str]) -> None:
+        with terminal.heard():
+            importlib.import_module(module, __package__).run(arguments)
+
+    return run, lambda: importlib.import_module(module, __package__).USAGE
+
+
 def _key_usage(command: str, summary: str) -> Callable[[], str]:
     usage = KEY_USAGE.format(command=command, summary=summary)
     return lambda: f"{usage}\n{key_help(TrainConfig.key_fields())}\n"
@@ -282,6 +276,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], Callable[[], str] | N
         _precompute,
         _key_usage("precompute", "compute and cache the reference's log-probabilities"),
     ),
+    "score": _elsewhere(".scoring.command"),
     "plan": (_plan, _plan_usage),
     "bench": (_bench, None),
     "doctor": (_doctor, lambda: DOCTOR_USAGE),

@@ -13,11 +13,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"fastdpo": ROOT, "fastdpo_kernels": ROOT / "kernels", "bench": ROOT}
 LAYERS = (
     ("errors", "quiet", "version"),
-    ("extras", "files", "terminal", "tried", "config"),
+    ("arguments", "extras", "files", "terminal", "tried", "config"),
     ("devices", "losses", "parallel", "data"),
     ("model",),
     ("reference", "hub", "memory"),
     ("training",),
+    ("scoring",),
     ("doctor", "demo"),
     ("cli", "__main__"),
 )

@@ -197,7 +197,8 @@ class Encoder:
         if reason := self._unusable(row, sequences, start):
             return {"outcome": BAD, "reason": reason}
         # A model that is asked again may answer the same, and a scorer may give it another score.
-        scored = "scores" in self.needs.columns and said.scores
+        trains = bool(self.needs.columns)
+        scored = not trains or ("scores" in self.needs.columns and said.scores)
         for winner, loser, _ in () if scored else comparisons:
             if sequences[winner] == sequences[loser]:
                 return {"outcome": IDENTICAL, "reason": _identical(row, winner, loser)}
@@ -213,7 +214,9 @@ class Encoder:
             "outcome": KEPT,
             "prompt_ids": prompt[:start],
             # A labelled response is scored after the prompts of other rows too, and cut with each.
-            "response_ids": [full[start:] for full in (cut if said.label is None else sequences)],
+            "response_ids": [
+                full[start:] for full in (sequences if trains and said.label is not None else cut)
+            ],
             "winners": [winner for winner, _, _ in comparisons],
             "losers": [loser for _, loser, _ in comparisons],
             "weights": [weight for _, _, weight in comparisons],
@@ -241,7 +244,9 @@ class Encoder:
 def _teaches_nothing(row: Row, needs: Needs) -> int | None:
     """The outcome of a row from which the loss can learn nothing; None of all others."""
     said = row.preferences
-    if said.label is not None or ("comparisons" in needs.columns and said.comparisons):
+    if not needs.columns or said.label is not None:
+        return None
+    if "comparisons" in needs.columns and said.comparisons:
         return None
     if needs.columns == ("comparisons",):
         return NO_COMPARISON

@@ -40,6 +40,7 @@ def load_rows(
     config_name: str | None = None,
     num_proc: int | None = None,
     skip_bad_rows: bool = False,
+    trains: bool = True,
 ) -> datasets.Dataset:
     """Load one split of a data set, with the columns of one of the layouts in `fastdpo.data.rows`.
 
@@ -52,6 +53,7 @@ def load_rows(
         num_proc: processes that read a data set of many files.
         skip_bad_rows: keep rows of JSONL and CSV files that cannot be read as rows of nulls whose
             `fastdpo_problem` says why, for `tokenize_dataset` to drop and count.
+        trains: whether the columns have to be those of a layout, and others may be left out.
 
     Raises:
         DataError: naming the file and, for text files, the line that cannot be read.
@@ -64,9 +66,10 @@ def load_rows(
                 if kind is None:
                     kinds = ", ".join(_KINDS)
                     raise DataError(f"{path}: unknown kind of file; expected one of {kinds}")
-                rows = _load_files(kind, {"train": [path]}, split, skip_bad_rows, name)
+                files = {"train": [path]}
+                rows = _load_files(kind, files, split, skip_bad_rows, trains, name)
             elif path.is_dir():
-                rows = _load_directory(path, split, config_name, skip_bad_rows)
+                rows = _load_directory(path, split, config_name, skip_bad_rows, trains)
             elif looks_local(name):
                 raise DataError(_not_found(path))
             else:
@@ -75,7 +78,8 @@ def load_rows(
         raise DataError(f"{name}: damaged gzip file: {error}") from error
     if len(rows) == 0:
         raise DataError(f"{name}: split {split!r} has no rows")
-    row_kind(rows.column_names, name)
+    if trains:
+        row_kind(rows.column_names, name)
     if PROBLEM_COLUMN in rows.column_names:
         unread = len(rows) - rows.data[PROBLEM_COLUMN].null_count
         if unread:
@@ -127,7 +131,7 @@ def _not_found(path: Path) -> str:
 
 
 def _load_directory(
-    path: Path, split: str, config_name: str | None, skip_bad_rows: bool
+    path: Path, split: str, config_name: str | None, skip_bad_rows: bool, trains: bool
 ) -> datasets.Dataset:
     where = str(path)
     if (path / "dataset_dict.json").is_file():
@@ -143,11 +147,16 @@ def _load_directory(
     kind = builder.__module__.rpartition(".")[2]
     if kind not in _KINDS.values() or not files:
         raise DataError(f"{where}: no data files; expected some of {', '.join(_KINDS)}")
-    return _load_files(kind, files, split, skip_bad_rows, where)
+    return _load_files(kind, files, split, skip_bad_rows, trains, where)
 
 
 def _load_files(
-    kind: str, files: Mapping[str, Sequence[Path]], split: str, skip_bad_rows: bool, where: str
+    kind: str,
+    files: Mapping[str, Sequence[Path]],
+    split: str,
+    skip_bad_rows: bool,
+    trains: bool,
+    where: str,
 ) -> datasets.Dataset:
     wanted = [part.partition("[")[0].strip() for part in split.split("+")]
     if not set(wanted) <= set(files):
@@ -167,7 +176,7 @@ def _load_files(
                 return rows
         logger.debug("%s: rows differ in type or cannot be read: reading line by line", where)
     read = {
-        base: read_rows(listed, kind, skip_bad_rows=skip_bad_rows)
+        base: read_rows(listed, kind, skip_bad_rows=skip_bad_rows, trains=trains)
         for base, listed in selected.items()
     }
     return _take(read, split, where)

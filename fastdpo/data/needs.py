@@ -40,7 +40,8 @@ class Needs:
     Attributes:
         columns: any one of these is enough: `("comparisons",)` for a loss of comparisons,
             `("label",)` for kto, bco and apo_zero_unpaired, `("scores",)` for the grpo family,
-            `("scores", "comparisons")` for sppo, `("ranks",)` for listwise.
+            `("scores", "comparisons")` for sppo, `("ranks",)` for listwise; none where responses
+            are scored and not trained on.
         loss: its name in messages.
     """
 
@@ -61,6 +62,8 @@ class Needs:
             DataError: where none has, naming the columns found and those the loss needs.
         """
         kind = row_kind(columns, where)
+        if not self.columns:
+            return kind
         for held in row_kinds(columns):
             if not _known(held, columns).isdisjoint(self.columns):
                 return held
@@ -86,12 +89,13 @@ class Needs:
             "scores": bool(said.scores),
             "ranks": bool(said.ranks),
         }
-        if not any(known[name] for name in self.columns):
+        if self.columns and not any(known[name] for name in self.columns):
             field = "rankings" if "ranks" in self.columns else "scores"
             raise BadRow.expected(f"a list of {count} numbers, one a response", field, None)
 
 
 COMPARISONS = Needs()
+NOTHING = Needs((), "scoring")
 
 
 def describe_kind(kind: RowKind, columns: Collection[str]) -> str:

@@ -1,0 +1,45 @@
+"""Arguments of a command that are no keys of a configuration."""
+
+from collections.abc import Collection, Mapping, Sequence
+
+from .errors import ConfigError
+
+SHORT = {"-o": "--output", "-n": "--number"}
+
+
+def own_flags(
+    arguments: Sequence[str],
+    values: Mapping[str, str],
+    switches: Collection[str] = (),
+    see: str = "fastdpo --help",
+) -> tuple[list[str], dict[str, str], set[str]]:
+    """Tell a command's own flags from the rest of its line.
+
+    Args:
+        arguments: the command line.
+        values: flags with a value, and what that is in an error: "a file".
+        switches: flags without one.
+        see: the command that explains them.
+
+    Returns:
+        The other words; the values of the flags that were given; the switches that were.
+
+    Raises:
+        ConfigError: a flag without its value.
+    """
+    words: list[str] = []
+    given: dict[str, str] = {}
+    on: set[str] = set()
+    rest = iter(SHORT.get(word, word) for word in arguments)
+    for word in rest:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in {*values, *switches}:
+            words.append(word)
+        elif name in switches and not equals:
+            on.add(name)
+        else:
+            found = value if equals else next(rest, None)
+            if found is None:
+                raise ConfigError(f"--{name}: expected {values.get(name, 'nothing')} ({see})")
+            given[name] = found
+    return words, given, on

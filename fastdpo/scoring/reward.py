@@ -1,0 +1,77 @@
+"""A policy as a reward function for other trainers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+
+from ..config import TrainConfig
+from ..errors import DataError
+from .responses import load_response_scorer
+from .rows import make_encoder, windows
+
+
+class RewardModel:
+    """The implicit reward β (log π(y|x) − log π_ref(y|x)) of a policy (Rafailov et al. 2023,
+    arXiv:2305.18290, eq. 5, up to a constant of the prompt), as TRL's `GRPOTrainer` calls
+    `reward_funcs`.
+
+        trainer = GRPOTrainer(model, reward_funcs=RewardModel("out", "Qwen/Qwen3-0.6B"), ...)
+
+    Args:
+        policy: a directory or hub name of a model, or of an adapter.
+        reference: another model; None takes an adapter's base.
+        beta: the factor, in rewards a nat.
+        keys: further keys of `fastdpo train`, such as `dtype`, `use_cpu` or `max_length`.
+
+    Raises:
+        FastDPOError: a model that cannot be loaded, or no reference.
+    """
+
+    def __init__(
+        self, policy: str, reference: str | None = None, beta: float = 0.1, **keys: Any
+    ) -> None:
+        config = TrainConfig(
+            model_name_or_path=policy, ref_model_name_or_path=reference, beta=beta, **keys
+        )
+        self.scorer = load_response_scorer(config)
+        if self.scorer.reference is None:
+            raise config.error(
+                "ref_model_name_or_path",
+                f"expected a model, since {policy} is no adapter whose base could be the reference",
+            )
+        self.__name__ = "implicit_reward"  # which TRL logs it under
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[float]:
+        """The reward of each completion to the prompt at the same place: texts, or lists of
+        messages. Other columns are not looked at.
+
+        Raises:
+            DataError: naming the first completion that cannot be scored.
+        """
+        rows = [
+            {"prompt": prompt, "responses": [completion]}
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        dataset = datasets.Dataset.from_list(rows)
+        encoder = make_encoder(
+            dataset,
+            self.scorer.tokenizer,
+            "completions",
+            self.scorer.config.max_length,
+            self.scorer.vocab_size,
+        )
+        rewards: list[float] = []
+        for groups, scored in windows(dataset, encoder):
+            scores = self.scorer(groups)
+            for row in scored:
+                if row.reason is not None:
+                    raise DataError(f"completions, row {len(rewards) + 1}: {row.reason}")
+                found = scores[row.group]
+                assert found.ref_logps is not None
+                place = row.places[0]
+                gain = found.logps[place] - found.ref_logps[place]
+                rewards.append(float(self.scorer.config.beta * gain))
+        return rewards

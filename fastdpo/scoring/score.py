@@ -1,0 +1,250 @@
+"""`score`: log-probabilities and implicit rewards of all responses of a data set, and how well they
+agree with what its rows say.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from tqdm import tqdm
+
+from ..config import TrainConfig
+from ..data.dataset import RowsInMemory
+from ..data.load import load_rows
+from ..errors import ConfigError, DataError
+from ..hub import reached
+from ..model.lent import lent
+from ..model.load import check_given
+from ..terminal import progress_bars, withheld
+from .measures import Accuracy, Values, label_accuracy
+from .responses import GroupScores, ResponseScorer, load_response_scorer
+from .rows import READERS_OWN, ScoredRow, layout_of, make_encoder, windows
+from .write import writer_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """What was measured of the rows of a data set."""
+
+    columns: dict[str, list[Any]]
+    """New columns by name, an item a row, None where a row could not be scored:
+
+    - of pairs `chosen_logp`, `chosen_tokens` and the same of `rejected`, and `margin`;
+    - of single responses `logp`, `tokens`;
+    - of several, lists in `response_logps` and `response_tokens`, and `best`, the index of one;
+    - with a reference also `ref_logp` and `reward` of each;
+    - `unscored`: why a row could not be scored, where one could not.
+
+    Log-probabilities are sums over a response's tokens, in nats.
+    """
+    summary: dict[str, Any]
+    """`rows`, `unscored`, `responses`, `tokens`, `seconds`, `pairs` and, where the rows say which
+    responses are better, `accuracy` by measure and, with `by`, `by`: the same of each value.
+    """
+    rows: datasets.Dataset
+    """The rows with every column that they had, and the new ones."""
+
+
+def score(
+    config: TrainConfig,
+    rows: RowsInMemory | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    *,
+    by: str | None = None,
+    output: str | Path | None = None,
+) -> ScoreResult:
+    """Score as `fastdpo score` does: log π(y|x) of every response and, with a reference, its
+    implicit reward β (log π(y|x) − log π_ref(y|x)).
+
+    Args:
+        config: the keys of `fastdpo train`; read are those of model, reference, data, precision
+            and device, `max_length`, `max_tokens_per_batch` and `beta`.
+        rows: data in place of `dataset_name`: a list of dicts or a `datasets.Dataset`, in a layout
+            for training, or with responses alone: `prompt` and `responses` or `completion`.
+        model: a transformers causal language model in place of `model_name_or_path`.
+        tokenizer: its tokenizer, in place of the one at `model_name_or_path`.
+        by: a column; accuracies are also given for each of its values.
+        output: a .jsonl, .jsonl.gz or .parquet file to write the rows to.
+
+    Raises:
+        FastDPOError: anything wrong with configuration, data or model.
+    """
+    write = None if output is None else writer_of(Path(output))
+    _check(config, rows, model, tokenizer)
+    with (
+        progress_bars(config.disable_tqdm),
+        reached(config),
+        nullcontext() if model is None else lent(model),
+        withheld(),
+    ):
+        name = "rows" if rows is not None else str(config.dataset_name)
+        dataset = _load(config) if rows is None else _in_memory(rows)
+        layout_of(dataset.column_names, name)
+        if by is not None and by not in dataset.column_names:
+            raise DataError(f"{name}: no column {by}; there are {', '.join(dataset.column_names)}")
+        scorer = load_response_scorer(config, model, tokenizer)
+        result = _score(scorer, dataset, name, by, config.disable_tqdm)
+        if write is not None:
+            write(result.rows)
+    return result
+
+
+def _check(config: TrainConfig, rows: Any, model: Any, tokenizer: Any) -> None:
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(f"config: expected a TrainConfig, got {type(config).__name__}")
+    if model is None or tokenizer is None:
+        config.require("model_name_or_path")
+    if rows is None:
+        config.require("dataset_name")
+    if model is not None:
+        check_given(model, config)
+    if (config.devices or 1) > 1:
+        raise config.error("devices", "fastdpo score runs on one device; expected 1")
+
+
+def _load(config: TrainConfig) -> datasets.Dataset:
+    return load_rows(
+        str(config.dataset_name),
+        config.dataset_train_split,
+        config_name=config.dataset_config,
+        num_proc=config.dataset_num_proc,
+        skip_bad_rows=True,
+        trains=False,
+    )
+
+
+def _in_memory(rows: RowsInMemory) -> datasets.Dataset:
+    if isinstance(rows, datasets.Dataset):
+        return rows
+    if isinstance(rows, str | Mapping) or not isinstance(rows, Sequence) or not rows:
+        raise DataError("rows: expected a list of dicts or a datasets.Dataset, with rows")
+    try:
+        return datasets.Dataset.from_list([dict(row) for row in rows])
+    except (TypeError, ValueError) as error:  # pyarrow's are ValueErrors
+        raise DataError(f"rows: cannot be one data set ({error})") from error
+
+
+def _score(
+    scorer: ResponseScorer,
+    dataset: datasets.Dataset,
+    name: str,
+    by: str | None,
+    hide: bool | None,
+) -> ScoreResult:
+    encoder = make_encoder(
+        dataset, scorer.tokenizer, name, scorer.config.max_length, scorer.vocab_size
+    )
+    start = time.perf_counter()
+    rows: list[ScoredRow] = []
+    scores: list[GroupScores | None] = []
+    with tqdm(total=len(dataset), desc="score", unit="row", disable=hide) as bar:
+        for groups, some in windows(dataset, encoder):
+            found = scorer(groups)
+            rows += some
+            scores += [None if row.reason else _of_row(found[row.group], row) for row in some]
+            bar.update(len(some))
+    seconds = time.perf_counter() - start
+    values = [None if one is None else _values(one, scorer.config.beta) for one in scores]
+    columns = _columns(encoder.kind, rows, scores, values)
+    tokens = sum(int(one.tokens.sum()) for one in scores if one is not None)
+    summary = {
+        "rows": len(rows),
+        "unscored": sum(row.reason is not None for row in rows),
+        "responses": sum(len(row.places) for row in rows),
+        "tokens": tokens,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "reference": scorer.measured_from,
+        **_agreement(rows, values, None if by is None else dataset[by]),
+    }
+    kept = dataset.remove_columns(
+        [c for c in dataset.column_names if c in (*READERS_OWN, *columns)]
+    )
+    for column, items in columns.items():
+        kept = kept.add_column(column, items)
+    return ScoreResult(columns, summary, kept)
+
+
+def _of_row(scores: GroupScores, row: ScoredRow) -> GroupScores:
+    places = list(row.places)
+    reference = None if scores.ref_logps is None else scores.ref_logps[places]
+    return GroupScores(scores.logps[places], scores.tokens[places], reference)
+
+
+def _values(scores: GroupScores, beta: float) -> Values:
+    values = {}
+    if scores.ref_logps is not None:
+        values["reward"] = beta * (scores.logps - scores.ref_logps)
+    values["logp"] = scores.logps
+    values["logp_per_token"] = scores.logps / np.maximum(scores.tokens, 1)
+    return values
+
+
+def _columns(
+    kind: str,
+    rows: Sequence[ScoredRow],
+    scores: Sequence[GroupScores | None],
+    values: Sequence[Values | None],
+) -> dict[str, list[Any]]:
+    """The new columns, named after the layout."""
+    if not any(scores):
+        return {"unscored": [row.reason for row in rows]}
+    measured: dict[str, list[list[Any] | None]] = {
+        "logp": [None if one is None else one.logps.tolist() for one in scores],
+        "tokens": [None if one is None else one.tokens.tolist() for one in scores],
+    }
+    if any(one is not None and one.ref_logps is not None for one in scores):
+        measured["ref_logp"] = [
+            None if one is None or one.ref_logps is None else one.ref_logps.tolist()
+            for one in scores
+        ]
+        measured["reward"] = [None if v is None else v["reward"].tolist() for v in values]
+    first = next(iter(next(v for v in values if v is not None)))
+    columns: dict[str, list[Any]] = {}
+    if kind == "pair":
+        for place, response in enumerate(("chosen", "rejected")):
+            for name, items in measured.items():
+                columns[f"{response}_{name}"] = [item and item[place] for item in items]
+        columns["margin"] = [
+            None if v is None else float(v[first][0] - v[first][1]) for v in values
+        ]
+    elif kind == "label":
+        columns |= {name: [item and item[0] for item in items] for name, items in measured.items()}
+    else:
+        plural = {"logp": "logps", "tokens": "tokens", "ref_logp": "ref_logps", "reward": "rewards"}
+        columns |= {f"response_{plural[name]}": items for name, items in measured.items()}
+        columns["best"] = [None if v is None else int(v[first].argmax()) for v in values]
+    if any(row.reason for row in rows):
+        columns["unscored"] = [row.reason for row in rows]
+    return columns
+
+
+def _agreement(
+    rows: Sequence[ScoredRow], values: Sequence[Values | None], by: Iterable[Any] | None
+) -> dict[str, Any]:
+    """How many pairs the rows state and how many of them each measure has in the right order."""
+    whole, parts = Accuracy(), dict[str, Accuracy]()
+    keys: Iterator[Any] = iter(by) if by is not None else iter([None] * len(rows))
+    for row, value, key in zip(rows, values, keys, strict=True):
+        if value is not None:
+            whole.add(value, row.comparisons)
+            if by is not None:
+                parts.setdefault(str(key), Accuracy()).add(value, row.comparisons)
+    said: dict[str, Any] = {"pairs": whole.pairs, "accuracy": whole.shares()}
+    if by is not None:
+        said["by"] = {
+            key: {"pairs": part.pairs, **part.shares()} for key, part in sorted(parts.items())
+        }
+    labelled = [(v, row.label) for row, v in zip(rows, values, strict=True) if v is not None]
+    if labels := label_accuracy([v for v, _ in labelled], [label for _, label in labelled]):
+        said["label_accuracy"] = labels
+    return said
