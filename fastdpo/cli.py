@@ -258,8 +258,7 @@ def _elsewhere(module: str) -> tuple[Callable[[Sequence[str]], None], Callable[[
     """A command that a module of its own holds, imported when it is called."""
 
     def run(arguments: Sequence[str]) -> None:
-        with terminal.heard():
-            importlib.import_module(module, __package__).run(arguments)
+        importlib.import_module(module, __package__).run(arguments)
 
     return run, lambda: importlib.import_module(module, __package__).USAGE
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from .. import terminal
 from ..arguments import own_flags
 from ..config import TrainConfig
 
@@ -41,7 +42,8 @@ def run(arguments: Sequence[str]) -> None:
     config.require("model_name_or_path", "dataset_name")
     from .score import score
 
-    summary = score(config, by=given.get("by"), output=given.get("output")).summary
+    with terminal.heard("json" not in switches):
+        summary = score(config, by=given.get("by"), output=given.get("output")).summary
     if "output" in given:
         summary["output"] = given["output"]
     print(json.dumps(summary, indent=2) if "json" in switches else describe(summary))

@@ -46,7 +46,7 @@ def label_accuracy(values: Iterable[Values], labels: Iterable[bool | None]) -> d
 
 
 def _area(values: np.ndarray, good: np.ndarray) -> float:
-    distinct, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
     rank = np.cumsum(count) - (count - 1) / 2
     positive = int(good.sum())
     surplus = rank[place][good].sum() - positive * (positive + 1) / 2

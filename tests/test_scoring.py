@@ -1,0 +1,266 @@
+"""`fastdpo score`: each response's log-probability, implicit reward and place in its row."""
+
+import gzip
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastdpo import RewardModel, TrainConfig, score
+from fastdpo.cli import main
+from fastdpo.errors import ConfigError, DataError, ModelError
+from fastdpo.scoring.measures import label_accuracy
+from fastdpo.scoring.rows import WINDOW
+
+KEYS = {"use_cpu": True, "bf16": False, "disable_tqdm": True}
+GROUPS = [
+    {"prompt": "the cat ", "responses": ["sat", "ran far", "sat"], "scores": [1.0, 0.0, 0.5]},
+    {"prompt": "a dog ", "responses": ["ran"], "scores": [0.3]},
+    {"prompt": "the cat ", "responses": ["slept"], "scores": [0.1]},
+]
+
+
+@pytest.fixture
+def make_config(tiny_model):
+    def make(**keys: Any) -> TrainConfig:
+        return TrainConfig(**{"model_name_or_path": str(tiny_model), **KEYS, **keys})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model, tmp_path_factory) -> Path:
+    """A LoRA adapter that moves the tiny model, with its tokenizer."""
+    torch.manual_seed(1)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model),
+        LoraConfig(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+    )
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    path = tmp_path_factory.mktemp("adapter") / "adapter"
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(path)
+    return path
+
+
+@torch.no_grad()
+def own_logp(model: Any, tokenizer: Any, prompt: str, response: str) -> tuple[float, int]:
+    """By the model's own logits of one sequence, as TRL tokenises it."""
+    full = tokenizer(prompt + response + tokenizer.eos_token)["input_ids"]
+    start = next(
+        (
+            i
+            for i, (a, b) in enumerate(zip(tokenizer(prompt)["input_ids"], full, strict=False))
+            if a != b
+        ),
+        len(tokenizer(prompt)["input_ids"]),
+    )
+    logps = model(torch.tensor([full])).logits[0].double().log_softmax(-1)
+    return sum(float(logps[i - 1, full[i]]) for i in range(start, len(full))), len(full) - start
+
+
+def test_every_response_has_the_log_probability_that_the_model_gives_it(make_config, tiny_model):
+    result = score(make_config(), GROUPS)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    for row, logps, tokens, best in zip(
+        GROUPS,
+        result.columns["response_logps"],
+        result.columns["response_tokens"],
+        result.columns["best"],
+        strict=True,
+    ):
+        expected = [own_logp(model, tokenizer, row["prompt"], r) for r in row["responses"]]
+        assert logps == pytest.approx([logp for logp, _ in expected], rel=1e-5)
+        assert tokens == [count for _, count in expected]
+        assert best == max(range(len(logps)), key=lambda i: (logps[i], -i))
+    assert result.rows.column_names[:3] == ["prompt", "responses", "scores"]
+    assert result.summary["responses"] == 5
+    assert result.summary["pairs"] == 3
+
+
+def test_rows_keep_their_place_over_windows_and_those_that_cannot_be_scored_say_why(make_config):
+    rows = [
+        {"prompt": f"{i} ", "chosen": "yes " * (i % 5 + 1), "rejected": "no", "id": i}
+        for i in range(WINDOW + 7)
+    ]
+    rows[3]["prompt"] = "the cat sat on a mat " * 40
+    rows[WINDOW + 2]["chosen"] = None
+    result = score(make_config(max_length=64), rows)
+    reasons = result.columns["unscored"]
+    assert [i for i, reason in enumerate(reasons) if reason] == [3, WINDOW + 2]
+    assert "max_length" in reasons[3] and "chosen" in reasons[WINDOW + 2]
+    assert result.columns["chosen_logp"][3] is result.columns["margin"][3] is None
+    assert result.rows["id"][:] == list(range(WINDOW + 7))
+    last = score(make_config(max_length=64), rows[-1:])
+    assert result.columns["margin"][-1] == pytest.approx(last.columns["margin"][0], rel=1e-5)
+    assert result.summary["unscored"] == 2
+
+
+def test_rewards_are_measured_from_a_reference_or_from_an_adapters_base(
+    make_config, adapter, tiny_model
+):
+    pairs = [{"prompt": "the cat ", "chosen": "sat", "rejected": "ran far"}]
+    base, own = score(make_config(), pairs), score(make_config(), pairs).columns
+    assert "chosen_reward" not in base.columns
+    tuned = score(make_config(model_name_or_path=str(adapter), beta=0.5), pairs).columns
+    merged = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_model), adapter
+    ).merge_and_unload()
+    expected, _ = own_logp(merged, AutoTokenizer.from_pretrained(tiny_model), "the cat ", "sat")
+    assert tuned["chosen_logp"][0] == pytest.approx(expected, rel=1e-5)
+    assert tuned["chosen_ref_logp"] == pytest.approx(own["chosen_logp"], rel=1e-5)
+    rewards = [
+        0.5 * (tuned[f"{name}_logp"][0] - own[f"{name}_logp"][0]) for name in ("chosen", "rejected")
+    ]
+    assert abs(rewards[0]) > 1e-3
+    assert [tuned["chosen_reward"][0], tuned["rejected_reward"][0]] == pytest.approx(
+        rewards, rel=1e-3
+    )
+    assert tuned["margin"][0] == pytest.approx(rewards[0] - rewards[1], rel=1e-3)
+    two = score(
+        make_config(ref_model_name_or_path=str(adapter), beta=0.5), pairs
+    ).columns  # the other way round
+    assert two["margin"][0] == pytest.approx(-tuned["margin"][0], rel=1e-3)
+
+
+def test_accuracies_are_those_of_the_pairs_and_of_a_columns_values(make_config):
+    rows = [
+        {"prompt": "the cat ", "chosen": a, "rejected": b, "kind": kind}
+        for a, b, kind in (("sat", "sat on a mat", "x"), ("sat on a mat", "sat", "y"))
+    ] + [{"prompt": "a dog ", "chosen": "ran", "rejected": "ran", "kind": "y"}]
+    summary = score(make_config(), rows, by="kind").summary
+    assert summary["accuracy"]["logp"] == pytest.approx(1.5 / 3)  # a tie is half right
+    assert summary["by"]["x"]["pairs"] == 1 and summary["by"]["y"]["pairs"] == 2
+    total = sum(part["pairs"] * part["logp"] for part in summary["by"].values())
+    assert total == pytest.approx(1.5)
+    with pytest.raises(DataError, match="no column sort; there are prompt, chosen, rejected, kind"):
+        score(make_config(), rows, by="sort")
+
+
+def test_labels_are_judged_by_the_area_under_the_curve():
+    values = [{"logp": np.array([v])} for v in (-1.0, -2.0, -2.0, -3.0)]
+    assert label_accuracy(values, [True, True, False, False])["logp"] == pytest.approx(3.5 / 4)
+    assert label_accuracy(values, [False, False, True, True])["logp"] == pytest.approx(0.5 / 4)
+    assert label_accuracy(values, [True] * 4) == {}
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [
+        ([{"prompt": "a ", "completion": "b"}], {"response_logps", "response_tokens", "best"}),
+        (
+            [{"prompt": "a ", "responses": ["b", "c"]}],
+            {"response_logps", "response_tokens", "best"},
+        ),
+        ([{"prompt": "a ", "completion": "b", "label": True}], {"logp", "tokens"}),
+        (
+            [{"chosen": "a b", "rejected": "a c"}],
+            {*(f"{n}_{v}" for n in ("chosen", "rejected") for v in ("logp", "tokens")), "margin"},
+        ),
+    ],
+)
+def test_layouts_get_columns_of_their_own(make_config, rows, columns):
+    result = score(make_config(), rows)
+    assert result.columns.keys() == columns
+    numbers = json.dumps(result.columns)
+    assert "NaN" not in numbers and "null" not in numbers
+
+
+def test_a_file_is_scored_into_another_with_every_column(make_config, tmp_path, capsys):
+    source = tmp_path / "rows.jsonl"
+    rows = [
+        {"prompt": "the cat ", "chosen": "sat", "rejected": "ran", "meta": {"a": [1, None]}},
+        {"prompt": "a dog ", "chosen": "ran ü\u2028", "rejected": "sat", "meta": "text"},
+    ]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = make_config()
+    words = ["--model_name_or_path", str(config.model_name_or_path), "--dataset_name", str(source)]
+    words += ["--use_cpu", "--no_bf16", "--disable_tqdm"]
+    for name in ("out.jsonl", "out.jsonl.gz", "out.parquet"):
+        assert main(["score", *words, "-o", str(tmp_path / name)]) == 0
+    said = capsys.readouterr().out
+    assert "2 pairs in the right order: log-probability" in said
+    assert f"rows: {tmp_path / 'out.parquet'}" in said
+    plain = (tmp_path / "out.jsonl").read_text(encoding="utf-8").split("\n")
+    zipped = gzip.decompress((tmp_path / "out.jsonl.gz").read_bytes()).decode().split("\n")
+    assert plain == zipped and plain.pop() == ""
+    written = [json.loads(line) for line in plain]
+    assert [{k: row[k] for k in rows[0]} for row in written] == rows
+    parquet = datasets.load_dataset("parquet", data_files=str(tmp_path / "out.parquet"))["train"]
+    assert parquet["margin"][:] == pytest.approx([row["margin"] for row in written])
+    assert main(["score", *words, "--json", "--by", "prompt"]) == 0
+    assert json.loads(capsys.readouterr().out)["by"].keys() == {"the cat ", "a dog "}
+    # What was written is scored again, and its columns are replaced.
+    again = [*words[:2], "--dataset_name", str(tmp_path / "out.jsonl"), *words[4:]]
+    assert main(["score", *again, "-o", str(tmp_path / "again.jsonl")]) == 0
+    lines = (tmp_path / "again.jsonl").read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line) for line in lines if line] == written
+
+
+def test_what_is_wrong_is_one_line(make_config, tmp_path, capsys):
+    model = str(make_config().model_name_or_path)
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"question": "a", "answer": "b"}\n')
+    words = ["--model_name_or_path", model, "--dataset_name", str(data), "--use_cpu"]
+    assert main(["score", *words]) == 2
+    assert "missing columns: found answer, question" in capsys.readouterr().err
+    assert main(["score", *words, "-o", "rows.txt"]) == 2
+    error = "error: rows.txt: expected a file named .jsonl, .jsonl.gz or .parquet\n"
+    assert capsys.readouterr().err == error
+    assert main(["score", *words, "-o"]) == 2
+    assert "--output: expected a file (fastdpo score --help)" in capsys.readouterr().err
+    assert main(["score", "--dataset_name", str(data)]) == 2
+    assert "model_name_or_path" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="one device"):
+        score(make_config(devices=2), [{"prompt": "a ", "completion": "b"}])
+    with pytest.raises(DataError, match="expected a list of dicts"):
+        score(make_config(), [])
+    assert not (tmp_path / "rows.txt").exists()
+
+
+def test_the_policy_is_a_reward_function_of_trls_form(adapter, tiny_model, make_config):
+    reward = RewardModel(str(adapter), beta=0.5, **KEYS)
+    prompts, completions = ["the cat ", "a dog ", "the cat "], ["sat", "ran", "slept far"]
+    rewards = reward(prompts=prompts, completions=completions, completion_ids=[[1]] * 3, answer=[0])
+    rows = [{"prompt": p, "responses": [c]} for p, c in zip(prompts, completions, strict=True)]
+    scored = score(make_config(model_name_or_path=str(adapter), beta=0.5), rows).columns
+    assert rewards == pytest.approx([r for [r] in scored["response_rewards"]], rel=1e-4)
+    assert all(isinstance(r, float) and math.isfinite(r) for r in rewards)
+    assert reward.__name__ == "implicit_reward"
+    with pytest.raises(DataError, match="completions, row 2"):
+        reward(["a ", "b "], ["c", None])
+    with pytest.raises(ConfigError, match="is no adapter"):
+        RewardModel(str(tiny_model), **KEYS)
+    with pytest.raises(ModelError):
+        RewardModel(str(adapter / "nothing"), **KEYS)
+
+
+def test_a_chat_is_scored_as_its_template_writes_it(chat_model, make_config):
+    path = chat_model
+    reward = RewardModel(str(path), str(path), **KEYS)
+    prompt = [{"role": "user", "content": "hello"}]
+    rewards = reward([prompt], [[{"role": "assistant", "content": "blue"}]])
+    assert rewards == pytest.approx([0.0], abs=1e-6)
+
+
+@pytest.fixture
+def chat_model(tiny_model, tmp_path) -> Path:
+    """The tiny model with a chat template."""
+    from data_samples import CHATML
+
+    path = tmp_path / "chat"
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(path)
+    return path
