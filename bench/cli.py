@@ -6,6 +6,7 @@
   fastdpo bench convergence                     both trainers' curves on held-out pairs
   fastdpo bench memory --model_config llama-3.1-8b --lora     the longest pair that trains
   fastdpo bench gaps --model_config qwen2.5-1.5b              how long the GPU waits between steps
+  fastdpo bench score                           N-best groups scored, beside padded batches
   fastdpo bench balance                         how evenly work is spread over 8, 64, 512 ranks
   fastdpo bench hosts                           two hosts, made of network namespaces
   fastdpo bench scaling                         1, 2 and 4 processes: time, bytes, memory
@@ -30,6 +31,7 @@ COMMANDS = {
     "convergence": ".convergence.run",
     "memory": ".trainers.memory",
     "gaps": ".trainers.gaps",
+    "score": ".score",
     "balance": ".balance",
     "hosts": ".hosts",
     "scaling": ".scaling.run",
