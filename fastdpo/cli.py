@@ -1,4 +1,5 @@
-"""The command line: `fastdpo train | precompute | score | plan | bench | doctor`.
+"""The command line: `fastdpo train | precompute | score | sample | chat | merge | plan
+| bench | doctor`.
 
 What a user got wrong is one line on stderr and exit code 2, never a traceback. As in a shell, an
 interrupted run is 130, and 141 one whose output nobody reads any more. Nothing heavy is imported
@@ -32,6 +33,9 @@ Commands:
   train         train a model, and evaluate and save it
   precompute    compute and cache the reference's log-probabilities, without training
   score         log-probabilities and implicit rewards of the responses in a file
+  sample        answers of a model, to one prompt or to those of a file
+  chat          talk to a model
+  merge         add an adapter to its base's weights
   plan          what a run would need of a GPU's memory, before anything runs
   bench         compare with other trainers and heads, on this machine
   doctor        what is installed here, and which kernels would run and why
@@ -276,6 +280,9 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], Callable[[], str] | N
         _key_usage("precompute", "compute and cache the reference's log-probabilities"),
     ),
     "score": _elsewhere(".scoring.command"),
+    "sample": _elsewhere(".generation.sample"),
+    "chat": _elsewhere(".generation.chat"),
+    "merge": _elsewhere(".generation.merge"),
     "plan": (_plan, _plan_usage),
     "bench": (_bench, None),
     "doctor": (_doctor, lambda: DOCTOR_USAGE),

@@ -245,22 +245,8 @@ def test_the_policy_is_a_reward_function_of_trls_form(adapter, tiny_model, make_
         RewardModel(str(adapter / "nothing"), **KEYS)
 
 
-def test_a_chat_is_scored_as_its_template_writes_it(chat_model, make_config):
-    path = chat_model
-    reward = RewardModel(str(path), str(path), **KEYS)
+def test_a_chat_is_scored_as_its_template_writes_it(tiny_model):
+    reward = RewardModel(str(tiny_model), str(tiny_model), **KEYS)
     prompt = [{"role": "user", "content": "hello"}]
     rewards = reward([prompt], [[{"role": "assistant", "content": "blue"}]])
     assert rewards == pytest.approx([0.0], abs=1e-6)
-
-
-@pytest.fixture
-def chat_model(tiny_model, tmp_path) -> Path:
-    """The tiny model with a chat template."""
-    from data_samples import CHATML
-
-    path = tmp_path / "chat"
-    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(path)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(path)
-    return path

@@ -18,7 +18,7 @@ LAYERS = (
     ("model",),
     ("reference", "hub", "memory"),
     ("training",),
-    ("scoring",),
+    ("scoring", "generation"),
     ("doctor", "demo"),
     ("cli", "__main__"),
 )

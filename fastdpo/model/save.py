@@ -38,16 +38,18 @@ def whole_state(model: Any) -> dict[str, Tensor] | None:
     return state
 
 
-def save_weights(model: Any, path: Path, state: dict[str, Tensor] | None = None) -> None:
+def save_weights(
+    model: Any, path: Path, state: dict[str, Tensor] | None = None, **options: Any
+) -> None:
     """The model, or its adapter alone, as `AutoModelForCausalLM` or peft loads it; `state` is that
-    of `whole_state`.
+    of `whole_state`, and further options are those of `save_pretrained`.
 
     transformers refuses to save a generation configuration that it calls invalid (sampling flags
     without `do_sample`, which published models have), after everything has been trained; here it is
     written as it was read.
     """
     base = base_causal_lm(model)
-    given = {} if state is None else {"state_dict": state}
+    given = options if state is None else {"state_dict": state, **options}
     generation = getattr(base, "generation_config", None)
     with original_dropout(base):
         if generation is None or base is not model:

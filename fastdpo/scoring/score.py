@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..config import TrainConfig
 from ..data.dataset import RowsInMemory
 from ..data.load import load_rows
+from ..data.write import writer_of
 from ..errors import ConfigError, DataError
 from ..hub import reached
 from ..model.lent import lent
@@ -25,7 +26,6 @@ from ..terminal import progress_bars, withheld
 from .measures import Accuracy, Values, label_accuracy
 from .responses import GroupScores, ResponseScorer, load_response_scorer
 from .rows import READERS_OWN, ScoredRow, layout_of, make_encoder, windows
-from .write import writer_of
 
 logger = logging.getLogger(__name__)
 

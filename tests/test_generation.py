@@ -1,0 +1,176 @@
+"""`fastdpo sample`, `fastdpo chat` and `fastdpo merge`."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastdpo import TrainConfig, score
+from fastdpo.cli import main
+from fastdpo.errors import ConfigError
+from fastdpo.generation.chat import _harmless
+from fastdpo.generation.sampler import Sampler, Sampling
+
+KEYS = ["--use_cpu", "--no_bf16", "--disable_tqdm"]
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model, tmp_path_factory) -> Path:
+    torch.manual_seed(1)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model),
+        LoraConfig(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+    )
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    path = tmp_path_factory.mktemp("adapter") / "adapter"
+    model.save_pretrained(path)
+    return path
+
+
+def sampler(path: Path) -> Sampler:
+    return Sampler.load(TrainConfig(model_name_or_path=str(path), use_cpu=True))
+
+
+def test_batches_of_any_size_give_the_likeliest_answers_of_the_model_alone(tiny_model):
+    one, how = sampler(tiny_model), Sampling(max_new_tokens=6, temperature=0)
+    prompts = ["the cat ", "a small dog saw the old hills and ", "one "]
+    together = dict(one.sample(prompts, how, batch_size=3))
+    apart = dict(one.sample(prompts, how, batch_size=1))
+    assert together == apart
+    ids = one.tokenizer(prompts[0], return_tensors="pt")["input_ids"]
+    for _ in range(6):
+        logits = one.model(ids).logits[0, -1]
+        ids = torch.cat([ids, logits.argmax()[None, None]], 1)
+    expected = one.tokenizer.decode(ids[0, -6:], skip_special_tokens=True)
+    assert together[0][0].text == expected
+
+
+def test_the_seed_decides_what_is_drawn(tiny_model):
+    one, how = sampler(tiny_model), Sampling(max_new_tokens=8)
+    first = dict(one.sample(["the cat "], how, 3, seed=1))
+    assert dict(one.sample(["the cat "], how, 3, seed=1)) == first
+    assert dict(one.sample(["the cat "], how, 3, seed=2)) != first
+    assert len(set(first[0])) > 1
+
+
+def test_an_answer_ends_at_the_models_own_end(tiny_model):
+    one = sampler(tiny_model)
+    end = one.tokenizer.eos_token_id
+    assert one._answer([5, end, 6]).complete and not one._answer([5, 6]).complete
+    assert one._answer([5, end, 6]).text == one.tokenizer.decode([5])
+
+
+@pytest.mark.parametrize(
+    "values", [{"temperature": -1.0}, {"top_p": 0.0}, {"max_new_tokens": 0}, {"top_k": -1}]
+)
+def test_numbers_out_of_range_are_refused(values):
+    with pytest.raises(ConfigError, match=f"--{next(iter(values))}"):
+        Sampling(**values)
+
+
+def test_samples_of_a_file_are_rows_that_can_be_scored(tiny_model, tmp_path, capsys):
+    rows = [
+        {"prompt": [{"role": "user", "content": "hello"}], "id": 1, "label": True},
+        {"prompt": [{"role": "user", "content": "the cat sat on a mat"}], "id": 2, "label": False},
+    ]
+    source, out = tmp_path / "prompts.jsonl", tmp_path / "samples.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["sample", str(tiny_model), "--dataset_name", str(source), "-n", "2", "-o", str(out)]
+    assert main([*words, "--max_new_tokens", "4", *KEYS]) == 0
+    assert f"2 rows, 2 answers each: {out}" in capsys.readouterr().out
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["prompt"] for row in written] == [row["prompt"] for row in rows]
+    assert [row["id"] for row in written] == [1, 2] and "label" not in written[0]
+    assert [len(row["responses"]) for row in written] == [2, 2]
+    assert written[0]["responses"][0][0]["role"] == "assistant"
+    config = TrainConfig(
+        model_name_or_path=str(tiny_model), dataset_name=str(out), use_cpu=True, bf16=False
+    )
+    assert score(config).summary["responses"] + 4 * score(config).summary["unscored"] >= 4
+
+
+def test_prompts_come_from_pairs_without_one_and_from_the_command_line(
+    tiny_model, tmp_path, capsys
+):
+    source = tmp_path / "pairs.jsonl"
+    source.write_text('{"chosen": "the cat sat", "rejected": "the cat ran"}\n')
+    words = ["sample", str(tiny_model), "--max_new_tokens", "3", "--temperature", "0", *KEYS]
+    assert main([*words, "--dataset_name", str(source)]) == 0
+    [row] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert main([*words, "--prompt", row["prompt"]]) == 0
+    asked = json.loads(capsys.readouterr().out)
+    assert isinstance(row["prompt"], str) and isinstance(row["responses"][0], str)
+    assert asked["prompt"] == [{"role": "user", "content": row["prompt"]}]
+    assert asked["responses"][0][0]["role"] == "assistant"
+
+
+def test_a_chat_goes_on_from_what_was_said(tiny_model, capsys, monkeypatch):
+    lines = "hello\nand now\n/reset\nhello\n/exit\nnever\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    asked = []
+    encode = Sampler.encode
+    monkeypatch.setattr(
+        Sampler, "encode", lambda self, prompt: asked.append(list(prompt)) or encode(self, prompt)
+    )
+    words = ["chat", str(tiny_model), "--system", "be brief", "--base", str(tiny_model)]
+    assert main([*words, "--temperature", "0", "--max_new_tokens", "3", "--use_cpu"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("[before]") == said.count("[after]") == 3
+    roles = [[message["role"] for message in prompt] for prompt in asked]
+    first = ["system", "user"]
+    assert roles == [first] * 2 + [[*first, "assistant", "user"]] * 2 + [first] * 2
+    assert "never" not in json.dumps(asked)
+
+
+def test_what_a_terminal_would_obey_is_not_printed():
+    assert _harmless("a\x1b[2Jb\x07\n\tü") == "a[2Jb\n\tü"
+
+
+def test_a_merged_adapter_is_a_model_with_its_numbers(adapter, tiny_model, tmp_path, capsys):
+    out = tmp_path / "merged"
+    assert main(["merge", str(adapter), "-o", str(out), "--max_shard_size", "20KB"]) == 0
+    assert f"merged into {tiny_model}, float32: {out}" in capsys.readouterr().out
+    assert len(list(out.glob("*.safetensors"))) > 1
+    ids = torch.arange(5, 17)[None]
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    plain = base(ids).logits
+    expected = PeftModel.from_pretrained(base, adapter)(ids).logits
+    merged = AutoModelForCausalLM.from_pretrained(out)(ids).logits
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-5)
+    assert (merged - plain).abs().max() > 1e-2
+    assert AutoTokenizer.from_pretrained(out)("the cat")["input_ids"]
+    half = tmp_path / "half"
+    assert main(["merge", str(adapter), "--dtype", "bfloat16", "-o", str(half)]) == 0
+    assert AutoModelForCausalLM.from_pretrained(half).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["merge", "{model}", "-o", "{tmp}/x"], "is no adapter"),
+        (["merge", "{adapter}"], "--output: expected a directory"),
+        (["merge", "{adapter}", "-o", "{tmp}"], "is there already"),
+        (["merge"], "expected a model: fastdpo merge MODEL"),
+        (["merge", "{adapter}", "-o", "{tmp}/x", "--max_shard_size", "big"], "--max_shard_size"),
+        (["sample", "{model}"], "expected one of --prompt and --dataset_name"),
+        (["sample", "{model}", "--prompt", "a", "-n", "two"], "--number: expected a whole number"),
+        (["sample", "{model}", "--prompt", "a", "-n", "0"], "--number: expected at least 1"),
+        (["sample", "{model}", "--prompt", "a", "--temperature", "hot"], "--temperature"),
+        (["sample", "{tmp}/none", "--prompt", "a"], "none"),
+        (["chat", "{model}", "--betta", "1"], "betta"),
+    ],
+)
+def test_what_is_wrong_is_one_line(words, error, tiny_model, adapter, tmp_path, capsys):
+    (tmp_path / "something").write_text("kept")
+    words = [w.format(model=tiny_model, adapter=adapter, tmp=tmp_path) for w in words]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and error in said and said.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["something"]
