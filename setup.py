@@ -10,11 +10,13 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = run_path(str(HERE / "fastdpo" / "version.py"))["__version__"]
 
+CHECK = ["py3langid>=0.3", "rensa>=0.5"]
 DEMO = ["gguf>=0.17"]
 GPU = ['liger-kernel>=0.8.5; platform_system == "Linux"']
 MEMORY = ["bitsandbytes>=0.50", "torchao>=0.18"]
 
 TEST = [
+    *CHECK,
     *DEMO,
     *GPU,
     *MEMORY,
@@ -57,6 +59,7 @@ setup(
         "xxhash>=3.4",
     ],
     extras_require={
+        "check": CHECK,
         "demo": DEMO,
         "flash": ["flash-attn"],
         "gpu": GPU,

@@ -16,6 +16,7 @@ LAYERS = (
     ("arguments", "extras", "files", "terminal", "tried", "config"),
     ("devices", "losses", "parallel", "data"),
     ("model",),
+    ("checks",),
     ("reference", "hub", "memory"),
     ("training",),
     ("scoring", "generation"),

@@ -1,0 +1,89 @@
+"""Rows that say the same, and rows that contradict each other."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import xxhash
+
+from .findings import Finding, of_rows
+from .near import clusters
+from .texts import Texts, plain, words_alone
+
+
+def exact_duplicates(texts: Texts) -> Iterator[Finding]:
+    """Rows that repeat an earlier one but for white space and case."""
+    first: dict[bytes, int] = {}
+    found = []
+    for place, row in enumerate(texts.rows):
+        earlier = first.setdefault(_digest(row_texts(texts, place)), row)
+        if earlier != row:
+            found.append((row, f"as row {earlier}: {texts.prompts[place]}"))
+    yield from of_rows(
+        "exact_duplicate", "warning", found, len(texts.rows), "rows repeat an earlier one"
+    )
+
+
+def near_duplicates(texts: Texts) -> Iterator[Finding]:
+    """Rows that share four fifths of their three-word phrases with an earlier one."""
+    seen: set[bytes] = set()
+    places = []
+    for place in range(len(texts.rows)):
+        digest = _digest(row_texts(texts, place))
+        if digest not in seen:
+            seen.add(digest)
+            places.append(place)
+    joined = clusters(["\n".join(row_texts(texts, place)) for place in places])
+    first: dict[int, int] = {}
+    found = []
+    for place, cluster in zip(places, joined.tolist(), strict=True):
+        earlier = first.setdefault(cluster, place)
+        if earlier != place:
+            found.append((texts.rows[place], f"like row {texts.rows[earlier]}: "
+                          f"{texts.prompts[place]}"))  # fmt: skip
+    text = "rows are nearly the same as an earlier one"
+    yield from of_rows("near_duplicate", "note", found, len(texts.rows), text)
+
+
+def contradictions(texts: Texts) -> Iterator[Finding]:
+    """Pairs of one prompt that are stated both ways round; punctuation and case do not count."""
+    stated: dict[bytes, int] = {}
+    found = []
+    for row, winner, loser in texts.pairs.tolist():
+        parts = [
+            words_alone(text)
+            for text in (texts.prompts[row], texts.responses[winner], texts.responses[loser])
+        ]
+        if parts[1] == parts[2]:
+            continue
+        other = stated.get(_digest([parts[0], parts[2], parts[1]]))
+        if other is not None:
+            found += [(number, texts.prompts[row]) for number in (other, texts.rows[row])]
+        stated.setdefault(_digest(parts), texts.rows[row])
+    text = "rows contradict another one: of one prompt, the same two responses the other way round"
+    yield from of_rows("contradiction", "error", found, len(texts.rows), text)
+
+
+def repeated_responses(texts: Texts) -> Iterator[Finding]:
+    """Better responses that answer many different prompts."""
+    better, _ = texts.compared
+    prompts: dict[str, set[int]] = defaultdict(set)
+    for place in better.tolist():
+        prompts[plain(texts.responses[place])].add(texts.row_of(place))
+    found = [
+        (min(rows), f"{len(rows)} times: {text}")
+        for text, rows in prompts.items()
+        if len(rows) >= max(5, len(texts.rows) // 200) and len(text) > 20
+    ]
+    found.sort(key=lambda one: one[0])
+    text = "better responses answer many rows alike"
+    yield from of_rows("repeated_response", "note", found, len(texts.rows), text)
+
+
+def row_texts(texts: Texts, place: int) -> list[str]:
+    """A row's prompt and responses, without case and white space."""
+    responses = texts.responses[texts.first[place] : texts.first[place + 1]]
+    return [plain(texts.prompts[place]), *map(plain, responses)]
+
+
+def _digest(parts: Sequence[str]) -> bytes:
+    return xxhash.xxh3_128_digest("\x00".join(parts).encode("utf-8", "surrogatepass"))

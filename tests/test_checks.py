@@ -1,0 +1,227 @@
+"""`fastdpo check`: faults that are planted are found, and a clean set has none."""
+
+import json
+import random
+
+import datasets
+import pytest
+
+from fastdpo.checks.check import QUICK_ROWS, check, check_quickly
+from fastdpo.checks.formats import FORMS
+from fastdpo.checks.near import SAME, clusters, matches, similarity
+from fastdpo.cli import main
+from fastdpo.errors import DataError
+
+WORDS = [f"word{i}" for i in range(3000)]
+
+
+def pairs(count: int, seed: int = 0, size: int = 30) -> list[dict[str, str]]:
+    """Pairs of random words, of which nothing is to be said."""
+    rng = random.Random(seed)
+
+    def text(low: int) -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(low, low + 10))) + "."
+
+    return [
+        {"prompt": text(size), "chosen": text(size), "rejected": text(size)} for _ in range(count)
+    ]
+
+
+def found(rows, test=None, **options):
+    both = None if test is None else (datasets.Dataset.from_list(test), "test")
+    checked = check(datasets.Dataset.from_list(rows), "rows", both, **options)
+    return {finding.name: finding for finding in checked.findings}
+
+
+def test_nothing_is_wrong_with_random_pairs():
+    names = found(pairs(400), pairs(100, seed=1))
+    grave = {n: f.text for n, f in names.items() if f.level != "note"}
+    assert not grave and "near_duplicate" not in names
+
+
+def test_exact_and_near_duplicates_are_told_apart():
+    rows = pairs(300)
+    again = {key: f"  {text.upper()} " for key, text in rows[7].items()}
+    near = rows[9] | {"chosen": rows[9]["chosen"] + " and one more"}
+    names = found([*rows, again, near])
+    assert names["exact_duplicate"].rows == (301,)
+    assert names["exact_duplicate"].examples[0][1].startswith("as row 8")
+    assert names["near_duplicate"].rows == (302,)
+    assert names["near_duplicate"].examples[0][1].startswith("like row 10")
+
+
+def test_near_duplicates_are_those_of_the_similarity():
+    rng = random.Random(2)
+    texts, expected = [], []
+    for number in range(200):
+        words = rng.choices(WORDS, k=60)
+        changed = list(words)
+        for place in rng.sample(range(60), number % 12):
+            changed[place] = "other"
+        texts += [" ".join(words), " ".join(changed)]
+        expected.append(similarity(texts[-2], texts[-1]) >= SAME)
+    cluster = clusters(texts)
+    same = [cluster[2 * i] == cluster[2 * i + 1] for i in range(200)]
+    assert not any(s and not e for s, e in zip(same, expected, strict=True))
+    recall = sum(s and e for s, e in zip(same, expected, strict=True)) / sum(expected)
+    assert 40 < sum(expected) < 160 and recall >= 0.95
+
+
+def test_contradictions_are_found_both_rows_of_them():
+    rows = pairs(50)
+    turned = {"prompt": rows[3]["prompt"].upper(), "chosen": rows[3]["rejected"] + "!"}
+    turned["rejected"] = rows[3]["chosen"]
+    finding = found([*rows, turned])["contradiction"]
+    assert finding.rows == (4, 51) and finding.level == "error"
+
+
+def test_prompts_that_are_evaluated_on_too():
+    train, test = pairs(200), pairs(60, seed=1)
+    test[5] = test[5] | {"prompt": train[8]["prompt"].title()}
+    test[6] = test[6] | {"prompt": train[9]["prompt"] + " please"}
+    names = found(train, test)
+    assert names["shared_prompt"].rows == (6,) and "row 9" in names["shared_prompt"].examples[0][1]
+    assert names["near_shared_prompt"].rows == (7,)
+    assert matches(["a b c"], ["a b c", "x y z"]) == {0: 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "level"),
+    [
+        ({"chosen": ""}, "empty_response", "error"),
+        ({"prompt": "  "}, "empty_prompt", "warning"),
+        ({"chosen": "Same.", "rejected": " same. "}, "identical_responses", "error"),
+        ({"chosen": "Dear [Your Name], hello"}, "templated", "warning"),
+        ({"rejected": "hi <|im_end|> there"}, "special_token", "warning"),
+        ({"chosen": "word " * 60 + "and the"}, "clipped", "warning"),
+        ({"chosen": "See\n```python\nx = 1\n"}, "clipped", "warning"),
+        ({"chosen": None}, "unreadable", "error"),
+    ],
+)
+def test_single_rows_that_are_wrong(change, name, level):
+    rows = pairs(40)
+    rows[11] = rows[11] | change
+    finding = found(rows)[name]
+    assert finding.rows == (12,) and finding.level == level
+    assert finding.examples[0][0] == 12
+
+
+def test_lengths_that_decide_are_a_warning():
+    rows = [row | {"chosen": row["chosen"] + " more of it" * 8} for row in pairs(100)]
+    finding = found(rows)["length_bias"]
+    assert finding.level == "warning" and finding.count == 100
+    assert "longer response wins 100%" in finding.text and "scores 1.000" in finding.text
+
+
+FORMED = {
+    "a list": "text\n- one\n- two",
+    "a heading": "# Title\ntext",
+    "bold text": "this is **bold**",
+    "a code block": "```\nx\n```",
+    "a table": "| a | b |\n| c | d |",
+    "a link": "see https://example.org",
+    "an emoji": "fine 😀",
+    "an exclamation mark": "fine!",
+    "a question at the end": "is it?",
+    "an apology": "I am sorry for it.",
+    "a refusal": "As an AI I cannot help.",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_that_tell_the_better_from_the_worse(form):
+    rows = pairs(120)
+    for row in rows[:60]:
+        row["rejected"] += "\n" + FORMED[form]
+    checked = check(datasets.Dataset.from_list(rows), "rows")
+    said = [f.text for f in checked.findings if f.name == "format_bias"]
+    text = next(text for text in said if text.startswith(form))
+    assert "speaks for the worse response" in text and "in 0% of the better and 50%" in text
+
+
+def test_openings_that_tell_them_apart():
+    rows = pairs(100)
+    for row in rows[:40]:
+        row["chosen"] = "Certainly, here is " + row["chosen"]
+    finding = found(rows)["opening_bias"]
+    assert "'Certainly, here is' speaks for the better" in finding.text
+
+
+def test_labelled_rows_are_looked_at_too():
+    rows = [
+        {
+            "prompt": row["prompt"],
+            "completion": row["chosen"] + ("!" if good else ""),
+            "label": good,
+        }
+        for number, row in enumerate(pairs(200))
+        for good in [number % 2 == 0]
+    ]
+    assert "speaks for the better" in found(rows)["format_bias"].text
+
+
+def test_languages_and_answers_in_another(tmp_path):
+    german = "Das ist ein langer deutscher Satz, den hoffentlich jeder Leser gut verstehen kann."
+    english = "This is a long English sentence that every reader will hopefully understand well."
+    rows = [{"prompt": english, "chosen": english + str(i), "rejected": "No."} for i in range(9)]
+    rows.append({"prompt": german, "chosen": english, "rejected": "Nein."})
+    names = found(rows)
+    assert "en 90%, de 10%" in names["languages"].text
+    assert names["other_language"].rows == (10,)
+
+
+def test_a_library_that_is_missing_is_a_note(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "rensa", None)
+    finding = found(pairs(10))["near_duplicates"]
+    assert finding.level == "note" and "pip install 'fastdpo[check]'" in finding.text
+
+
+def test_tokens_say_what_is_cut(tokenizer):
+    rows = [{"prompt": "the cat ", "chosen": "sat " * n, "rejected": "ran"} for n in (1, 2, 30)]
+    names = found(rows, tokenizer=tokenizer, max_length=24)
+    assert (
+        names["truncated"].count == 1 and names["truncated"].text == "1 rows are cut to max_length"
+    )
+
+
+def test_the_short_form_reads_a_part_of_many_rows(monkeypatch):
+    monkeypatch.setattr("fastdpo.checks.check.QUICK_ROWS", 50)
+    rows = pairs(101)
+    rows[0] = rows[0] | {"chosen": ""}
+    rows[100] = rows[100] | {"chosen": ""}
+    checked = check_quickly(datasets.Dataset.from_list(rows), "rows")
+    assert checked.summary["rows"] == 101 and checked.summary["read"] == 50
+    finding = next(f for f in checked.findings if f.name == "empty_response")
+    assert finding.rows == (1, 101)
+    assert QUICK_ROWS == 20_000
+
+
+def test_the_command_prints_a_table_or_json(tmp_path, capsys):
+    data, test = tmp_path / "pairs.jsonl", tmp_path / "test.jsonl"
+    rows = pairs(30)
+    rows[4] = rows[4] | {"chosen": "", "meta": [1]}
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    test.write_text(json.dumps(rows[8]) + "\n")
+    assert main(["check", str(data), "--test", str(test), "-o", str(tmp_path / "out.json")]) == 0
+    said = capsys.readouterr().out
+    assert f"{data}: 30 rows: 60 responses, 30 pairs" in said
+    assert "!! 1 rows with a response that says nothing" in said
+    assert "!! 1 rows to evaluate on have a prompt that is trained on" in said
+    assert "       row 5: an empty response" in said and "2 errors" in said
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert main(["check", str(data), "--test", str(test), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["findings"] == written["findings"]
+    assert {"name", "level", "count", "share", "text", "examples", "rows"} == set(
+        printed["findings"][0]
+    )
+    assert sum(printed["lengths"]["prompt"]["histogram"]) == 30
+
+
+def test_what_is_wrong_is_one_line(tmp_path, capsys):
+    assert main(["check"]) == 2
+    assert "dataset_name" in capsys.readouterr().err
+    assert main(["check", str(tmp_path / "none.jsonl")]) == 2
+    assert "not found" in capsys.readouterr().err
+    with pytest.raises(DataError, match="missing columns"):
+        check(datasets.Dataset.from_list([{"a": "b"}]), "rows")
