@@ -1,5 +1,5 @@
-"""The command line: `fastdpo train | precompute | check | score | sample | chat | merge
-| plan | bench | doctor`.
+"""The command line: `fastdpo train | precompute | pairs | check | score | sample | chat
+| merge | plan | bench | doctor`.
 
 What a user got wrong is one line on stderr and exit code 2, never a traceback. As in a shell, an
 interrupted run is 130, and 141 one whose output nobody reads any more. Nothing heavy is imported
@@ -32,6 +32,7 @@ fastdpo trains language models on preferences (DPO), without padding, repeated p
 Commands:
   train         train a model, and evaluate and save it
   precompute    compute and cache the reference's log-probabilities, without training
+  pairs         preference data from a request log with ratings, edits or retries
   check         what is wrong with a data set
   score         log-probabilities and implicit rewards of the responses in a file
   sample        answers of a model, to one prompt or to those of a file
@@ -280,6 +281,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], Callable[[], str] | N
         _precompute,
         _key_usage("precompute", "compute and cache the reference's log-probabilities"),
     ),
+    "pairs": _elsewhere(".logs.command"),
     "check": _elsewhere(".checks.command"),
     "score": _elsewhere(".scoring.command"),
     "sample": _elsewhere(".generation.sample"),

@@ -16,7 +16,7 @@ LAYERS = (
     ("arguments", "extras", "files", "terminal", "tried", "config"),
     ("devices", "losses", "parallel", "data"),
     ("model",),
-    ("checks",),
+    ("checks", "logs"),
     ("reference", "hub", "memory"),
     ("training",),
     ("scoring", "generation"),

@@ -1,0 +1,243 @@
+"""`fastdpo pairs`: rows from request logs, and what became of every line."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from data_samples import CHATML, make_tokenizer
+
+from fastdpo.cli import main
+from fastdpo.data.load import load_rows
+from fastdpo.data.tokenize import tokenize_dataset
+from fastdpo.logs.mask import Masker
+from fastdpo.logs.pairs import make_rows
+
+
+def ask(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def says(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def flat(question: str, answer: str, **more) -> dict:
+    return {"messages": ask(question), "response": answer, **more}
+
+
+def nested(question: str, answer: str, **more) -> dict:
+    return {
+        "request": {"model": "m", "messages": ask(question)},
+        "response": {"choices": [{"message": {"role": "assistant", "content": answer}}]},
+        **more,
+    }
+
+
+def batch(question: str, answer: str, **more) -> dict:
+    body = {"choices": [{"message": {"role": "assistant", "content": answer}}]}
+    return {
+        "custom_id": "x",
+        "body": {"messages": ask(question)},
+        "response": {"status_code": 200, "body": body},
+        **more,
+    }
+
+
+def stored(question: str, answer: str, **more) -> dict:
+    parts = [{"type": "message", "content": [{"type": "output_text", "text": answer}]}]
+    return {"input": ask(question), "output": parts, **more}
+
+
+def whole(question: str, answer: str, **more) -> dict:
+    return {"messages": [*ask(question), *says(answer)], **more}
+
+
+def prompted(question: str, answer: str, **more) -> dict:
+    return {"prompt": question, "completion": answer, **more}
+
+
+FORMS = [flat, nested, batch, stored, whole, prompted]
+
+
+def made(lines: list, tmp_path: Path, *arguments, **options):
+    path = tmp_path / "log.jsonl"
+    text = "".join((one if isinstance(one, str) else json.dumps(one)) + "\n" for one in lines)
+    path.write_text(text, encoding="utf-8")
+    result = make_rows([path], *arguments, **options)
+    return list(result.rows), dict(result.outcomes)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_best_answer_beats_the_worst_in_every_form_of_a_line(form, tmp_path):
+    lines = [form("why?", answer, rating=r) for answer, r in (("b", 3), ("a", 5), ("c", 1))]
+    rows, outcomes = made([*lines, form("other?", "d", rating=2)], tmp_path)
+    assert rows == [{"prompt": ask("why?"), "chosen": says("a"), "rejected": says("c")}]
+    assert outcomes == {
+        "used": 2,
+        "neither the best nor the worst": 1,
+        "nothing to compare it with": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("up", "down"),
+    [
+        ({"thumb": "up"}, {"thumb": "down"}),
+        ({"feedback": "👍"}, {"feedback": "👎"}),
+        ({"feedback": {"score": 1}}, {"feedback": {"score": -1}}),
+        ({"metadata": {"rating": "5"}}, {"metadata": {"rating": "2"}}),
+        ({"vote": True}, {"vote": False}),
+        ({"feedback": "Thumbs Up"}, {"feedback": "thumbs-down"}),
+    ],
+)
+def test_ratings_of_every_kind(up, down, tmp_path):
+    rows, _ = made([flat("q", "bad", **down), flat("q", "good", **up)], tmp_path)
+    assert rows == [{"prompt": ask("q"), "chosen": says("good"), "rejected": says("bad")}]
+
+
+def test_an_edit_beats_what_it_changed(tmp_path):
+    rows, outcomes = made(
+        [flat("q", "helo", edited_response="hello"), flat("r", "same", edited_response="same ")],
+        tmp_path,
+    )
+    assert rows == [{"prompt": ask("q"), "chosen": says("hello"), "rejected": says("helo")}]
+    assert outcomes == {"used": 1, "no rating": 1}
+
+
+def test_a_retry_beats_the_answer_before_it(tmp_path):
+    lines = [
+        flat("q", "first", id="1"),
+        flat("q", "third", id="2", retry_of="1"),
+        flat("s", "one", conversation_id="c"),
+        flat("s", "two", conversation_id="d"),
+        flat("s", "three", conversation_id="c", regenerated=True),
+        flat("t", "alone", retry_of="nothing"),
+    ]
+    rows, outcomes = made(lines, tmp_path)
+    assert [(row["chosen"], row["rejected"]) for row in rows] == [
+        (says("third"), says("first")),
+        (says("three"), says("one")),
+    ]
+    assert outcomes == {"used": 4, "no rating": 2}
+
+
+def test_every_line_is_counted_once_with_its_reason(tmp_path):
+    lines = [
+        "no json",
+        "[1]",
+        {"messages": []},
+        flat("q", ""),
+        flat("q", "failed", status_code=500),
+        flat("q", "a", rating=4),
+        flat("q", "a", rating=4),
+        flat("q", "b", rating=4),
+        flat("r", "a", rating=2),
+        flat("r", "b", rating=3),
+    ]
+    rows, outcomes = made(lines, tmp_path, min_margin=2)
+    assert rows == []
+    assert outcomes == {
+        "no JSON": 1,
+        "no JSON object": 1,
+        "no messages": 1,
+        "no answer of text": 1,
+        "the request failed": 1,
+        "says what an earlier line says": 1,
+        "all answers to its prompt are rated alike": 2,
+        "ratings differ by less than 2": 2,
+    }
+    assert sum(outcomes.values()) == len(lines)
+
+
+def test_groups_hold_all_rated_answers_and_labels_each_of_them(tmp_path):
+    lines = [flat("q", a, score=s) for a, s in (("x", 0.1), ("y", 0.9), ("z", 0.5), ("x", 0.2))]
+    rows, outcomes = made(lines, tmp_path, "groups")
+    assert rows == [
+        {
+            "prompt": ask("q"),
+            "responses": [says("x"), says("y"), says("z")],
+            "scores": [0.1, 0.9, 0.5],
+        }
+    ]
+    assert outcomes["used"] == 3
+    rows, outcomes = made(lines[:3], tmp_path, "labels")
+    assert [(row["completion"], row["label"]) for row in rows] == [
+        (says("x"), False),
+        (says("y"), True),
+    ]
+    assert outcomes == {"used": 2, "its rating is in the middle": 1}
+
+
+def test_columns_of_other_names(tmp_path):
+    lines = [
+        {"chat": {"q": "why?"}, "said": a, "meta": {"stars": s}} for a, s in (("a", 1), ("b", 2))
+    ]
+    names = {"messages": "chat.q", "response": "said", "rating": "meta.stars"}
+    rows, _ = made(lines, tmp_path, names=names)
+    assert rows == [{"prompt": ask("why?"), "chosen": says("b"), "rejected": says("a")}]
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("write to jo.do+x@mail.example.org now", "write to [EMAIL] now"),
+        ("call +49 30 1234567 or (212) 555-0147", "call [PHONE] or [PHONE]"),
+        ("card 4111 1111 1111 1111", "card [CARD]"),
+        ("card 4111 1111 1111 1112", "card 4111 1111 1111 1112"),
+        ("IBAN DE89 3704 0044 0532 0130 00.", "IBAN [IBAN]."),
+        ("IBAN DE88 3704 0044 0532 0130 00.", "IBAN DE88 3704 0044 0532 0130 00."),
+        ("from 192.168.10.4 and 2001:db8::8a2e:370:7334", "from [IP] and [IP]"),
+        ("version 1.2.3 and 999.1.1.1 at 10:30:00", "version 1.2.3 and 999.1.1.1 at 10:30:00"),
+        ("key sk-proj-abcdefghij0123456789 is", "key [KEY] is"),
+        ("ghp_0123456789abcdefghij0123", "[KEY]"),
+        ("in 2024 there were 1,234,567 of 48", "in 2024 there were 1,234,567 of 48"),
+    ],
+)
+def test_personal_data_is_masked_by_its_patterns(text, masked):
+    masker = Masker()
+    assert masker([{"content": text}]) == [{"content": masked}]
+    assert masker.counts.total() == masked.count("[")
+
+
+def test_the_command_writes_what_training_reads(tmp_path, capsys):
+    first, second, out = (tmp_path / n for n in ("a.jsonl", "b.jsonl.gz", "pairs.jsonl"))
+    lines = [flat(f"q{i}", a, rating=r) for i in range(3) for a, r in (("x@y.zz", 1), ("no", 0))]
+    first.write_text("".join(json.dumps(line) + "\n" for line in lines[:3]))
+    with gzip.open(second, "wt") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines[3:]))
+    words = ["pairs", str(first), str(second), "-o", str(out)]
+    assert main([*words, "--mask_pattern", "q1"]) == 0
+    said = capsys.readouterr().out
+    assert said == f"3 rows: {out}\n6 lines: used\nmasked: 3 EMAIL, 1 MASKED\n"
+    tokens, report = tokenize_dataset(
+        load_rows(str(out), "train"), make_tokenizer(CHATML), max_length=None
+    )
+    assert len(tokens) == report.rows_out == 3
+    assert main([*words, "--no_mask"]) == 0
+    assert "x@y.zz" in out.read_text() and "masked" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["{tmp}/log.jsonl"], "expected fastdpo pairs LOG -o FILE.jsonl"),
+        (["{tmp}/log.jsonl", "-o", "{tmp}/x.csv"], "expected fastdpo pairs LOG -o FILE.jsonl"),
+        (["{tmp}/none.jsonl", "-o", "{tmp}/x.jsonl"], "none.jsonl: cannot be read"),
+        (["{tmp}/log.jsonl", "-o", "{tmp}/x.jsonl"], "no rows to make; 1 lines: no rating"),
+        (["{tmp}/log.jsonl", "-o", "{tmp}/x.jsonl", "--to", "both"], "--to: expected pairs"),
+        (["{tmp}/log.jsonl", "-o", "{tmp}/x.jsonl", "--min_margin", "a"], "--min_margin"),
+        (
+            ["{tmp}/log.jsonl", "-o", "{tmp}/x.jsonl", "--mask_pattern", "("],
+            "no regular expression",
+        ),
+        (["{tmp}/log.jsonl", "-o", "{tmp}/x.jsonl", "--columns", "stars=a"], "--columns: expected"),
+        (["{tmp}/log.jsonl", "-o", "{tmp}/x.jsonl", "--margin", "1"], "--margin: unknown"),
+    ],
+)
+def test_what_is_wrong_is_one_line(words, error, tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_text(json.dumps(flat("q", "a")) + "\n")
+    assert main(["pairs", *(word.format(tmp=tmp_path) for word in words)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and error in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
