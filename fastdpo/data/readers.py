@@ -31,7 +31,7 @@ from .columns import (
     PROBLEM_COLUMN,
     TEXT_FIELDS,
     may_hold_prompt,
-    row_kind,
+    row_kinds,
 )
 from .messages import describe, unreadable
 
@@ -87,16 +87,24 @@ def row_label(source: str, row: int, num_rows: int, line: int | None = None) -> 
     return f"{source}, line {line}" if line else f"{source}, row {row + 1}"
 
 
-def read_rows(paths: Sequence[Path], kind: str, *, skip_bad_rows: bool) -> datasets.Dataset:
+def read_rows(
+    paths: Sequence[Path], kind: str, *, skip_bad_rows: bool, all_columns: bool = False
+) -> datasets.Dataset:
     """Read JSON, JSONL (`kind="json"`) or CSV (`kind="csv"`) files into one cached data set.
 
-    Only the columns that training reads are kept, those that may hold the prompt, and
-    `fastdpo_line`; columns that hold anything but text are stored as JSON, so that rows need not
-    agree in their types.
+    Of rows in TRL's columns, only those that training reads are kept and those that may hold the
+    prompt, of others all of them, with `fastdpo_line`; columns that hold anything but text are
+    stored as JSON, so that rows need not agree in their types.
+
+    Args:
+        paths: the files.
+        kind: what they are.
+        skip_bad_rows: keep rows that cannot be read as rows of nulls.
+        all_columns: keep every column of rows in TRL's columns too.
 
     Raises:
         DataError: naming the file and line of the first row that cannot be read; where there is
-            none that can; where columns are missing.
+            none that can.
     """
     where = ", ".join(map(str, paths))
     only_text: dict[str, bool] = {}
@@ -112,11 +120,15 @@ def read_rows(paths: Sequence[Path], kind: str, *, skip_bad_rows: bool) -> datas
                 only_text[name] = only_text.get(name, True) and isinstance(value, str | None)
     if not only_text:
         raise DataError(problems[0] if problems else f"{where}: has no rows")
-    row_kind(only_text, where)
     # Without a prompt, any column of text may turn out to be it, and is there to be named.
     others = [name for name in only_text if name not in FIELDS]
     implicit = "prompt" not in only_text
-    kept = [name for name in others if may_hold_prompt(name) or (implicit and only_text[name])]
+    everything = all_columns or not row_kinds(only_text)
+    kept = [
+        name
+        for name in others
+        if everything or may_hold_prompt(name) or (implicit and only_text[name])
+    ]
     fields = tuple((name, only_text[name]) for name in (*FIELDS, *kept) if name in only_text)
     features = stored_types(dict(fields))
     features |= {LINE_COLUMN: datasets.Value("int64"), PROBLEM_COLUMN: datasets.Value("string")}
