@@ -82,9 +82,9 @@ class Copies:
 
         def write(part: Path) -> None:
             try:
-                with pa.input_stream(str(path), compression="zstd") as packed:
-                    with part.open("wb") as file:
-                        shutil.copyfileobj(packed, file)
+                packed = pa.input_stream(str(path), compression="zstd")
+                with packed, part.open("wb") as file:
+                    shutil.copyfileobj(packed, file)
             except OSError as error:
                 if error.errno is not None:
                     raise

@@ -35,6 +35,10 @@ _KINDS = {
 }
 
 
+FILE_KINDS = frozenset(_KINDS.values())
+"""The readers of the `datasets` library for files, which its `path` may name."""
+
+
 def load_rows(
     name: str,
     split: str,
@@ -44,6 +48,7 @@ def load_rows(
     skip_bad_rows: bool = False,
     layout: str | None = None,
     columns: Mapping[str, Any] | None = None,
+    scores: bool = False,
 ) -> datasets.Dataset:
     """Load one split of a data set in any of `fastdpo.data.layouts`, with the columns of one of the
     layouts in `fastdpo.data.rows`.
@@ -60,14 +65,17 @@ def load_rows(
             `fastdpo_problem` says why, for `tokenize_dataset` to drop and count.
         layout: the layout, where it is not to be told from the columns.
         columns: which column holds each field, in place of a layout.
+        scores: whether the scores of a pair's answers are to be read.
 
     Raises:
         DataError: naming the file and, for text files, the line that cannot be read; a layout that
             is not known, or may be read in two ways.
     """
-    reader = Reader(split, config_name, num_proc, skip_bad_rows, bool(layout or columns))
-    rows = reader.read(name)
-    return to_canonical(rows, name, layout=layout, columns=columns, num_proc=num_proc)
+    every = bool(layout or columns or scores)
+    rows = Reader(split, config_name, num_proc, skip_bad_rows, every).read(name)
+    return to_canonical(
+        rows, name, layout=layout, columns=columns, scores=scores, num_proc=num_proc
+    )
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,27 @@ class Reader:
             return self._file(path, name)
         if path.is_dir():
             return self._directory(path)
-        return _load_hub(name, self.split, self.config_name, self.num_proc, revision)
+        return self.hub(name, revision=revision)
+
+    def hub(self, name: str, **options: Any) -> datasets.Dataset:
+        """The rows of a data set on the hub.
+
+        Args:
+            name: of it.
+            **options: of `datasets.load_dataset`.
+
+        Raises:
+            DataError: where it cannot be had.
+        """
+        try:
+            return datasets.load_dataset(
+                name, self.config_name, split=self.split, num_proc=self.num_proc, **options
+            )
+        except (FileNotFoundError, ConnectionError) as error:
+            message = f"{_not_found(Path(name))}; as a data set of the hub: {error}"
+            raise DataError(message) from error
+        except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+            raise DataError(f"{name}: {error}") from error
 
     def _file(self, path: Path, name: str) -> datasets.Dataset:
         kind = _KINDS.get(_suffix(path))
@@ -148,9 +176,7 @@ class Reader:
             raise DataError(f"{where}: no data files; expected some of {', '.join(_KINDS)}")
         return self.files(kind, files, where)
 
-    def files(
-        self, kind: str, files: Mapping[str, Sequence[Path]], where: str
-    ) -> datasets.Dataset:
+    def files(self, kind: str, files: Mapping[str, Sequence[Path]], where: str) -> datasets.Dataset:
         """The rows of files of one kind, by their splits.
 
         Raises:
@@ -257,19 +283,6 @@ def _holds_untyped(feature: Any) -> bool:
         return _holds_untyped(feature.feature)
     is_time = isinstance(feature, datasets.Value) and feature.dtype.startswith(("time", "date"))
     return is_time or isinstance(feature, datasets.Json)
-
-
-def _load_hub(
-    name: str, split: str, config_name: str | None, num_proc: int | None, revision: str | None
-) -> datasets.Dataset:
-    try:
-        return datasets.load_dataset(
-            name, config_name, split=split, num_proc=num_proc, revision=revision
-        )
-    except (FileNotFoundError, ConnectionError) as error:
-        raise DataError(f"{_not_found(Path(name))}; as a data set of the hub: {error}") from error
-    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise DataError(f"{name}: {error}") from error
 
 
 def _take(splits: Mapping[str, datasets.Dataset], split: str, where: str) -> datasets.Dataset:

@@ -19,6 +19,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
 
@@ -70,15 +71,58 @@ def may_fail_fast(path: Path) -> bool:
                 return False
 
 
+@dataclass(frozen=True)
+class Part:
+    """A data set within a mixture.
+
+    Attributes:
+        name: of the data set.
+        num_rows: that it has.
+        taken: the rows that are in the mixture; None for all of them.
+    """
+
+    name: str
+    num_rows: int
+    taken: Sequence[int] | None = None
+
+    @property
+    def length(self) -> int:
+        """Rows in the mixture."""
+        return self.num_rows if self.taken is None else len(self.taken)
+
+
+class Mixture(str):
+    """The name of a mixture of data sets, which knows whose each of its rows is."""
+
+    parts: tuple[Part, ...]
+
+    @classmethod
+    def of(cls, parts: Sequence[Part]) -> "Mixture":
+        """The name of these data sets, one after the other."""
+        made = cls(" + ".join(part.name for part in parts))
+        made.parts = tuple(parts)
+        return made
+
+    def locate(self, row: int) -> tuple[str, int, int]:
+        """A row's data set, its index there, and how many rows that one has."""
+        for part in self.parts:
+            if row < part.length:
+                return part.name, row if part.taken is None else part.taken[row], part.num_rows
+            row -= part.length
+        raise IndexError(row)
+
+
 def row_label(source: str, row: int, num_rows: int, line: int | None = None) -> str:
     """Name a row to the user: by its line where the source is a JSONL file, else by its number.
 
     Args:
-        source: the file or data set the rows came from.
+        source: the file, the data set or the mixture that the rows came from.
         row: index of the row among `num_rows`.
         num_rows: rows of the whole data set; lines are only counted where they agree with it.
         line: the line, where the reader noted it.
     """
+    if isinstance(source, Mixture):
+        source, row, num_rows = source.locate(row)
     path = Path(source)
     if not line and path.suffix in (".jsonl", ".ndjson") and path.is_file():
         with path.open("rb") as file:

@@ -93,9 +93,7 @@ def extras(raw: Raw, names: Names) -> dict[str, Any]:
     return {name: raw.get(names[name]) for name in kept if name in names}
 
 
-def answers_after(
-    asked: list[Message], named: Mapping[str, Any], what: str
-) -> list[list[Message]]:
+def answers_after(asked: list[Message], named: Mapping[str, Any], what: str) -> list[list[Message]]:
     """Answers as messages; whole conversations only where they begin with what was asked.
 
     Args:

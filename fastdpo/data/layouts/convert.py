@@ -9,7 +9,6 @@ from typing import Any
 import datasets
 import xxhash
 
-from ...errors import DataError
 from ..columns import FIELDS, LINE_COLUMN, PROBLEM_COLUMN, may_hold_prompt
 from ..messages import BadRow, unreadable
 from ..readers import stored
@@ -39,6 +38,7 @@ _MADE: Mapping[Any, tuple[str, ...]] = {
     groups.arena: _COMPARED,
     groups.scored_pair: ("prompt", "responses", "scores"),
     groups.completions: ("prompt", "responses"),
+    groups.nectar: ("prompt", "responses"),
     groups.thumbs: ("prompt", "completion", "label"),
 }
 _KINDS = {
@@ -53,6 +53,7 @@ def to_canonical(
     *,
     layout: str | None = None,
     columns: Mapping[str, Any] | None = None,
+    scores: bool = False,
     num_proc: int | None = None,
 ) -> datasets.Dataset:
     """The rows in TRL's columns; as they are, where they have them. One line says what was read.
@@ -65,12 +66,13 @@ def to_canonical(
         where: what to call them in messages.
         layout: the layout, where it is not to be told from the columns.
         columns: which column holds each field, in place of a layout.
+        scores: whether the scores of a pair's answers are to be read.
         num_proc: processes to convert with.
 
     Raises:
         DataError: columns that cannot be read, see `recognise`.
     """
-    reading = recognise(dataset, where, layout, columns)
+    reading = recognise(dataset, where, layout, columns, scores=scores)
     made = dataset if reading.function is None else _map(dataset, reading, where, num_proc)
     logger.info(f"layout: {describe(reading, made, where)}")
     return made
@@ -179,6 +181,10 @@ def _example(made: datasets.Dataset) -> str | None:
         for i, response in enumerate((row.get("responses") or [])[:2]):
             answers[f"responses[{i}]"] = response
         parts = [f"{name} {_start(value)}" for name, value in answers.items() if value is not None]
+        if row.get("label") is not None:
+            parts.append(f"label {str(row['label']).lower()}")
+        if row.get("comparisons"):
+            parts.append(f"comparisons {row['comparisons']}")
         before = [f"prompt {_end(row['prompt'])}"] if row.get("prompt") else []
         return " | ".join(before + parts)
     return None

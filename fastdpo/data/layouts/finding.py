@@ -81,8 +81,10 @@ def trl(sample: Sample, forced: bool) -> Found:
 
 
 def _is_transcript(value: Any) -> bool:
-    return isinstance(value, str) and value.lstrip().startswith("Human:") and (
-        "\n\nAssistant:" in value
+    return (
+        isinstance(value, str)
+        and value.lstrip().startswith("Human:")
+        and ("\n\nAssistant:" in value)
     )
 
 
@@ -123,9 +125,9 @@ def instruction(sample: Sample, forced: bool) -> Found:
     if two is None or user is None or sample.filled("prompt"):
         return None
     talks = [as_conversation(sample.value(side)) for side in two]
-    if not forced and all(talk is not None and _asks(talk) for talk in talks):
-        if _already_asked(sample, user, talks[0]):
-            return None
+    whole = all(talk is not None and _asks(talk) for talk in talks)
+    if not forced and whole and _already_asked(sample, user, talks[0]):
+        return None
     name = "alpaca" if user == "instruction" else "orca"
     if two != _RESPONSES[0]:
         name = "argilla"
@@ -292,7 +294,9 @@ def _listed(sample: Sample, name: str, field: str, text: str, said: str, kind: s
         return None
     part = "prompt" if user == "prompt" else "user"
     names = {part: user, "answers": field, "text": text, "said": said, "as": kind}
-    return Reading(name, _with(sample, names), groups.completions)
+    transcript = part == "prompt" and _is_transcript(f"{sample.value(user)}\n\nAssistant:")
+    function = groups.nectar if transcript else groups.completions
+    return Reading(name, _with(sample, names), function)
 
 
 def _asker(sample: Sample) -> dict[str, str] | None:
@@ -327,11 +331,9 @@ def feedback(sample: Sample, forced: bool) -> Found:
     said = {word(value) for value in sample.distinct(verdict) or ()}
     if from_zero or verdict == "better_response_id":
         return Reading("feedback_index", names | {"way": "index"}, groups.versus)
-    if said and said <= {"0", "1", "2", "true", "false", "tie"} and said & {"0", "true", "false"}:
-        if "2" not in said and not forced:
-            return _zero_or_one(names)
-        if "2" in said and "1" not in said and not forced:
-            return _zero_or_one(names)
+    unclear = said <= {"0", "1", "true", "false", "tie"} and bool(said & {"0", "true", "false"})
+    if not forced and (unclear or {"0", "1", "2"} <= said):
+        return _zero_or_one(names) if unclear else _which_is_the_tie(names)
     return Reading("feedback", names | {"way": "order"}, groups.versus)
 
 
@@ -342,6 +344,20 @@ def _zero_or_one(names: Mapping[str, str]) -> Ambiguous:
         (
             (f"0 is {first}, 1 is {second}", "layout: feedback_index"),
             (f"1 says that {first} is better, 0 that {second} is", "layout: feedback_first"),
+        ),
+    )
+
+
+def _which_is_the_tie(names: Mapping[str, str]) -> Ambiguous:
+    verdict, first, second = names["verdict"], names["first"], names["second"]
+    return Ambiguous(
+        f"{verdict} is 0, 1 or 2, one of which is a tie",
+        (
+            (f"1 is {first}, 2 is {second} and 0 is a tie", "layout: feedback"),
+            (
+                f"0 is {first}, 1 is {second} and 2 is a tie",
+                f"{verdict}: tie in place of 2, and layout: feedback_index",
+            ),
         ),
     )
 
@@ -423,8 +439,8 @@ def thumbs(sample: Sample, forced: bool) -> Found:
     values = sample.distinct(column)
     if not values or not any(map(is_thumb, values)):
         return None
-    if all(word(value).lstrip("-").isdigit() for value in values):
-        if not {word(value) for value in values} <= {"0", "1", "-1"}:
-            return None  # a scale
+    words = {word(value) for value in values}
+    if all(said.lstrip("-").isdigit() for said in words) and not words <= {"0", "1", "-1"}:
+        return None  # a scale
     names = {**asker, "answer": answer, "thumb": column}
     return Reading("thumbs", _with(sample, names), groups.thumbs)

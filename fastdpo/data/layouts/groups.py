@@ -6,7 +6,15 @@ from typing import Any
 from ..messages import BadRow
 from ..prompts import split_implicit
 from .asking import Names, Raw, answers_after, extras, read_asked, with_system
-from .values import as_conversation, is_blank, parsed, read_answer, read_messages, read_text
+from .values import (
+    as_conversation,
+    is_blank,
+    parsed,
+    read_answer,
+    read_messages,
+    read_text,
+    read_transcript,
+)
 from .verdicts import WAYS, thumb
 
 Fields = dict[str, Any]
@@ -109,6 +117,17 @@ def completions(raw: Raw, names: Names) -> Fields:
     return {"prompt": prompt, "responses": responses, names["as"]: said, **extras(raw, names)}
 
 
+def nectar(raw: Raw, names: Names) -> Fields:
+    """Nectar's ranked answers, after a transcript in Anthropic's form."""
+    field = names["prompt"]
+    asked = read_transcript(raw.get(field), field)
+    asked = asked if asked[-1]["content"] else asked[:-1]
+    if not asked:
+        raise BadRow(f"{field}: asks nothing; expected a transcript that begins with 'Human:'")
+    parts = {part: name for part, name in names.items() if part != "prompt"}
+    return completions({**raw, field: asked}, {**parts, "talk": field})
+
+
 def _number(value: Any, field: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRow.expected("a number", field, value)
@@ -118,12 +137,14 @@ def _number(value: Any, field: str) -> float:
 def scored_pair(raw: Raw, names: Names) -> Fields:
     """A pair whose answers have scores, as a group: for losses that read scores."""
     said = [_number(raw.get(column), column) for column in ("score_chosen", "score_rejected")]
+    prompt: Any
+    responses: list[Any]
     sides = {side: raw.get(side) for side in ("chosen", "rejected")}
     if is_blank(raw.get("prompt")):
         talks = [read_messages(value, side) for side, value in sides.items()]
         prompt, *responses = split_implicit(*talks)
     else:
-        prompt, responses = raw["prompt"], list(sides.values())
+        prompt, responses = raw["prompt"], [sides["chosen"], sides["rejected"]]
     return {"prompt": prompt, "responses": responses, "scores": said, **extras(raw, names)}
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from ...errors import DataError
 from ..messages import BadRow
-from .asking import Names, Raw, answers_after, extras, read_history, with_system
+from .asking import Names, Raw, answers_after, read_history, with_system
 from .layout import Reading
 from .sample import Sample
 from .values import as_conversation, is_blank, is_message, parsed, read_messages, read_text
@@ -18,8 +18,8 @@ _ANSWERS = ("chosen", "rejected", "completion")
 # Which field a column may be, by words that its name may have; the first field that fits takes it.
 _WORDS = {
     "prompt": "prompt question query instruction input ask asked problem task user context text",
-    "rejected": "rejected bad worse worst dispreferred loser lose lost negative neg wrong incorrect "
-    "unchosen refused disliked y_l",
+    "rejected": "rejected bad worse worst dispreferred loser lose lost negative neg wrong "
+    "incorrect unchosen refused disliked y_l",
     "chosen": "chosen good better best preferred winner win won positive pos right correct "
     "accepted selected liked y_w",
 }
@@ -79,17 +79,17 @@ def _responses(listed: Any, names: Names, chat: bool) -> list[Any]:
     listed = parsed(listed)
     if not isinstance(listed, list) or not listed:
         raise BadRow.expected("a list of answers", str(names["responses"]), listed)
-    return [
-        _as_answer(value, f"{names['responses']}[{i}]", chat) for i, value in enumerate(listed)
-    ]
+    return [_as_answer(value, f"{names['responses']}[{i}]", chat) for i, value in enumerate(listed)]
 
 
 def _as_answer(value: Any, field: str, chat: bool) -> Any:
     if value is None:
         raise BadRow(f"{field}: missing; expected text or messages")
     if chat:
-        (made,) = answers_after([], {field: value}, "the prompt") if not _talk(value) else (
-            read_messages(value, field),
+        (made,) = (
+            answers_after([], {field: value}, "the prompt")
+            if not _talk(value)
+            else (read_messages(value, field),)
         )
         return made
     return read_messages(value, field) if _talk(value) else value
@@ -114,7 +114,7 @@ def _prompt(fields: Fields, names: Names) -> Any:
         turns = [{"role": "user", "content": read_text(value, field)}]
     else:
         return value
-    parts = {part: part for part in ("system", "history") if part in fields}
+    parts: dict[str, str] = {p: p for p in ("system", "history") if p in fields}
     return with_system(fields, parts, read_history(fields, parts) + turns)
 
 

@@ -77,7 +77,7 @@ def swift(raw: Raw, names: Names) -> Fields:
 
 
 def swift_messages(raw: Raw, names: Names) -> Fields:
-    """Two whole conversations: messages with the better answer, rejected_messages with the worse."""
+    """Two whole conversations: messages has the better answer, rejected_messages the worse."""
     chosen = with_system(raw, names, read_messages(raw.get(names["talk"]), names["talk"]))
     value = raw.get(names["rejected"])
     rejected = with_system(raw, names, read_messages(value, names["rejected"]))
@@ -103,9 +103,9 @@ def system_beside(raw: Raw, names: Names) -> Fields:
     sides = {side: raw.get(side) for side in ("chosen", "rejected")}
     if is_blank(prompt):
         raise BadRow("prompt: is empty; expected text or messages")
-    if all(isinstance(text, str) for text in (prompt, *sides.values())):
-        if not is_blank(system) and str(system).strip() in prompt:
-            return {"prompt": prompt, **sides, **extras(raw, names)}
+    texts = all(isinstance(text, str) for text in (prompt, *sides.values()))
+    if texts and not is_blank(system) and str(system).strip() in str(prompt):
+        return {"prompt": prompt, **sides, **extras(raw, names)}
     return pair(raw, {**names, "user": "prompt"})
 
 
@@ -126,9 +126,7 @@ def text_arguments(raw: Raw, names: Names) -> Fields:
         talk = as_conversation(value)
         made[field] = value
         if talk is not None:
-            made[field] = [
-                with_objects(message, f"{field}[{i}]") for i, message in enumerate(talk)
-            ]
+            made[field] = [with_objects(message, f"{field}[{i}]") for i, message in enumerate(talk)]
     return made
 
 

@@ -18,6 +18,8 @@ def recognise(
     where: str,
     layout: str | None = None,
     columns: Mapping[str, Any] | None = None,
+    *,
+    scores: bool = False,
 ) -> Reading:
     """How the rows of a data set are to be read.
 
@@ -26,6 +28,7 @@ def recognise(
         where: what to call it in messages.
         layout: the name of a layout, to be taken whatever else the columns may mean.
         columns: which column holds each field, in place of a layout.
+        scores: whether the scores of a pair's answers are to be read, where there are any.
 
     Raises:
         DataError: columns that are no layout, or that may be read in two ways, with the key that
@@ -39,6 +42,8 @@ def recognise(
         return mapped(columns, sample, where)
     if layout is not None:
         return _named(layout, sample, where)
+    if scores and isinstance(scored := LAYOUTS["scored_pair"].find(sample, True), Reading):
+        return scored
     found = [entry.find(sample, False) for name, entry in LAYOUTS.items() if name != "trl"]
     for one in found:
         if isinstance(one, Ambiguous):
@@ -67,9 +72,7 @@ def _named(layout: str, sample: Sample, where: str) -> Reading:
     if isinstance(found, Reading) and found.layout == layout:
         return found
     held = ", ".join(sorted(sample.names)) or "none"
-    raise DataError(
-        f"{where}: layout: {layout}: expected columns {entry.columns}; found {held}"
-    )
+    raise DataError(f"{where}: layout: {layout}: expected columns {entry.columns}; found {held}")
 
 
 def _several(readings: list[Reading]) -> Ambiguous:

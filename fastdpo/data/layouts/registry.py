@@ -25,9 +25,7 @@ def _message(role: str, text: str) -> dict[str, str]:
 _USER, _A, _B = _message("user", _Q), _message("assistant", _GOOD), _message("assistant", _BAD)
 _PAIR = {"chosen": _GOOD, "rejected": _BAD}
 _TWO = {"prompt": _Q, "response_1": _GOOD, "response_2": _BAD}
-_HH = {
-    side: f"\n\nHuman: {_Q}\n\nAssistant: {text}" for side, text in _PAIR.items()
-}
+_HH = {side: f"\n\nHuman: {_Q}\n\nAssistant: {text}" for side, text in _PAIR.items()}
 _CALL = {"name": "look_up", "arguments": '{"of": "ice"}'}
 _CALLS = [{"type": "function", "function": _CALL}]
 

@@ -132,9 +132,7 @@ def _of_sharegpt(message: Mapping[str, Any], field: str) -> Message:
     role = SPEAKERS.get(message["from"].lower())
     if role is None:
         known = ", ".join(SPEAKERS)
-        raise BadRow(
-            f"{field}.from: unknown speaker {message['from']!r}; expected one of {known}"
-        )
+        raise BadRow(f"{field}.from: unknown speaker {message['from']!r}; expected one of {known}")
     said = message.get("value", message.get("content"))
     if said is None:
         raise BadRow(f"{field}.value: missing; expected text")

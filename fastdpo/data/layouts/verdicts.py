@@ -8,24 +8,95 @@ from typing import Any
 from ..messages import BadRow
 
 _FIRST = frozenset(
-    "1 a first left model_a response_a response_1 response1 model_1 assistant_a answer_a option_a "
-    "completion_a conversation_a".split()
+    [
+        "1",
+        "a",
+        "first",
+        "left",
+        "model_a",
+        "response_a",
+        "response_1",
+        "response1",
+        "model_1",
+        "assistant_a",
+        "answer_a",
+        "option_a",
+        "completion_a",
+        "conversation_a",
+    ]
 )
 _SECOND = frozenset(
-    "2 b second right model_b response_b response_2 response2 model_2 assistant_b answer_b "
-    "option_b completion_b conversation_b".split()
+    [
+        "2",
+        "b",
+        "second",
+        "right",
+        "model_b",
+        "response_b",
+        "response_2",
+        "response2",
+        "model_2",
+        "assistant_b",
+        "answer_b",
+        "option_b",
+        "completion_b",
+        "conversation_b",
+    ]
 )
 _TIES = frozenset(
-    "0 tie ties both equal same draw neither none both_bad both_good bothbad tie_bothbad "
-    "tie_both_bad".split()
+    [
+        "0",
+        "tie",
+        "ties",
+        "both",
+        "equal",
+        "same",
+        "draw",
+        "neither",
+        "none",
+        "both_bad",
+        "both_good",
+        "bothbad",
+        "tie_bothbad",
+        "tie_both_bad",
+    ]
 )
 _UP = frozenset(
-    "1 true up thumbs_up thumb_up thumbsup yes good like liked positive upvote desirable "
-    "\U0001f44d".split()
+    [
+        "1",
+        "true",
+        "up",
+        "thumbs_up",
+        "thumb_up",
+        "thumbsup",
+        "yes",
+        "good",
+        "like",
+        "liked",
+        "positive",
+        "upvote",
+        "desirable",
+        "👍",
+    ]
 )
 _DOWN = frozenset(
-    "0 -1 false down thumbs_down thumb_down thumbsdown no bad dislike disliked negative downvote "
-    "undesirable \U0001f44e".split()
+    [
+        "0",
+        "-1",
+        "false",
+        "down",
+        "thumbs_down",
+        "thumb_down",
+        "thumbsdown",
+        "no",
+        "bad",
+        "dislike",
+        "disliked",
+        "negative",
+        "downvote",
+        "undesirable",
+        "👎",
+    ]
 )
 # Skin tones of a thumb, and the mark that it is to be shown as a picture.
 _TONES = re.compile("[\U0001f3fb-\U0001f3ff\ufe0f]")
