@@ -19,8 +19,9 @@ from .load import FILE_KINDS, Reader
 from .messages import BadRow
 from .needs import describe_kind
 from .prompts import split_implicit
-from .readers import Mixture, Part, stored
+from .readers import stored
 from .rows import check_texts
+from .sources import Mixture, Part
 
 Entry = Mapping[str, Any]
 

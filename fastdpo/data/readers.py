@@ -19,7 +19,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
 
@@ -32,9 +31,11 @@ from .columns import (
     PROBLEM_COLUMN,
     TEXT_FIELDS,
     may_hold_prompt,
+    row_kind,
     row_kinds,
 )
 from .messages import describe, unreadable
+from .sources import Mixture
 
 # A line's number (0: the file has no lines to speak of) and its row, or why it could not be read.
 Numbered: TypeAlias = tuple[int, dict[str, Any] | str]
@@ -69,47 +70,6 @@ def may_fail_fast(path: Path) -> bool:
                 return True
             if not chunk:
                 return False
-
-
-@dataclass(frozen=True)
-class Part:
-    """A data set within a mixture.
-
-    Attributes:
-        name: of the data set.
-        num_rows: that it has.
-        taken: the rows that are in the mixture; None for all of them.
-    """
-
-    name: str
-    num_rows: int
-    taken: Sequence[int] | None = None
-
-    @property
-    def length(self) -> int:
-        """Rows in the mixture."""
-        return self.num_rows if self.taken is None else len(self.taken)
-
-
-class Mixture(str):
-    """The name of a mixture of data sets, which knows whose each of its rows is."""
-
-    parts: tuple[Part, ...]
-
-    @classmethod
-    def of(cls, parts: Sequence[Part]) -> "Mixture":
-        """The name of these data sets, one after the other."""
-        made = cls(" + ".join(part.name for part in parts))
-        made.parts = tuple(parts)
-        return made
-
-    def locate(self, row: int) -> tuple[str, int, int]:
-        """A row's data set, its index there, and how many rows that one has."""
-        for part in self.parts:
-            if row < part.length:
-                return part.name, row if part.taken is None else part.taken[row], part.num_rows
-            row -= part.length
-        raise IndexError(row)
 
 
 def row_label(source: str, row: int, num_rows: int, line: int | None = None) -> str:
@@ -173,7 +133,10 @@ def read_rows(
         for name in others
         if everything or may_hold_prompt(name) or (implicit and only_text[name])
     ]
-    fields = tuple((name, only_text[name]) for name in (*FIELDS, *kept) if name in only_text)
+    named = [name for name in (*FIELDS, *kept) if name in only_text and _is_name(name)]
+    if not named:
+        row_kind(only_text, where)
+    fields = tuple((name, only_text[name]) for name in named)
     features = stored_types(dict(fields))
     features |= {LINE_COLUMN: datasets.Value("int64"), PROBLEM_COLUMN: datasets.Value("string")}
     # Size and time of change make a changed file a different data set to the cache.
@@ -183,6 +146,11 @@ def read_rows(
         features=datasets.Features(features),
         gen_kwargs={"stamps": stamps, "kind": kind, "fields": fields},
     )
+
+
+def _is_name(name: str) -> bool:
+    """Whether Arrow can have a column of this name."""
+    return "\0" not in name and unreadable(name) is None
 
 
 def _generate(

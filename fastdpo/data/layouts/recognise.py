@@ -35,7 +35,7 @@ def recognise(
             decides; a layout or a mapping that they do not allow.
     """
     own = [name for name in (LINE_COLUMN, PROBLEM_COLUMN) if name in dataset.column_names]
-    sample = Sample(dataset.remove_columns(own))
+    sample = Sample(dataset.remove_columns(own) if own else dataset)
     if sample.names & {"image", "images"}:
         row_kind(sample.names, where)
     if columns:
