@@ -4,7 +4,7 @@ of a data set's columns.
 
 from typing import Any
 
-from ..columns import TEXT_FIELDS, row_kinds
+from ..columns import FIELDS, TEXT_FIELDS, row_kinds
 from . import pairs
 from .layout import Ambiguous, Found, Reading
 from .looks import (
@@ -39,7 +39,8 @@ def text_arguments(sample: Sample, forced: bool) -> Found:
     if not row_kinds(sample.names) or "responses" in fields:
         return None
     if any(_calls_with_text(sample, name) for name in fields):
-        return Reading("openai_calls", {name: name for name in fields}, pairs.text_arguments)
+        names = {name: name for name in FIELDS if name in sample.names}
+        return Reading("openai_calls", names, pairs.text_arguments)
     return None
 
 
@@ -127,9 +128,10 @@ def conversation(sample: Sample, forced: bool) -> Found:
         return None
     name = "sharegpt" if "from" in turns[0] else "axolotl"
     parts = {"talk": talk, **dict(zip(("chosen", "rejected"), two, strict=True))}
-    if is_answer(chosen) or pairs.begins_so(chosen, turns) or forced:
+    copied = answer is not None and pairs.begins_so(turns, answer)
+    if is_answer(chosen) or forced or (pairs.begins_so(chosen, turns) and not copied):
         return Reading(name, with_shared(sample, parts), pairs.pair)
-    if answer is None or pairs.begins_so(turns, answer) or _already_in(turns, answer):
+    if answer is None or copied or _already_in(turns, answer):
         if answer is not None and "from" in answer[0]:
             del parts["talk"]
             return Reading(name, with_shared(sample, parts), pairs.whole)
