@@ -260,10 +260,14 @@ DETECTED: dict[str, list[tuple[Row, Row]]] = {
         (TWO | {"preference_strength": 3}, compared(1)),
     ],
     "shp": [
-        ({"history": ASKED, "human_ref_A": GOOD, "human_ref_B": BAD, "labels": 1},)
-        + (compared(0, chat=True),),
-        ({"history": ASKED, "human_ref_A": GOOD, "human_ref_B": BAD, "labels": 0},)
-        + (compared(1, chat=True),),
+        (
+            {"history": ASKED, "human_ref_A": GOOD, "human_ref_B": BAD, "labels": 1},
+            compared(0, chat=True),
+        ),
+        (
+            {"history": ASKED, "human_ref_A": GOOD, "human_ref_B": BAD, "labels": 0},
+            compared(1, chat=True),
+        ),
     ],
     "arena": [
         (

@@ -165,7 +165,7 @@ def test_a_bad_row_is_named(
     tmp_path: Path, layout: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     change, reason = BAD_VALUES[layout]
-    rows, expected = parted(DETECTED[layout][:1])
+    rows, _ = parted(DETECTED[layout][:1])
     path = tmp_path / "data.jsonl"
     read = load(path, [rows[0], rows[0] | change])
     message = error_of(read, tokenizer, source=str(path), needs=ANY)
