@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from layout_samples import ASKED, BAD, CHAT, GOOD, TEXT, TWO, WHOLE, Row, gpt, h
 from transformers import PreTrainedTokenizerBase
 from trl import DatasetMixtureConfig, get_dataset
 
+from fastdpo import train
 from fastdpo.config import TrainConfig
 from fastdpo.data.dataset import load_data
 from fastdpo.data.load import load_rows, looks_local
 from fastdpo.data.mixture import load_mixture
 from fastdpo.errors import ConfigError, DataError
+from fastdpo.hub import _needed as hub_is_needed
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
@@ -144,7 +147,7 @@ def test_the_key_is_read(
     with caplog.at_level(logging.INFO):
         data = load_data(TrainConfig(datasets=entries), tokenizer, None)
     assert len(data.train) == 3 + 10
-    assert f"data: {two[0]} + {two[1]}: 13 rows" in caplog.text
+    assert f"data: {two[0]} + {two[1]}: 13 of 13 rows kept" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -298,16 +301,16 @@ def test_a_folder_of_a_url(hub: fsspec.AbstractFileSystem) -> None:
 
 
 def test_what_is_wrong_with_a_url_is_said_of_it(hub: fsspec.AbstractFileSystem) -> None:
-    with pytest.raises(DataError, match=f"^{URL}/a.jsonl: not found$"):
+    with pytest.raises(DataError, match=rf"^{URL}/a\.jsonl: not found$"):
         load_rows(f"{URL}/a.jsonl", "train")
     hub.pipe("/datasets/owner/name/data/a.jsonl", b"{")
-    with pytest.raises(DataError, match=f"^{URL}/a.jsonl, line 1: invalid JSON"):
+    with pytest.raises(DataError, match=rf"^{URL}/a\.jsonl, line 1: invalid JSON"):
         load_rows(f"{URL}/a.jsonl", "train")
     assert not looks_local(f"{URL}/a.jsonl")
 
 
 def test_a_protocol_that_nobody_knows() -> None:
-    with pytest.raises(DataError, match="^nowhere://a/b.jsonl: cannot be read: "):
+    with pytest.raises(DataError, match=r"^nowhere://a/b\.jsonl: cannot be read: "):
         load_rows("nowhere://a/b.jsonl", "train")
 
 
@@ -360,14 +363,35 @@ def test_layouts_in_memory(as_dataset: bool, tokenizer: PreTrainedTokenizerBase)
     held = Dataset.from_list(rows) if as_dataset else rows
     (mapped,) = load_data(TrainConfig(columns=columns), tokenizer, None, rows=held).train
     (plain,) = load_data(TrainConfig(), tokenizer, None, rows=[TEXT]).train
-    assert mapped.prompt == plain.prompt
-    assert mapped.responses == plain.responses
+    assert list(mapped.prompt) == list(plain.prompt)
+    assert list(map(list, mapped.responses)) == list(map(list, plain.responses))
 
 
 def test_scores_of_a_pair_are_read_by_a_loss_of_scores(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [{"prompt": ASKED, **WHOLE, "score_chosen": 8.5, "score_rejected": 3.0}]
     scored = load_data(TrainConfig(loss_type=["grpo"]), tokenizer, None, rows=rows)
-    assert list(scored.train[0].given) != []
     pair = load_data(TrainConfig(), tokenizer, None, rows=rows)
-    assert scored.train[0].responses == pair.train[0].responses
+    both = [list(map(list, data.train[0].responses)) for data in (scored, pair)]
+    assert both[0] == both[1]
     assert len(pair.train[0].comparisons) == 1
+
+
+def test_a_run_on_several_data_sets(two: tuple[str, str], tiny_model: Path, tmp_path: Path) -> None:
+    entries: list[dict[str, object]] = [{"path": two[0]}, {"path": two[1], "weight": 0.5}]
+    keys: dict[str, Any] = {"eval_dataset_name": two[0], "do_eval": True, "max_steps": 1}
+    out = tmp_path / "out"
+    config = TrainConfig(
+        model_name_or_path=str(tiny_model), datasets=entries, output_dir=str(out), **keys
+    )
+    train(config)
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert " on `a.jsonl` and `b.jsonl` (11 comparisons), by fastdpo " in card
+
+
+def test_a_data_set_on_the_hub_keeps_the_run_online(two: tuple[str, str]) -> None:
+    local = TrainConfig(model_name_or_path=str(Path(two[0]).parent), datasets=[{"path": two[0]}])
+    assert not hub_is_needed(local)
+    for path in ("someone/pairs", "hf://datasets/someone/pairs/a.jsonl"):
+        assert hub_is_needed(replace(local, datasets=[{"path": two[0]}, {"path": path}]))
+    json_files: dict[str, object] = {"path": "json", "data_files": two[0]}
+    assert not hub_is_needed(replace(local, datasets=[json_files]))

@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from .adapters import AdapterKeys
-from .datasets import entry_problem
+from .datasets import FIELDS, entry_problem, known_fields
 from .declare import Rule
 from .keys import ONE_FILE, Keys
 from .loss_checks import idle_options, of_loss, of_options, of_order, of_reference
@@ -145,6 +145,8 @@ def _data(keys: Keys) -> Iterator[tuple[str, str]]:
         yield "datasets", problem
     if keys.datasets and keys.dataset_name is not None:
         yield "datasets", "cannot go with dataset_name: put its data into an entry"
+    if keys.columns is not None and not known_fields(keys.columns):
+        yield "columns", f"expected the columns of some of {', '.join(FIELDS)}"
     if keys.layout is not None and keys.columns is not None:
         yield "columns", "cannot go with layout: either says how the rows are laid out"
 

@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .declare import Rule
-
 LAYOUTS = (
     "trl",
     "openai_calls",
@@ -59,11 +57,9 @@ ENTRY = (*_TEXTS, "data_files", "columns", *_NUMBERS)
 """The keys of an entry of `datasets`."""
 
 
-def _known_fields(columns: Mapping[str, Any]) -> bool:
+def known_fields(columns: Mapping[str, Any]) -> bool:
+    """Whether a mapping of columns names fields that there are."""
     return bool(columns) and set(columns) <= set(FIELDS)
-
-
-COLUMNS = Rule(f"the columns of some of {', '.join(FIELDS)}", _known_fields)
 
 
 def entry_problem(entries: Sequence[Mapping[str, Any]]) -> str | None:
@@ -94,8 +90,8 @@ def _wrong_entry(entry: Mapping[str, Any]) -> str | None:
     if entry.get("layout") is not None and entry["layout"] not in LAYOUTS:
         return f"layout: expected one of {', '.join(LAYOUTS)}"
     columns = entry.get("columns")
-    if isinstance(columns, dict) and not COLUMNS.holds(columns):
-        return f"columns: expected {COLUMNS.expected}"
+    if isinstance(columns, dict) and not known_fields(columns):
+        return f"columns: expected the columns of some of {', '.join(FIELDS)}"
     if columns is not None and not isinstance(columns, dict | list):
         return "columns: expected a list of the columns to read, or a mapping of fields to columns"
     return None

@@ -1,6 +1,6 @@
 """What is trained on what: the keys of model and data, and our own."""
 
-from .datasets import COLUMNS, LAYOUTS
+from .datasets import LAYOUTS
 from .declare import (
     AT_LEAST_ONE,
     AT_LEAST_TWO,
@@ -111,7 +111,6 @@ class OwnKeys:
         None,
         "Which column holds what, in place of a layout, such as {prompt: question, chosen: good, "
         "rejected: answers.1.text}.",
-        COLUMNS,
     )
     skip_bad_rows: bool = key(
         False, "Drop and count rows that cannot be used, instead of stopping at the first."

@@ -51,16 +51,19 @@ class Copies:
         try:
             system, root = fsspec.url_to_fs(url)
             files = system.find(root)
-            if not files:
-                raise DataError(f"{url}: not found")
+        except (ImportError, ValueError, OSError) as error:
+            raise DataError(f"{url}: cannot be read: {error}") from error
+        if not files:
+            raise DataError(f"{url}: not found")
+        try:
             target = _place(url, [system.ukey(file) for file in files])
             single = [root.rstrip("/")] == [file.rstrip("/") for file in files]
             names = [Path(root).name if single else os.path.relpath(file, root) for file in files]
             for file, name in zip(files, names, strict=True):
                 self._shown[str(target / name)] = url if single else f"{url.rstrip('/')}/{name}"
                 _write(target / name, lambda part, file=file: system.get_file(file, str(part)))
-        except (ImportError, ValueError, OSError) as error:
-            raise DataError(f"{url}: cannot be read: {error}") from error
+        except (ValueError, OSError) as error:
+            raise DataError(f"{url}: cannot be copied: {error}") from error
         if single:
             return target / names[0]
         self._shown[str(target)] = url

@@ -71,8 +71,10 @@ def load_data(
 
     def load(name: str, given: RowsInMemory | None, source: tuple[str, str]) -> _Rows:
         if given is not None:
-            held = _in_memory(given, name)
-            return _Rows(name, to_canonical(held, name, **_how(config)))
+            how = _how(config)
+            every = bool(how["layout"] or how["columns"] or how["scores"])
+            held = _in_memory(given, name, all_columns=every)
+            return _Rows(name, to_canonical(held, name, **how))
         return _Rows(source[0], _load(config, *source))
 
     if rows is None and config.datasets:
@@ -210,8 +212,10 @@ def _check_logps(config: TrainConfig, loss: TrainingLoss, groups: Sequence[Group
         )
 
 
-def _in_memory(rows: RowsInMemory, name: str) -> datasets.Dataset:
-    """Rows as a data set with the union of their columns."""
+def _in_memory(rows: RowsInMemory, name: str, *, all_columns: bool) -> datasets.Dataset:
+    """Rows as a data set with the union of their columns; of rows in TRL's columns, those that
+    training reads or that may hold a prompt, unless all are asked for.
+    """
     if isinstance(rows, datasets.IterableDataset):
         logger.info(f"{name}: the stream is read to the cache once, before the run")
         rows = datasets.Dataset.from_generator(
@@ -230,14 +234,14 @@ def _in_memory(rows: RowsInMemory, name: str) -> datasets.Dataset:
         raise DataError(f"{name}: has no rows")
     is_text = {c: all(isinstance(row.get(c), str | None) for row in rows) for c in columns}
     # What training does not read may hold anything.
-    canonical = bool(row_kinds(columns))
+    chooses = bool(row_kinds(columns)) and not all_columns
     columns = [
         c
         for c in columns
         if is_text[c]
         or c in FIELDS
         or may_hold_prompt(c)
-        or (all(_is_plain(row.get(c)) for row in rows) and not canonical)
+        or (all(_is_plain(row.get(c)) for row in rows) and not chooses)
     ]
     encoded = [
         {c: _stored(row.get(c), is_text[c], f"{name}, row {number}: {c}") for c in columns}
