@@ -26,6 +26,7 @@ from layout_samples import (
     TWO,
     WHOLE,
     Row,
+    calls,
     compared,
     gpt,
     human,
@@ -218,6 +219,23 @@ def test_a_text_that_looks_like_a_number_stays_text(
     ]
     expected = chat([user("42")], "1e3", "007")
     assert_same_tokens(load(tmp_path / "data.jsonl", rows), [expected] * 2, tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_arguments_of_a_late_row_are_objects(
+    tmp_path: Path, kind: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    called = CHAT | {"chosen": [calls('{"a": 12, "b": 30}')]}
+    read = load(tmp_path / f"data.{kind}", [CHAT] * 60 + [called])
+    expected = CHAT | {"chosen": [calls({"a": 12, "b": 30})]}
+    assert_same_tokens(read.select([0, 60]), [CHAT, expected], tokenizer)
+    as_they_are = load_rows(str(tmp_path / f"data.{kind}"), "train", layout="trl")
+    assert as_they_are.column_names == ["prompt", "chosen", "rejected"]
+
+
+def test_text_about_arguments_is_no_call(tmp_path: Path) -> None:
+    rows = [TEXT, TEXT | {"chosen": '[{"role": "tool", "arguments": "x"}'}]
+    assert load(tmp_path / "data.jsonl", rows).column_names == ["prompt", "chosen", "rejected"]
 
 
 def test_sharegpt_pairs_of_whole_conversations(

@@ -47,7 +47,11 @@ def text_arguments(sample: Sample, forced: bool) -> Found:
 def _calls_with_text(sample: Sample, name: str) -> bool:
     if any(has_text_arguments(as_conversation(row.get(name))) for row in sample.rows):
         return True
-    return sample.matches(name, r'"arguments"\s*:\s*"')
+    if as_conversation(sample.value(name)) is None:
+        return False
+    return sample.has_type(name, "arguments: string") or sample.matches(
+        name, r'"arguments"\s*:\s*"'
+    )
 
 
 def system_beside(sample: Sample, forced: bool) -> Found:

@@ -64,6 +64,10 @@ class Sample:
         raw = values.to_pylist()
         return [decode.decode_example(v) for v in raw] if _is_json(decode) else raw
 
+    def has_type(self, name: str, part: str) -> bool:
+        """Whether the type of a column, in Arrow's words, has this part."""
+        return part in str(self.dataset.data.column(name).type)
+
     def matches(self, name: str, pattern: str) -> bool:
         """Whether the JSON of any row of a column matches a regular expression."""
         column = _storage(self.dataset.data.column(name))
