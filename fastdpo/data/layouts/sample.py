@@ -69,8 +69,11 @@ class Sample:
         return part in str(self.dataset.data.column(name).type)
 
     def matches(self, name: str, pattern: str) -> bool:
-        """Whether the JSON of any row of a column matches a regular expression."""
-        column = _storage(self.dataset.data.column(name))
+        """Whether any JSON in a column, or in its lists, matches a regular expression."""
+        column = self.dataset.data.column(name)
+        while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+            column = pc.list_flatten(column)
+        column = _storage(column)
         if not pa.types.is_string(column.type) and not pa.types.is_large_string(column.type):
             return False
         return bool(pc.any(pc.match_substring_regex(column, pattern)).as_py())
