@@ -4,7 +4,7 @@
     python docs/generate.py --check    # exit status 1 where a page differs from the declarations
 
 In a page, what stands between `<!-- keys:NAME -->` and `<!-- /keys -->` is replaced. NAME is a
-section of keys, one of `LISTS`, or "loss_table".
+section of keys, one of `LISTS`, "loss_table" or "layouts".
 """
 
 import re
@@ -19,6 +19,7 @@ from fastdpo_kernels import LOSSES
 from fastdpo.config import TrainConfig
 from fastdpo.config.declare import GROUPS, default_of
 from fastdpo.config.values import show
+from fastdpo.data.layouts import LAYOUTS
 from fastdpo.training import changes
 
 FOLDER = Path(__file__).resolve().parent
@@ -64,10 +65,21 @@ def _loss_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _layouts() -> str:
+    """Every layout of data in a line."""
+    lines = ["| layout | whose | columns |", "|---|---|---|"]
+    for name, layout in LAYOUTS.items():
+        columns = re.sub(r"\w+", lambda m: m[0] if m[0] == "or" else f"`{m[0]}`", layout.columns)
+        lines.append(f"| `{name}` | {layout.origin} | {columns} |")
+    return "\n".join(lines) + "\n"
+
+
 def block(name: str) -> str:
     """The Markdown of a block."""
     if name == "loss_table":
         return _loss_table()
+    if name == "layouts":
+        return _layouts()
     if name in LISTS:
         return ", ".join(f"`{key}`" for key in LISTS[name]) + ".\n"
     if name not in GROUPS:

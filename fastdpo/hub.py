@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 
 from .config import TrainConfig
-from .data.load import looks_local
+from .data.load import FILE_KINDS, looks_local
 from .errors import ModelError
 from .model.place import find_model
 from .terminal import one_line
@@ -45,7 +45,8 @@ def _needed(config: TrainConfig) -> bool:
         base = name and _base(config, name)
         if base and not Path(base).exists() and not looks_local(base):
             return True
-    names = (config.dataset_name, config.eval_source and config.eval_source[0])
+    names = [config.dataset_name, config.eval_source and config.eval_source[0]]
+    names += [str(entry["path"]) for entry in config.datasets if entry["path"] not in FILE_KINDS]
     return any(name and not Path(name).exists() and not looks_local(name) for name in names)
 
 

@@ -276,7 +276,7 @@ KEYS = [
     flags("--accelerate_config config.yaml", "config.yaml, line 1: model_name_or_path is no key"),
     flags("--accelerate_config model", "model: cannot read the configuration file (Is a direct"),
     flags("--accelerate_config", "--accelerate_config: expected a value after it"),
-    yaml("streaming: true", "streaming is a key of TRL's that fastdpo does not honour"),
+    yaml("test_split_size: 0.1", "test_split_size is a key of TRL's that fastdpo does not honour"),
     yaml("precompute_ref_batch_size: 4", "precompute_ref_batch_size is a key of TRL's"),
     yaml("neftune_noise_alpha: 5", "neftune_noise_alpha is a key of TRL's"),
     yaml("push_to_hub: true", "push_to_hub is a key of TRL's …the hf command"),

@@ -36,6 +36,8 @@ NOT_IN_TRL = {
     "skip_bad_rows",
     "max_comparisons_per_group",
     "convert",
+    "layout",
+    "columns",
     "shuffle",
     "epsilon",
     "epsilon_high",

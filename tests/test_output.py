@@ -453,6 +453,7 @@ def test_every_key_is_sorted_by_what_a_resumed_run_does_with_it():
         "report_to",
         "run_name",
         "disable_tqdm",
+        "dataset_streaming",
         "output_dir",
         "overwrite_output_dir",
         "save_strategy",

@@ -32,10 +32,12 @@ from transformers import AutoModelForCausalLM
 from bench.jsonl import read_rows, write_rows
 from fastdpo import TrainConfig, train
 from fastdpo.cli import COMMANDS
+from fastdpo.config.datasets import ENTRY
 from fastdpo.config.declare import GROUPS
 from fastdpo.config.peers import PEER_KEYS
 from fastdpo.data.columns import FIELDS
 from fastdpo.data.groups import count_units, make_groups
+from fastdpo.data.layouts import LAYOUTS
 from fastdpo.data.load import load_rows
 from fastdpo.data.needs import Needs
 from fastdpo.data.tokenize import tokenize_dataset
@@ -157,6 +159,8 @@ def known_names() -> set[str]:
     calls = (linear_logprob, linear_dpo_loss, linear_loss, linear_cross_entropy, train)
     arguments = [name for call in calls for name in inspect.signature(call).parameters]
     known = {*keys, *PEER_KEYS, *FIELDS, *LOSSES, *choices, *arguments, *vars(fastdpo_kernels)}
+    known |= {name for layout in LAYOUTS.values() for name in re.findall(r"\w+", layout.columns)}
+    known |= {*LAYOUTS, *ENTRY}
     metrics = explained_metrics() | explained_metrics("docs/losses.md")
     return (
         known | metrics | {"fastdpo_kernels", "save_to_disk", "save_pretrained", "from_pretrained"}
@@ -277,7 +281,7 @@ def test_pages_say_what_the_configuration_declares() -> None:
     generate = runpy.run_path(str(ROOT / "docs/generate.py"))
     assert generate["main"](["--check"]) == 0
     shown = re.findall(r"<!-- keys:(\w+) -->", "".join(map(text_of, DOCS)))
-    assert sorted(shown) == sorted([*GROUPS, *generate["LISTS"], "loss_table"])
+    assert sorted(shown) == sorted([*GROUPS, *generate["LISTS"], "loss_table", "layouts"])
 
 
 def test_every_metric_is_explained(tiny_model: Path, pairs_file: Path, tmp_path: Path) -> None:

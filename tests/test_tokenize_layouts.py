@@ -126,24 +126,15 @@ def test_columns_that_say_nothing_new_are_no_error(
 
 ANSWERS = [{"chosen": " Yes, 42.", "rejected": " No, 41."}, {"chosen": "a", "rejected": "b"}]
 QUESTION = "What is it?"
-TURN = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": "so"}]
 LOST = [
     (with_columns(ANSWERS, **{name: QUESTION}), name)
-    for name in ("instruction", "input", "question", "query", "context", "system", "Question")
+    for name in ("context", "system", "Question", "passage", "problem")
 ]
 LOST += [
-    (with_columns(ANSWERS, messages=[user(QUESTION)]), "messages"),
-    (with_columns(ANSWERS, conversations=TURN), "conversations"),
-    (with_columns(ANSWERS, conversations=json.dumps(TURN)), "conversations"),
     (with_columns(ANSWERS, history=[[QUESTION, "so"]]), "history"),
     (with_columns(ANSWERS, conversation=[{"input": QUESTION, "output": "a"}]), "conversation"),
-    (with_columns(ANSWERS, system="Be brief.", input=QUESTION, order=[1]), "system, input"),
-    (with_columns(ANSWERS, id=1, user_prompt=QUESTION), "user_prompt"),
-    (with_columns(ANSWERS, prompt="", question=QUESTION), "question"),
-    (with_columns(TEXT, system="Be brief."), "system"),
-    (with_columns(TALKS, system_prompt="Be brief."), "system_prompt"),
-    (with_columns(WHOLE_TALKS, system="Be brief."), "system"),
-    (with_columns(WHOLE_TALKS, question="Which of them?"), "question"),
+    (with_columns(ANSWERS, prompt="", context=QUESTION), "context"),
+    (with_columns(WHOLE_TALKS, context="In the spring."), "context"),
 ]
 
 
@@ -160,6 +151,18 @@ def test_a_column_that_holds_the_question_is_named(
         assert message.startswith(f"{path}, {where}: {columns}: holds text that is in none of"), (
             message
         )
+
+
+def test_a_question_that_whole_conversations_do_not_ask(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = with_columns(WHOLE_TALKS, question="Which of them?")
+    path = write(tmp_path / "data.jsonl", rows)
+    message = error_of(load_rows(str(path), "train"), tokenizer, source=str(path))
+    assert message == (
+        f"{path}, line 1: chosen: is a conversation that does not begin with question; expected "
+        "it to, or only what follows"
+    )
 
 
 def test_a_column_that_holds_the_question_is_named_in_csv(

@@ -84,6 +84,8 @@ def _load(config: TrainConfig, name: str, split: str) -> datasets.Dataset:
         config_name=config.dataset_config,
         num_proc=config.dataset_num_proc,
         skip_bad_rows=True,
+        layout=config.layout,
+        columns=config.columns,
     )
 
 

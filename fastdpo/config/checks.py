@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from .adapters import AdapterKeys
+from .datasets import FIELDS, entry_problem, known_fields
 from .declare import Rule
 from .keys import ONE_FILE, Keys
 from .loss_checks import idle_options, of_loss, of_options, of_order, of_reference
@@ -128,6 +129,7 @@ def _files(keys: Keys) -> Iterator[tuple[str, str]]:
             "overwrite_output_dir",
             "cannot go with resume_from_checkpoint: one starts anew, the other goes on",
         )
+    yield from _data(keys)
     if keys.eval_source is not None and keys.eval_dataset_name is None:
         name, split = keys.eval_source
         if name.endswith(ONE_FILE) and not split.startswith("train"):
@@ -136,6 +138,17 @@ def _files(keys: Keys) -> Iterator[tuple[str, str]]:
                 f"expected the data to evaluate on, since {name} is one file without a {split} "
                 "split; or a part of it, such as dataset_test_split: train[90%:]",
             )
+
+
+def _data(keys: Keys) -> Iterator[tuple[str, str]]:
+    if problem := entry_problem(keys.datasets):
+        yield "datasets", problem
+    if keys.datasets and keys.dataset_name is not None:
+        yield "datasets", "cannot go with dataset_name: put its data into an entry"
+    if keys.columns is not None and not known_fields(keys.columns):
+        yield "columns", f"expected the columns of some of {', '.join(FIELDS)}"
+    if keys.layout is not None and keys.columns is not None:
+        yield "columns", "cannot go with layout: either says how the rows are laid out"
 
 
 def idle_settings(keys: Keys) -> list[str]:

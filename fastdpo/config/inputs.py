@@ -1,5 +1,6 @@
 """What is trained on what: the keys of model and data, and our own."""
 
+from .datasets import LAYOUTS
 from .declare import (
     AT_LEAST_ONE,
     AT_LEAST_TWO,
@@ -53,13 +54,22 @@ class DataKeys:
 
     dataset_name: str | None = key(
         None,
-        "A hub dataset, a directory, or a .jsonl, .json, .parquet or .csv file. Needed "
-        "by train and precompute.",
+        "A hub dataset, a directory, a .jsonl, .json, .parquet or .csv file, or a URL such as "
+        "hf://datasets/OWNER/NAME/FILE. Needed by train and precompute, or datasets in its place.",
         NOT_BLANK,
         path=True,
     )
     dataset_config: str | None = key(
         None, "Configuration of the hub dataset, where it has several."
+    )
+    datasets: list[dict[str, object]] = key(
+        [],
+        "Several data sets in one, each with a path and, as in TRL, name, data_dir, data_files, "
+        "split, columns and fraction, its share; or with weight, how often each of its rows is "
+        "taken: 0.5 is a half of them. layout and columns (a mapping) may be given to each.",
+    )
+    dataset_streaming: bool = key(
+        False, "Accepted: a data set is read to the cache once, before the run."
     )
     dataset_train_split: str = key("train", "Split to train on.", NOT_BLANK)
     dataset_test_split: str = key(
@@ -91,6 +101,16 @@ class OwnKeys:
         "Evaluate on this file, directory or hub dataset instead of a split of dataset_name.",
         NOT_BLANK,
         path=True,
+    )
+    layout: str | None = key(
+        None,
+        "The layout of the rows, where it is not to be told from their columns.",
+        one_of(*LAYOUTS, unset="to tell it from the columns"),
+    )
+    columns: dict[str, str | list[str]] | None = key(
+        None,
+        "Which column holds what, in place of a layout, such as {prompt: question, chosen: good, "
+        "rejected: answers.1.text}.",
     )
     skip_bad_rows: bool = key(
         False, "Drop and count rows that cannot be used, instead of stopping at the first."

@@ -16,7 +16,7 @@ from .optimizer import OptimizerKeys
 from .parallel import ParallelKeys
 from .schedule import EvaluationKeys, LoggingKeys, SavingKeys, TrainingKeys
 
-ONE_FILE = (".jsonl", ".json", ".parquet", ".csv", ".arrow", ".gz")
+ONE_FILE = (".jsonl", ".json", ".parquet", ".csv", ".arrow", ".gz", ".zst")
 """How the name of a data set ends that is one file; all its rows are the split "train"."""
 
 IN_PYTHON = "given"
@@ -62,8 +62,12 @@ class Keys(
         return ConfigError(f"{place}: {name}: {problem}" if place else f"{name}: {problem}")
 
     def require(self, *names: str) -> None:
-        """Raise `ConfigError` unless each of these keys has a value."""
+        """Raise `ConfigError` unless each of these keys has a value; `datasets` is one for
+        `dataset_name`.
+        """
         for name in names:
+            if name == "dataset_name" and self.datasets:
+                continue
             if getattr(self, name) is None:
                 what = self.key_fields()[name].metadata["help"].split(". ")[0]
                 expected = f"expected a value (--{name}, or {name}: in the file)"

@@ -22,7 +22,6 @@ _BEST = "Pick the best checkpoint from the eval lines of metrics.jsonl."
 _SUMMED = "Gradients are summed once a step, without DDP."
 _REPORT = "Set it in the tracker's own environment variables."
 _NODES = "The first process alone logs and saves."
-_DATASETS = "Name one data set with dataset_name; join several into one file first."
 _LAYER_KERNELS = "use_liger_kernel takes all of Liger's kernels for layers; the head is ours."
 
 PEER_KEYS: dict[str, PeerKey] = {
@@ -51,10 +50,8 @@ PEER_KEYS: dict[str, PeerKey] = {
     "pad_to_multiple_of": PeerKey("auto", "Nothing is padded.", also=(None,)),
     "padding_value": PeerKey(None, "Nothing is padded."),
     "is_encoder_decoder": PeerKey(None, "Only causal language models are trained.", also=(False,)),
-    "datasets": PeerKey([], _DATASETS),
-    "streaming": PeerKey(False, "The data is read whole, since rows are packed before the run."),
-    "dataset_streaming": PeerKey(
-        False, "The data is read whole, since rows are packed before the run."
+    "streaming": PeerKey(
+        False, "Use dataset_streaming.", means={"true": ("dataset_streaming", True)}
     ),
     "test_split_size": PeerKey(None, "Split the data first and set eval_dataset_name."),
     "remove_unused_columns": PeerKey(

@@ -19,7 +19,8 @@ _LONGEST = 100
 
 
 def convert(value: Any, annotation: Any) -> Any:
-    """`value` as `annotation`: bool, int, float, str, list[...], dict[str, Any], or a union.
+    """`value` as `annotation`: bool, int, float, str, list[...], dict[str, ...], or a union. The
+    entries of a dict are of its second type: Any for single values, object for whatever they are.
 
     Raises:
         ValueError: the value is of another type; the message is what was expected.
@@ -92,6 +93,8 @@ def _read(value: Any, member: Any) -> Any:
     if get_origin(member) is list:
         entries = value if isinstance(value, list | tuple) else [value]
         return [_read(entry, get_args(member)[0]) for entry in entries]
+    if get_origin(member) is dict and get_args(member)[1] is not Any:
+        return _entries(value, get_args(member)[1])
     readers = {bool: _boolean, int: _whole, float: _number, str: _text, dict: _mapping}
     return readers[get_origin(member) or member](value)
 
@@ -147,6 +150,17 @@ def _mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise ValueError
     return {name: _plain(entry) for name, entry in value.items()}
+
+
+def _entries(value: Any, annotation: Any) -> dict[str, Any]:
+    """A mapping whose entries are of another type than numbers, or of any (`object`)."""
+    if isinstance(value, str):
+        value = json.loads(value)
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise ValueError
+    if annotation is object:
+        return dict(value)
+    return {name: convert(entry, annotation) for name, entry in value.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """A run's data: the rows of both splits, wherever they are, as tokenised groups."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -11,19 +11,21 @@ import datasets
 from ..config import TrainConfig
 from ..errors import DataError
 from ..losses import TrainingLoss, loss_of
-from .columns import FIELDS, LINE_COLUMN, PROBLEM_COLUMN, may_hold_prompt, row_kind, row_kinds
+from .columns import FIELDS, LINE_COLUMN, PROBLEM_COLUMN, may_hold_prompt, row_kinds
 from .groups import Group, check_agreement, describe_units, make_groups
 from .labels import describe_labels
+from .layouts import to_canonical
 from .load import load_rows
 from .messages import unreadable
+from .mixture import load_mixture
 from .needs import Convert, Known, Needs
 from .readers import stored, stored_types
 from .tokenize import tokenize_dataset
 
 logger = logging.getLogger(__name__)
 
-RowsInMemory: TypeAlias = datasets.Dataset | Sequence[Mapping[str, Any]]
-"""Rows in memory, in one of the layouts of `fastdpo.data.rows`."""
+RowsInMemory: TypeAlias = datasets.Dataset | datasets.IterableDataset | Sequence[Mapping[str, Any]]
+"""Rows in memory, in one of the layouts of `fastdpo.data.layouts`."""
 
 
 _OURS = (LINE_COLUMN, PROBLEM_COLUMN)  # which our readers add, and nobody else
@@ -69,10 +71,16 @@ def load_data(
 
     def load(name: str, given: RowsInMemory | None, source: tuple[str, str]) -> _Rows:
         if given is not None:
-            return _Rows(name, _in_memory(given, name))
+            how = _how(config)
+            every = bool(how["layout"] or how["columns"] or how["scores"])
+            held = _in_memory(given, name, all_columns=every)
+            return _Rows(name, to_canonical(held, name, **how))
         return _Rows(source[0], _load(config, *source))
 
-    trained = load("rows", rows, (str(config.dataset_name), config.dataset_train_split))
+    if rows is None and config.datasets:
+        trained = _mixture(config)
+    else:
+        trained = load("rows", rows, (str(config.dataset_name), config.dataset_train_split))
     config = config.for_layout(row_kinds(trained.dataset.column_names))
     make = partial(_groups, config, loss_of(config), tokenizer, vocab_size)
     groups = make(trained)
@@ -80,7 +88,8 @@ def load_data(
         logger.warning(f"note: {trained.name}: {note}")
     if not config.evaluates:
         return Data(groups, [], config)
-    assert eval_rows is not None or config.eval_source is not None
+    if eval_rows is None and config.eval_source is None:
+        raise config.error("eval_dataset_name", "expected the data to evaluate on")
     evaluation = load("eval_rows", eval_rows, config.eval_source or ("", ""))
     return Data(groups, make(evaluation), config)
 
@@ -111,14 +120,40 @@ def _needs(loss: TrainingLoss) -> Needs:
     return Needs(_NEEDED[columns[0]], name)
 
 
+def _how(config: TrainConfig) -> dict[str, Any]:
+    """What the configuration says of the layout of rows."""
+    needs = _needs(loss_of(config)).columns
+    return {
+        "layout": config.layout,
+        "columns": config.columns,
+        "num_proc": config.dataset_num_proc,
+        "scores": "comparisons" not in needs and bool({"scores", "ranks"} & set(needs)),
+    }
+
+
 def _load(config: TrainConfig, name: str, split: str) -> datasets.Dataset:
+    if config.dataset_streaming:
+        logger.info("dataset_streaming: the rows are read to the cache once, before the run")
     return load_rows(
         name,
         split,
         config_name=config.dataset_config,
+        skip_bad_rows=config.skip_bad_rows,
+        **_how(config),
+    )
+
+
+def _mixture(config: TrainConfig) -> _Rows:
+    """The rows of the key `datasets`."""
+    name, rows = load_mixture(
+        config.datasets,
+        seed=config.seed if config.data_seed is None else config.data_seed,
         num_proc=config.dataset_num_proc,
         skip_bad_rows=config.skip_bad_rows,
+        layout=config.layout,
+        columns=config.columns,
     )
+    return _Rows(name, rows)
 
 
 def _groups(
@@ -177,8 +212,15 @@ def _check_logps(config: TrainConfig, loss: TrainingLoss, groups: Sequence[Group
         )
 
 
-def _in_memory(rows: RowsInMemory, name: str) -> datasets.Dataset:
-    """Rows as a data set with the union of their columns."""
+def _in_memory(rows: RowsInMemory, name: str, *, all_columns: bool) -> datasets.Dataset:
+    """Rows as a data set with the union of their columns; of rows in TRL's columns, those that
+    training reads or that may hold a prompt, unless all are asked for.
+    """
+    if isinstance(rows, datasets.IterableDataset):
+        logger.info(f"{name}: the stream is read to the cache once, before the run")
+        rows = datasets.Dataset.from_generator(
+            _stream, gen_kwargs={"rows": rows}, features=rows.features
+        )
     if isinstance(rows, datasets.Dataset):
         return rows.remove_columns([c for c in rows.column_names if c in _OURS])
     if isinstance(rows, str | Mapping) or not isinstance(rows, Sequence):
@@ -190,10 +232,17 @@ def _in_memory(rows: RowsInMemory, name: str) -> datasets.Dataset:
     columns = list(dict.fromkeys(str(c) for row in rows for c in row if c not in _OURS))
     if not columns:
         raise DataError(f"{name}: has no rows")
-    row_kind(columns, name)
     is_text = {c: all(isinstance(row.get(c), str | None) for row in rows) for c in columns}
     # What training does not read may hold anything.
-    columns = [c for c in columns if is_text[c] or c in FIELDS or may_hold_prompt(c)]
+    chooses = bool(row_kinds(columns)) and not all_columns
+    columns = [
+        c
+        for c in columns
+        if is_text[c]
+        or c in FIELDS
+        or may_hold_prompt(c)
+        or (all(_is_plain(row.get(c)) for row in rows) and not chooses)
+    ]
     encoded = [
         {c: _stored(row.get(c), is_text[c], f"{name}, row {number}: {c}") for c in columns}
         for number, row in enumerate(rows, 1)
@@ -201,6 +250,17 @@ def _in_memory(rows: RowsInMemory, name: str) -> datasets.Dataset:
     return datasets.Dataset.from_list(
         encoded, features=datasets.Features(stored_types({c: is_text[c] for c in columns}))
     )
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        return unreadable(value) is None
+    except (TypeError, ValueError):
+        return False
+
+
+def _stream(rows: datasets.IterableDataset) -> Iterator[dict[str, Any]]:
+    yield from rows
 
 
 def _stored(value: Any, is_text: bool, where: str) -> Any:

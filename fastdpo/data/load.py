@@ -2,8 +2,7 @@
 
 Everything goes through the `datasets` library, so that files are memory-mapped and read once. What
 a row says is judged later, by `tokenize_dataset`, which has to look at every row anyway; here a
-data set must be found, be readable and have the columns of one of the layouts of
-`fastdpo.data.rows`.
+data set must be found, be readable and have one of `fastdpo.data.layouts`, which is made TRL's.
 """
 
 import contextlib
@@ -12,13 +11,16 @@ import gzip
 import logging
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 from ..errors import DataError
-from .columns import PROBLEM_COLUMN, TEXT_FIELDS, row_kind
+from .columns import PROBLEM_COLUMN, TEXT_FIELDS, row_kinds
+from .copies import Copies, is_url, whole_repository
+from .layouts import to_canonical
 from .readers import may_fail_fast, read_rows
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,10 @@ _KINDS = {
 }
 
 
+FILE_KINDS = frozenset(_KINDS.values())
+"""The readers of the `datasets` library for files, which its `path` may name."""
+
+
 def load_rows(
     name: str,
     split: str,
@@ -40,51 +46,166 @@ def load_rows(
     config_name: str | None = None,
     num_proc: int | None = None,
     skip_bad_rows: bool = False,
-    trains: bool = True,
+    layout: str | None = None,
+    columns: Mapping[str, Any] | None = None,
+    scores: bool = False,
 ) -> datasets.Dataset:
-    """Load one split of a data set, with the columns of one of the layouts in `fastdpo.data.rows`.
+    """Load one split of a data set in any of `fastdpo.data.layouts`, with the columns of one of the
+    layouts in `fastdpo.data.rows`.
 
     Args:
         name: a JSONL, JSON (a list of objects), Parquet, CSV or Arrow file (JSON and CSV may be
-            gzipped), a directory written by `save_to_disk`, a directory of data files, or a data
-            set on the hub. In a CSV, messages and lists are JSON.
+            packed by gzip or zstd), a directory written by `save_to_disk`, a directory of data
+            files, the URL of a file or a directory, or a data set on the hub. In a CSV, messages
+            and lists are JSON.
         split: a split's name, or a part of it such as "train[:100]". A file has only "train".
         config_name: which of a hub data set's configurations.
         num_proc: processes that read a data set of many files.
         skip_bad_rows: keep rows of JSONL and CSV files that cannot be read as rows of nulls whose
             `fastdpo_problem` says why, for `tokenize_dataset` to drop and count.
-        trains: whether the columns have to be those of a layout, and others may be left out.
+        layout: the layout, where it is not to be told from the columns.
+        columns: which column holds each field, in place of a layout.
+        scores: whether the scores of a pair's answers are to be read.
 
     Raises:
-        DataError: naming the file and, for text files, the line that cannot be read.
+        DataError: naming the file and, for text files, the line that cannot be read; a layout that
+            is not known, or may be read in two ways.
     """
-    path = Path(name).expanduser()
-    try:
-        with explain_disk(name):
-            if path.is_file():
-                kind = _KINDS.get(_suffix(path))
-                if kind is None:
-                    kinds = ", ".join(_KINDS)
-                    raise DataError(f"{path}: unknown kind of file; expected one of {kinds}")
-                files = {"train": [path]}
-                rows = _load_files(kind, files, split, skip_bad_rows, trains, name)
-            elif path.is_dir():
-                rows = _load_directory(path, split, config_name, skip_bad_rows, trains)
-            elif looks_local(name):
-                raise DataError(_not_found(path))
+    every = bool(layout or columns or scores)
+    rows = Reader(split, config_name, num_proc, skip_bad_rows, every).read(name)
+    return to_canonical(
+        rows, name, layout=layout, columns=columns, scores=scores, num_proc=num_proc
+    )
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads a split of a data set as it stands.
+
+    Attributes:
+        split: as in `load_rows`, and so the next three.
+        config_name: see there.
+        num_proc: see there.
+        skip_bad_rows: see there.
+        all_columns: whether to keep columns that training does not read.
+    """
+
+    split: str
+    config_name: str | None = None
+    num_proc: int | None = None
+    skip_bad_rows: bool = False
+    all_columns: bool = False
+    copies: Copies = field(default_factory=Copies)
+
+    def read(self, name: str) -> datasets.Dataset:
+        """The rows of the data set of this name.
+
+        Raises:
+            DataError: as `load_rows` does.
+        """
+        try:
+            with self.copies.named(), explain_disk(name):
+                rows = self._read(name)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise DataError(f"{name}: damaged gzip file: {error}") from error
+        if len(rows) == 0:
+            raise DataError(f"{name}: split {self.split!r} has no rows")
+        if PROBLEM_COLUMN in rows.column_names:
+            unread = len(rows) - rows.data[PROBLEM_COLUMN].null_count
+            if unread:
+                logger.warning("%s: %d rows cannot be read and are skipped", name, unread)
+        return rows
+
+    def _read(self, name: str) -> datasets.Dataset:
+        path, revision = Path(name).expanduser(), None
+        if is_url(name):
+            repository = whole_repository(name)
+            if repository is None:
+                path = self.copies.fetch(name)
             else:
-                rows = _load_hub(name, split, config_name, num_proc)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{name}: damaged gzip file: {error}") from error
-    if len(rows) == 0:
-        raise DataError(f"{name}: split {split!r} has no rows")
-    if trains:
-        row_kind(rows.column_names, name)
-    if PROBLEM_COLUMN in rows.column_names:
-        unread = len(rows) - rows.data[PROBLEM_COLUMN].null_count
-        if unread:
-            logger.warning("%s: %d rows cannot be read and are skipped", name, unread)
-    return rows
+                name, revision = repository
+        elif not path.exists() and looks_local(name):
+            raise DataError(_not_found(path))
+        if path.is_file():
+            return self._file(path, name)
+        if path.is_dir():
+            return self._directory(path)
+        return self.hub(name, revision=revision)
+
+    def hub(self, name: str, **options: Any) -> datasets.Dataset:
+        """The rows of a data set on the hub.
+
+        Args:
+            name: of it.
+            **options: of `datasets.load_dataset`.
+
+        Raises:
+            DataError: where it cannot be had.
+        """
+        try:
+            return datasets.load_dataset(
+                name, self.config_name, split=self.split, num_proc=self.num_proc, **options
+            )
+        except (FileNotFoundError, ConnectionError) as error:
+            message = f"{_not_found(Path(name))}; as a data set of the hub: {error}"
+            raise DataError(message) from error
+        except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+            raise DataError(f"{name}: {error}") from error
+
+    def _file(self, path: Path, name: str) -> datasets.Dataset:
+        kind = _KINDS.get(_suffix(path))
+        if kind is None:
+            kinds = ", ".join(_KINDS)
+            raise DataError(f"{path}: unknown kind of file; expected one of {kinds}")
+        return self.files(kind, {"train": [path]}, name)
+
+    def _directory(self, path: Path) -> datasets.Dataset:
+        where, split = str(path), self.split
+        if (path / "dataset_dict.json").is_file():
+            return _take(_attempt(where, datasets.DatasetDict.load_from_disk, where), split, where)
+        if (path / "state.json").is_file():
+            saved = _attempt(where, datasets.Dataset.load_from_disk, where)
+            return _take({"train": saved}, split, where)
+        builder = _attempt(where, datasets.load_dataset_builder, where, self.config_name)
+        files = {
+            str(key): [Path(file) for file in listed]
+            for key, listed in (builder.config.data_files or {}).items()
+        }
+        kind = builder.__module__.rpartition(".")[2]
+        if kind not in _KINDS.values() or not files:
+            raise DataError(f"{where}: no data files; expected some of {', '.join(_KINDS)}")
+        return self.files(kind, files, where)
+
+    def files(self, kind: str, files: Mapping[str, Sequence[Path]], where: str) -> datasets.Dataset:
+        """The rows of files of one kind, by their splits.
+
+        Raises:
+            DataError: as `load_rows` does.
+        """
+        wanted = [part.partition("[")[0].strip() for part in self.split.split("+")]
+        if not set(wanted) <= set(files):
+            raise DataError(_no_split(where, self.split, list(files)))
+        for path in (path for base in wanted for path in files[base]):
+            if path.stat().st_size == 0:
+                raise DataError(f"{path}: is empty; expected at least one row")
+        selected = {base: [self.copies.unpack(path) for path in files[base]] for base in wanted}
+        paths = [path for listed in selected.values() for path in listed]
+        if kind in ("parquet", "arrow"):
+            return _attempt(where, _read_fast, kind, selected, self.split)
+        if kind == "json" and not any(map(may_fail_fast, paths)):
+            # Whatever makes the fast reader fail, the slow one names it or does not mind.
+            with contextlib.suppress(Exception), _quiet():
+                rows = _read_fast(kind, selected, self.split)
+                if not _mangles_text(rows.features):
+                    return rows
+            logger.debug("%s: rows differ in type or cannot be read: reading line by line", where)
+        read = {
+            base: read_rows(
+                listed, kind, skip_bad_rows=self.skip_bad_rows, all_columns=self.all_columns
+            )
+            for base, listed in selected.items()
+        }
+        return _take(read, self.split, where)
 
 
 @contextlib.contextmanager
@@ -109,11 +230,13 @@ def explain_disk(name: str) -> Iterator[None]:
 
 
 def _suffix(path: Path) -> str:
-    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    return path.with_suffix("").suffix if path.suffix in (".gz", ".zst") else path.suffix
 
 
 def looks_local(name: str) -> bool:
     """Whether a data set of this name lies on a disk if anywhere, and not on the hub."""
+    if is_url(name):
+        return False
     starts = name.startswith((".", "/", "~"))
     return starts or name.count("/") > 1 or _suffix(Path(name)) in _KINDS
 
@@ -128,58 +251,6 @@ def _not_found(path: Path) -> str:
         near = [entry for entry in names if _suffix(Path(entry)) in _KINDS][:3]
     hint = f"; in {folder} there is {', '.join(near)}" if near else ""
     return f"{path}: not found{hint}"
-
-
-def _load_directory(
-    path: Path, split: str, config_name: str | None, skip_bad_rows: bool, trains: bool
-) -> datasets.Dataset:
-    where = str(path)
-    if (path / "dataset_dict.json").is_file():
-        return _take(_attempt(where, datasets.DatasetDict.load_from_disk, where), split, where)
-    if (path / "state.json").is_file():
-        saved = _attempt(where, datasets.Dataset.load_from_disk, where)
-        return _take({"train": saved}, split, where)
-    builder = _attempt(where, datasets.load_dataset_builder, where, config_name)
-    files = {
-        str(key): [Path(file) for file in listed]
-        for key, listed in (builder.config.data_files or {}).items()
-    }
-    kind = builder.__module__.rpartition(".")[2]
-    if kind not in _KINDS.values() or not files:
-        raise DataError(f"{where}: no data files; expected some of {', '.join(_KINDS)}")
-    return _load_files(kind, files, split, skip_bad_rows, trains, where)
-
-
-def _load_files(
-    kind: str,
-    files: Mapping[str, Sequence[Path]],
-    split: str,
-    skip_bad_rows: bool,
-    trains: bool,
-    where: str,
-) -> datasets.Dataset:
-    wanted = [part.partition("[")[0].strip() for part in split.split("+")]
-    if not set(wanted) <= set(files):
-        raise DataError(_no_split(where, split, list(files)))
-    selected = {base: files[base] for base in wanted}
-    paths = [path for listed in selected.values() for path in listed]
-    for path in paths:
-        if path.stat().st_size == 0:
-            raise DataError(f"{path}: is empty; expected at least one row")
-    if kind in ("parquet", "arrow"):
-        return _attempt(where, _read_fast, kind, selected, split)
-    if kind == "json" and not any(map(may_fail_fast, paths)):
-        # Whatever makes the fast reader fail, the slow one names it or does not mind.
-        with contextlib.suppress(Exception), _quiet():
-            rows = _read_fast(kind, selected, split)
-            if not _mangles_text(rows.features):
-                return rows
-        logger.debug("%s: rows differ in type or cannot be read: reading line by line", where)
-    read = {
-        base: read_rows(listed, kind, skip_bad_rows=skip_bad_rows, trains=trains)
-        for base, listed in selected.items()
-    }
-    return _take(read, split, where)
 
 
 def _read_fast(kind: str, files: Mapping[str, Sequence[Path]], split: str) -> datasets.Dataset:
@@ -198,20 +269,20 @@ def _mangles_text(features: Mapping[str, Any]) -> bool:
         is_time = isinstance(feature, datasets.Value) and feature.dtype.startswith(("time", "date"))
         return is_time or isinstance(feature, datasets.Json)
 
+    if not row_kinds(features):  # any column may be read
+        return any(map(_holds_untyped, features.values()))
     responses = features.get("responses")
     inner = responses.feature if isinstance(responses, datasets.List) else responses
     return untyped(inner) or any(untyped(features.get(name)) for name in TEXT_FIELDS)
 
 
-def _load_hub(
-    name: str, split: str, config_name: str | None, num_proc: int | None
-) -> datasets.Dataset:
-    try:
-        return datasets.load_dataset(name, config_name, split=split, num_proc=num_proc)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise DataError(f"{_not_found(Path(name))}; as a data set of the hub: {error}") from error
-    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise DataError(f"{name}: {error}") from error
+def _holds_untyped(feature: Any) -> bool:
+    if isinstance(feature, Mapping):
+        return any(map(_holds_untyped, feature.values()))
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return _holds_untyped(feature.feature)
+    is_time = isinstance(feature, datasets.Value) and feature.dtype.startswith(("time", "date"))
+    return is_time or isinstance(feature, datasets.Json)
 
 
 def _take(splits: Mapping[str, datasets.Dataset], split: str, where: str) -> datasets.Dataset:

@@ -32,8 +32,10 @@ from .columns import (
     TEXT_FIELDS,
     may_hold_prompt,
     row_kind,
+    row_kinds,
 )
 from .messages import describe, unreadable
+from .sources import Mixture
 
 # A line's number (0: the file has no lines to speak of) and its row, or why it could not be read.
 Numbered: TypeAlias = tuple[int, dict[str, Any] | str]
@@ -74,11 +76,13 @@ def row_label(source: str, row: int, num_rows: int, line: int | None = None) -> 
     """Name a row to the user: by its line where the source is a JSONL file, else by its number.
 
     Args:
-        source: the file or data set the rows came from.
+        source: the file, the data set or the mixture that the rows came from.
         row: index of the row among `num_rows`.
         num_rows: rows of the whole data set; lines are only counted where they agree with it.
         line: the line, where the reader noted it.
     """
+    if isinstance(source, Mixture):
+        source, row, num_rows = source.locate(row)
     path = Path(source)
     if not line and path.suffix in (".jsonl", ".ndjson") and path.is_file():
         with path.open("rb") as file:
@@ -88,17 +92,23 @@ def row_label(source: str, row: int, num_rows: int, line: int | None = None) -> 
 
 
 def read_rows(
-    paths: Sequence[Path], kind: str, *, skip_bad_rows: bool, trains: bool = True
+    paths: Sequence[Path], kind: str, *, skip_bad_rows: bool, all_columns: bool = False
 ) -> datasets.Dataset:
     """Read JSON, JSONL (`kind="json"`) or CSV (`kind="csv"`) files into one cached data set.
 
-    Where it `trains`, only the columns that training reads are kept and those that may hold the
-    prompt. `fastdpo_line` is added. Columns that hold anything but text are stored as JSON, so that
-    rows need not agree in their types.
+    Of rows in TRL's columns, only those that training reads are kept and those that may hold the
+    prompt, of others all of them, with `fastdpo_line`; columns that hold anything but text are
+    stored as JSON, so that rows need not agree in their types.
+
+    Args:
+        paths: the files.
+        kind: what they are.
+        skip_bad_rows: keep rows that cannot be read as rows of nulls.
+        all_columns: keep every column of rows in TRL's columns too.
 
     Raises:
         DataError: naming the file and line of the first row that cannot be read; where there is
-            none that can; where columns are missing.
+            none that can.
     """
     where = ", ".join(map(str, paths))
     only_text: dict[str, bool] = {}
@@ -114,17 +124,19 @@ def read_rows(
                 only_text[name] = only_text.get(name, True) and isinstance(value, str | None)
     if not only_text:
         raise DataError(problems[0] if problems else f"{where}: has no rows")
-    if trains:
-        row_kind(only_text, where)
     # Without a prompt, any column of text may turn out to be it, and is there to be named.
     others = [name for name in only_text if name not in FIELDS]
     implicit = "prompt" not in only_text
+    everything = all_columns or not row_kinds(only_text)
     kept = [
         name
         for name in others
-        if not trains or may_hold_prompt(name) or (implicit and only_text[name])
+        if everything or may_hold_prompt(name) or (implicit and only_text[name])
     ]
-    fields = tuple((name, only_text[name]) for name in (*FIELDS, *kept) if name in only_text)
+    named = [name for name in (*FIELDS, *kept) if name in only_text and _is_name(name)]
+    if not named:
+        row_kind(only_text, where)
+    fields = tuple((name, only_text[name]) for name in named)
     features = stored_types(dict(fields))
     features |= {LINE_COLUMN: datasets.Value("int64"), PROBLEM_COLUMN: datasets.Value("string")}
     # Size and time of change make a changed file a different data set to the cache.
@@ -134,6 +146,11 @@ def read_rows(
         features=datasets.Features(features),
         gen_kwargs={"stamps": stamps, "kind": kind, "fields": fields},
     )
+
+
+def _is_name(name: str) -> bool:
+    """Whether Arrow can have a column of this name."""
+    return "\0" not in name and unreadable(name) is None
 
 
 def _generate(

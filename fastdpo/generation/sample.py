@@ -12,7 +12,8 @@ from .. import terminal
 from ..arguments import own_flags
 from ..config import TrainConfig
 from ..data.columns import LINE_COLUMN, PREFERENCES, PROBLEM_COLUMN
-from ..data.load import load_rows
+from ..data.layouts import to_canonical
+from ..data.load import Reader
 from ..data.messages import ROLES, BadRow, Text
 from ..data.prompts import split_implicit
 from ..data.rows import check_texts
@@ -106,9 +107,10 @@ def prompts_of(config: TrainConfig) -> list[dict[str, Any]]:
         DataError: a row without one.
     """
     name = str(config.dataset_name)
-    rows = load_rows(
-        name, config.dataset_train_split, config_name=config.dataset_config, trains=False
-    )
+    reader = Reader(config.dataset_train_split, config.dataset_config, all_columns=True)
+    rows = reader.read(name)
+    if "prompt" not in rows.column_names or config.layout or config.columns:
+        rows = to_canonical(rows, name, layout=config.layout, columns=config.columns)
     return [
         {**row, "prompt": _prompt(row, f"{name}, row {number}")}
         for number, row in enumerate(rows.with_format(None), 1)

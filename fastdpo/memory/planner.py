@@ -221,7 +221,7 @@ def make_planner(config: TrainConfig, device: Device) -> Planner:
     config.require("model_name_or_path")
     config = adopt_adapter(config)
     model_config, assumed = load_model_config(config), None
-    if config.dataset_name is None:
+    if config.dataset_name is None and not config.datasets:
         data, assumed = assumed_data(config, loss_of(config))
     else:
         vocab_size = getattr(model_config.get_text_config(), "vocab_size", None)

@@ -14,9 +14,9 @@ from ..data.columns import (
     PREFERENCES,
     PROBLEM_COLUMN,
     RESPONSES,
-    RowKind,
     may_hold_prompt,
     other_texts,
+    row_kinds,
 )
 from ..data.encode import KEPT, PROMPT_TOO_LONG, Encoder
 from ..data.groups import Group
@@ -47,14 +47,11 @@ class ScoredRow:
     reason: str | None = None
 
 
-def layout_of(columns: Collection[str], where: str) -> RowKind:
-    """The layout of rows that are scored: those of training, and responses of which nothing is
-    said.
-
-    Raises:
-        DataError: where columns are missing.
+def holds_responses(columns: Collection[str]) -> bool:
+    """Whether these columns can be scored as they are: those of training, or responses of which
+    nothing is said.
     """
-    return NOTHING.choose_kind(_completed(dict.fromkeys(columns, ())), where)
+    return bool(row_kinds(_completed(dict.fromkeys(columns, ()))))
 
 
 def make_encoder(
@@ -69,7 +66,7 @@ def make_encoder(
     Raises:
         DataError: where columns are missing.
     """
-    kind = layout_of(dataset.column_names, source)
+    kind = NOTHING.choose_kind(_completed(dict.fromkeys(dataset.column_names, ())), source)
     return Encoder(
         tokenizer=tokenizer,
         kind=kind,

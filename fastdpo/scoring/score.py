@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from ..config import TrainConfig
 from ..data.dataset import RowsInMemory
-from ..data.load import load_rows
+from ..data.layouts import to_canonical
+from ..data.load import Reader
 from ..data.write import writer_of
 from ..errors import ConfigError, DataError
 from ..hub import reached
@@ -25,7 +26,7 @@ from ..model.load import check_given
 from ..terminal import progress_bars, withheld
 from .measures import Accuracy, Values, label_accuracy
 from .responses import GroupScores, ResponseScorer, load_response_scorer
-from .rows import READERS_OWN, ScoredRow, layout_of, make_encoder, windows
+from .rows import READERS_OWN, ScoredRow, holds_responses, make_encoder, windows
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +89,11 @@ def score(
     ):
         name = "rows" if rows is not None else str(config.dataset_name)
         dataset = _load(config) if rows is None else _in_memory(rows)
-        layout_of(dataset.column_names, name)
+        readable = _readable(config, dataset, name)
         if by is not None and by not in dataset.column_names:
             raise DataError(f"{name}: no column {by}; there are {', '.join(dataset.column_names)}")
         scorer = load_response_scorer(config, model, tokenizer)
-        result = _score(scorer, dataset, name, by, config.disable_tqdm)
+        result = _score(scorer, dataset, readable, name, by)
         if write is not None:
             write(result.rows)
     return result
@@ -112,14 +113,14 @@ def _check(config: TrainConfig, rows: Any, model: Any, tokenizer: Any) -> None:
 
 
 def _load(config: TrainConfig) -> datasets.Dataset:
-    return load_rows(
-        str(config.dataset_name),
+    reader = Reader(
         config.dataset_train_split,
-        config_name=config.dataset_config,
-        num_proc=config.dataset_num_proc,
+        config.dataset_config,
+        config.dataset_num_proc,
         skip_bad_rows=True,
-        trains=False,
+        all_columns=True,
     )
+    return reader.read(str(config.dataset_name))
 
 
 def _in_memory(rows: RowsInMemory) -> datasets.Dataset:
@@ -133,21 +134,40 @@ def _in_memory(rows: RowsInMemory) -> datasets.Dataset:
         raise DataError(f"rows: cannot be one data set ({error})") from error
 
 
+def _readable(config: TrainConfig, dataset: datasets.Dataset, name: str) -> datasets.Dataset:
+    """The same rows in columns that can be scored.
+
+    Raises:
+        DataError: of no layout that is known.
+    """
+    named = config.layout is not None or config.columns is not None
+    if not named and holds_responses(dataset.column_names):
+        return dataset
+    return to_canonical(
+        dataset,
+        name,
+        layout=config.layout,
+        columns=config.columns,
+        num_proc=config.dataset_num_proc,
+    )
+
+
 def _score(
     scorer: ResponseScorer,
     dataset: datasets.Dataset,
+    readable: datasets.Dataset,
     name: str,
     by: str | None,
-    hide: bool | None,
 ) -> ScoreResult:
+    hide = scorer.config.disable_tqdm
     encoder = make_encoder(
-        dataset, scorer.tokenizer, name, scorer.config.max_length, scorer.vocab_size
+        readable, scorer.tokenizer, name, scorer.config.max_length, scorer.vocab_size
     )
     start = time.perf_counter()
     rows: list[ScoredRow] = []
     scores: list[GroupScores | None] = []
     with tqdm(total=len(dataset), desc="score", unit="row", disable=hide) as bar:
-        for groups, some in windows(dataset, encoder):
+        for groups, some in windows(readable, encoder):
             found = scorer(groups)
             rows += some
             scores += [None if row.reason else _of_row(found[row.group], row) for row in some]

@@ -48,7 +48,9 @@ def model_card(config: TrainConfig, base: str, metrics: Mapping[str, Any], units
     if config.use_peft:
         kind = "DoRA" if config.use_dora else "LoRA"
         adapter = f" as a {kind} adapter (rank {config.lora_r})"
-    data = f"`{Path(config.dataset_name).name}`" if config.dataset_name else "rows in memory"
+    sources = [config.dataset_name] if config.dataset_name else []
+    sources += [str(entry["path"]) for entry in config.datasets]
+    data = " and ".join(f"`{Path(source).name}`" for source in sources) or "rows in memory"
     lines = [
         f"# {name}, tuned with {short}",
         "",

@@ -1,0 +1,555 @@
+"""Every layout of preference data is read as the messages, or the text, that it means.
+
+Tokens are compared with those of rows written by hand in TRL's columns, and what cannot be read is
+named with its file, its line and its column.
+"""
+
+import csv
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_samples import assistant, chat, error_of, tokenize, tokenize_rows, user
+from datasets import Dataset
+from layout_samples import (
+    ASKED,
+    BAD,
+    BAD_VALUES,
+    CHAT,
+    DETECTED,
+    GOOD,
+    NAMED,
+    TEXT,
+    TRANSCRIPT,
+    TWO,
+    WHOLE,
+    Row,
+    calls,
+    compared,
+    gpt,
+    human,
+)
+from transformers import PreTrainedTokenizerBase
+
+from fastdpo.config.datasets import FIELDS as MAPPED_FIELDS
+from fastdpo.config.datasets import LAYOUTS as LAYOUT_NAMES
+from fastdpo.data.columns import FIELDS, row_kinds
+from fastdpo.data.layouts import LAYOUTS
+from fastdpo.data.load import load_rows
+from fastdpo.data.needs import Needs
+from fastdpo.data.notes import UNREAD_COLUMN
+from fastdpo.errors import DataError
+
+pytestmark = pytest.mark.usefixtures("datasets_cache")
+
+ANY = Needs(("comparisons", "label", "scores", "ranks"))
+COLUMNS = (
+    "prompt_ids",
+    "response_ids",
+    "winners",
+    "losers",
+    "labels",
+    "scores",
+    "ranks",
+)
+
+
+def write(path: Path, rows: list[Row]) -> Path:
+    """Rows as the file that the path names; in CSV, all that is no text is JSON."""
+    if path.suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+            writer.writeheader()
+            for row in rows:
+                writer.writerow(
+                    {k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items() if v}
+                )
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def load(path: Path, rows: list[Row], **options: Any) -> Dataset:
+    return load_rows(str(write(path, rows)), "train", **options)
+
+
+def refusal(path: Path, rows: list[Row], **options: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        load(path, rows, **options)
+    return str(caught.value)
+
+
+def assert_same_tokens(
+    read: Dataset, expected: list[Row], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """The same tokens as rows in TRL's columns, each of which is tokenised by itself."""
+    made = tokenize_rows(read, tokenizer, needs=ANY)
+    theirs = [tokenize_rows([row], tokenizer, needs=ANY)[0] for row in expected]
+    assert [{n: row[n] for n in COLUMNS} for row in made] == [
+        {n: row[n] for n in COLUMNS} for row in theirs
+    ]
+
+
+def parted(cases: list[tuple[Row, Row]]) -> tuple[list[Row], list[Row]]:
+    """Rows with the same columns in all, and what is to be made of each."""
+    names = dict.fromkeys(name for row, _ in cases for name in row)
+    return [dict.fromkeys(names) | row for row, _ in cases], [made for _, made in cases]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json.text"])
+@pytest.mark.parametrize("layout", DETECTED)
+def test_a_layout_is_told_from_its_columns(
+    tmp_path: Path,
+    kind: str,
+    layout: str,
+    tokenizer: PreTrainedTokenizerBase,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rows, expected = parted(DETECTED[layout])
+    if kind == "json.text":
+        rows = [
+            {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in row.items()}
+            for row in rows
+        ]
+    with caplog.at_level(logging.INFO):
+        read = load(tmp_path / "data.jsonl", rows)
+    name = "TRL's columns" if layout == "trl" else layout
+    assert f"data.jsonl is read as {name} (" in caplog.text
+    assert_same_tokens(read, expected, tokenizer)
+
+
+@pytest.mark.parametrize("layout", DETECTED)
+def test_a_layout_in_parquet(
+    tmp_path: Path, layout: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows, expected = parted(DETECTED[layout][:1])
+    assert_same_tokens(load(tmp_path / "data.parquet", rows), expected, tokenizer)
+
+
+@pytest.mark.parametrize("layout", ["alpaca", "sharegpt", "axolotl", "feedback", "thumbs"])
+def test_a_layout_in_csv(tmp_path: Path, layout: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows, expected = parted(DETECTED[layout])
+    assert_same_tokens(load(tmp_path / "data.csv", rows), expected, tokenizer)
+
+
+@pytest.mark.parametrize("layout", NAMED)
+def test_a_layout_is_named(tmp_path: Path, layout: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows, expected = parted(NAMED[layout])
+    assert_same_tokens(load(tmp_path / "data.jsonl", rows, layout=layout), expected, tokenizer)
+
+
+@pytest.mark.parametrize("layout", DETECTED)
+def test_a_layout_that_is_told_may_be_named(
+    tmp_path: Path, layout: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows, expected = parted(DETECTED[layout])
+    assert_same_tokens(load(tmp_path / "data.jsonl", rows, layout=layout), expected, tokenizer)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_example_of_a_layout_is_one(
+    tmp_path: Path, layout: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    read = load(tmp_path / "data.jsonl", [dict(LAYOUTS[layout].example)], layout=layout)
+    (made,) = tokenize_rows(read, tokenizer, needs=ANY)
+    texts = [tokenizer.decode(ids) for ids in (made["prompt_ids"], *made["response_ids"])]
+    assert "Is ice lighter than water?" in texts[0]
+    assert "Yes, so it floats." in texts[1] or "look_up" in texts[1]
+
+
+@pytest.mark.parametrize("layout", DETECTED)
+def test_a_bad_row_is_named(
+    tmp_path: Path, layout: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    change, reason = BAD_VALUES[layout]
+    rows, _ = parted(DETECTED[layout][:1])
+    path = tmp_path / "data.jsonl"
+    read = load(path, [rows[0], rows[0] | change])
+    message = error_of(read, tokenizer, source=str(path), needs=ANY)
+    assert message.startswith(f"{path}, line 2: {reason}")
+    made, report = tokenize(read, tokenizer, source=str(path), needs=ANY, skip_bad_rows=True)
+    assert (len(made), report.skipped) == (1, 1)
+    assert report.reasons[0] == message
+
+
+@pytest.mark.parametrize("layout", [name for name in DETECTED if name != "trl"])
+def test_a_row_without_a_field_is_named(
+    tmp_path: Path, layout: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows, _ = parted(DETECTED[layout][:1])
+    needed = {
+        "openai_calls": "chosen",
+        "system": "rejected",
+        "alpaca": "chosen",
+        "orca": "question",
+        "sharegpt": "rejected",
+        "axolotl": "messages",
+        "feedback": "response_2",
+        "helpsteer": "preference_strength",
+        "thumbs": "response",
+        "swift_query": "rejected_response",
+    }
+    field = needed.get(layout) or list(rows[0])[-1]
+    path = tmp_path / "data.jsonl"
+    read = load(path, [rows[0], {k: v for k, v in rows[0].items() if k != field}])
+    message = error_of(read, tokenizer, source=str(path), needs=ANY)
+    assert message.startswith(f"{path}, line 2: ")
+    assert field in message
+
+
+def test_a_column_of_several_types(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [
+        {"messages": [user(ASKED)], "chosen": GOOD, "rejected": assistant(BAD)},
+        {"messages": json.dumps([user(ASKED)]), "chosen": [assistant(GOOD)], "rejected": BAD},
+        {"messages": user(ASKED), "chosen": json.dumps(assistant(GOOD)), "rejected": [gpt(BAD)]},
+    ]
+    assert_same_tokens(load(tmp_path / "data.jsonl", rows), [CHAT] * 3, tokenizer)
+
+
+def test_a_text_that_looks_like_a_number_stays_text(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = [
+        {"instruction": "42", "chosen": "1e3", "rejected": "007"},
+        {"instruction": "42", "chosen": [assistant("1e3")], "rejected": "007"},
+    ]
+    expected = chat([user("42")], "1e3", "007")
+    assert_same_tokens(load(tmp_path / "data.jsonl", rows), [expected] * 2, tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_arguments_of_a_late_row_are_objects(
+    tmp_path: Path, kind: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    called = CHAT | {"chosen": [calls('{"a": 12, "b": 30}')]}
+    read = load(tmp_path / f"data.{kind}", [CHAT] * 60 + [called])
+    expected = CHAT | {"chosen": [calls({"a": 12, "b": 30})]}
+    assert_same_tokens(read.select([0, 60]), [CHAT, expected], tokenizer)
+    as_they_are = load_rows(str(tmp_path / f"data.{kind}"), "train", layout="trl")
+    assert as_they_are.column_names == ["prompt", "chosen", "rejected"]
+
+
+def test_text_about_arguments_is_no_call(tmp_path: Path) -> None:
+    rows = [TEXT, TEXT | {"chosen": '[{"role": "tool", "arguments": "x"}'}]
+    assert load(tmp_path / "data.jsonl", rows).column_names == ["prompt", "chosen", "rejected"]
+
+
+def test_sharegpt_pairs_of_whole_conversations(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = [{"chosen": [human(ASKED), gpt(GOOD)], "rejected": [human(ASKED), gpt(BAD)]}]
+    assert_same_tokens(load(tmp_path / "data.jsonl", rows), [CHAT], tokenizer)
+    copied = [row | {"conversations": row["chosen"]} for row in rows]
+    assert_same_tokens(load(tmp_path / "copied.jsonl", copied), [CHAT], tokenizer)
+    asked = [row | {"conversations": [human(ASKED)]} for row in rows]
+    assert_same_tokens(load(tmp_path / "asked.jsonl", asked), [CHAT], tokenizer)
+
+
+def test_a_conversation_that_holds_the_better_answer(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = [{"messages": WHOLE["chosen"], "chosen": GOOD, "rejected": BAD}]
+    assert_same_tokens(load(tmp_path / "data.jsonl", rows), [CHAT], tokenizer)
+
+
+def test_two_whole_conversations_of_ms_swift(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = [{"messages": WHOLE["chosen"], "rejected_messages": WHOLE["rejected"]}]
+    assert_same_tokens(load(tmp_path / "data.jsonl", rows), [CHAT], tokenizer)
+
+
+def test_transcripts_are_text_unless_the_key_says_otherwise(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"chosen": TRANSCRIPT + GOOD, "rejected": TRANSCRIPT + BAD}]
+    with caplog.at_level(logging.INFO):
+        read = load(tmp_path / "data.jsonl", rows)
+    assert "read as text, as in TRL; layout: hh reads them as messages" in caplog.text
+    expected = {"prompt": f"{TRANSCRIPT}It is", "chosen": " 42.", "rejected": " 41."}
+    made, theirs = tokenize_rows(read, tokenizer), tokenize_rows([rows[0]], tokenizer)
+    assert made == theirs
+    prompt = tokenizer.decode(made[0]["prompt_ids"] + made[0]["response_ids"][0])
+    assert prompt == expected["prompt"] + expected["chosen"] + tokenizer.eos_token
+
+
+@pytest.mark.parametrize(
+    ("verdict", "better"),
+    [
+        ("A", 0),
+        ("b", 1),
+        ("model_a", 0),
+        ("Model B", 1),
+        ("response_1", 0),
+        ("2", 1),
+        (2.0, 1),
+    ],
+)
+def test_words_for_the_better_answer(
+    tmp_path: Path, verdict: Any, better: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    read = load(tmp_path / "data.jsonl", [TWO | {"winner": verdict}])
+    assert_same_tokens(read, [compared(better)], tokenizer)
+
+
+@pytest.mark.parametrize("tie", ["tie", "tie (bothbad)", "Both", "equal", "draw"])
+def test_ties_are_dropped_and_counted(
+    tmp_path: Path, tie: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = [TWO | {"winner": "model_a"}, TWO | {"winner": tie}]
+    made, report = tokenize(load(tmp_path / "data.jsonl", rows), tokenizer)
+    assert (len(made), report.rows_in, report.rows_out) == (1, 2, 1)
+
+
+def test_no_strength_is_a_tie(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [TWO | {"preference_strength": n} for n in (-1, 0, 1)]
+    made, _ = tokenize(load(tmp_path / "data.jsonl", rows), tokenizer)
+    assert [row["winners"] for row in made] == [[0], [1]]
+
+
+@pytest.mark.parametrize(
+    ("said", "label"),
+    [
+        ("up", True),
+        ("Thumbs-Up", True),
+        ("👍", True),
+        ("👍🏽", True),
+        ("+1", True),
+        (1, True),
+        (True, True),
+        ("good", True),
+        ("down", False),
+        ("👎", False),
+        (-1, False),
+        (0, False),
+        (False, False),
+        ("no", False),
+    ],
+)
+def test_words_for_a_thumb(
+    tmp_path: Path, said: Any, label: bool, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    read = load(tmp_path / "data.jsonl", [{"prompt": ASKED, "response": GOOD, "feedback": said}])
+    expected = {"prompt": ASKED, "completion": GOOD, "label": label}
+    assert_same_tokens(read, [expected], tokenizer)
+
+
+def test_stars_are_no_thumbs(tmp_path: Path) -> None:
+    rows = [{"prompt": ASKED, "response": GOOD, "rating": n} for n in (1, 5)]
+    assert "missing columns: found prompt, rating, response" in refusal(tmp_path / "a.jsonl", rows)
+
+
+AMBIGUOUS = {
+    "a list of two": (
+        [{"instruction": ASKED, "output": [GOOD, BAD]}],
+        "output is a list of two answers, and nothing says which is the better: write layout: "
+        "alpaca_output where the first is the better, as in LLaMA-Factory, or columns: "
+        "{instruction: instruction, chosen: output.1, rejected: output.0} where the second is the "
+        "better",
+    ),
+    "zero or one": (
+        [TWO | {"preference": n} for n in (0, 1)],
+        "preference is 0 or 1, an index or a label: write layout: feedback_index where 0 is "
+        "response_1, 1 is response_2, or layout: feedback_first where 1 says that response_1 is "
+        "better, 0 that response_2 is",
+    ),
+    "three numbers": (
+        [TWO | {"preference": n} for n in (0, 1, 2)],
+        "preference is 0, 1 or 2, one of which is a tie: write layout: feedback where 1 is "
+        "response_1, 2 is response_2 and 0 is a tie, or preference: tie in place of 2, and layout: "
+        "feedback_index where 0 is response_1, 1 is response_2 and 2 is a tie",
+    ),
+    "another conversation": (
+        [{"conversations": [human("Hi"), gpt("Hello!"), human("So?")], **WHOLE}],
+        "chosen is a conversation that does not begin with conversations: write layout: sharegpt "
+        "where it goes on where conversations ends, or columns: {chosen: chosen, rejected: "
+        "rejected} where it is a whole conversation, and conversations is not trained on",
+    ),
+    "two layouts": (
+        [{"instruction": "Hi", "messages": [user(ASKED)], "chosen": GOOD, "rejected": BAD}],
+        "the columns are those of two layouts: write layout: alpaca where the columns instruction, "
+        "chosen, rejected, or layout: axolotl where the columns messages, chosen, rejected",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_what_may_be_read_in_two_ways_is_refused(tmp_path: Path, name: str) -> None:
+    rows, expected = AMBIGUOUS[name]
+    path = tmp_path / "data.jsonl"
+    assert refusal(path, rows) == f"{path}: {expected}"
+
+
+def test_the_keys_of_an_ambiguity_decide(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = [{"instruction": ASKED, "output": [BAD, GOOD]}]
+    columns = {"instruction": "instruction", "chosen": "output.1", "rejected": "output.0"}
+    read = load(tmp_path / "a.jsonl", rows, columns=columns)
+    assert_same_tokens(read, [CHAT], tokenizer)
+    rows = AMBIGUOUS["another conversation"][0]
+    read = load(tmp_path / "b.jsonl", rows, columns={"chosen": "chosen", "rejected": "rejected"})
+    assert_same_tokens(read, [CHAT], tokenizer)
+    rows = AMBIGUOUS["two layouts"][0]
+    read = load(tmp_path / "c.jsonl", rows, layout="alpaca")
+    assert tokenize(read, tokenizer)[1].noted[UNREAD_COLUMN] == 1
+
+
+MAPPED: dict[str, tuple[dict[str, Any], Row, Row]] = {
+    "text": (
+        {"prompt": "frage", "chosen": "gut", "rejected": "schlecht"},
+        {"frage": ASKED, "gut": GOOD, "schlecht": BAD},
+        TEXT,
+    ),
+    "a user's message": (
+        {"instruction": "frage", "system": "rolle", "chosen": "gut", "rejected": "schlecht"},
+        {"frage": ASKED, "rolle": "", "gut": GOOD, "schlecht": BAD},
+        CHAT,
+    ),
+    "within lists": (
+        {"prompt": "q", "chosen": "answers.0.text", "rejected": "answers.-1.text"},
+        {"q": ASKED, "answers": [{"text": GOOD}, {"text": BAD}]},
+        TEXT,
+    ),
+    "within JSON": (
+        {"prompt": "data.q", "chosen": "data.a.0", "rejected": "data.a.1"},
+        {"data": json.dumps({"q": ASKED, "a": [GOOD, BAD]})},
+        TEXT,
+    ),
+    "a name with a dot": (
+        {"prompt": "q.text", "chosen": "a", "rejected": "b"},
+        {"q.text": ASKED, "a": GOOD, "b": BAD},
+        TEXT,
+    ),
+    "messages": (
+        {"prompt": "talk", "chosen": "good", "rejected": "bad"},
+        {"talk": [human(ASKED)], "good": gpt(GOOD), "bad": BAD},
+        CHAT,
+    ),
+    "every item": (
+        {"prompt": "q", "responses": "answers.*.text", "scores": "answers.*.stars"},
+        {"q": ASKED, "answers": [{"text": GOOD, "stars": 5}, {"text": BAD, "stars": 1}]},
+        {"prompt": ASKED, "responses": [GOOD, BAD], "scores": [5, 1]},
+    ),
+    "columns as a list": (
+        {"prompt": "q", "responses": ["a", "b"], "rankings": "order"},
+        {"q": ASKED, "a": GOOD, "b": BAD, "order": [1, 2]},
+        {"prompt": ASKED, "responses": [GOOD, BAD], "rankings": [1, 2]},
+    ),
+    "a thumb": (
+        {"prompt": "q", "completion": "a", "label": "ok"},
+        {"q": ASKED, "a": GOOD, "ok": "👎"},
+        {"prompt": ASKED, "completion": GOOD, "label": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_columns_are_mapped(tmp_path: Path, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    columns, row, expected = MAPPED[name]
+    read = load(tmp_path / "data.jsonl", [row, row], columns=columns)
+    assert_same_tokens(read, [expected] * 2, tokenizer)
+
+
+def test_a_mapping_that_a_row_does_not_have(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = [{"q": "p", "a": ["x", "y"]}, {"q": "p", "a": ["x"]}]
+    path = tmp_path / "data.jsonl"
+    columns = {"prompt": "q", "chosen": "a.0", "rejected": "a.1"}
+    message = error_of(load(path, rows, columns=columns), tokenizer, source=str(path))
+    assert message == f"{path}, line 2: a.1: missing: the list has 1 items"
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"prompt": "frage", "chosen": "good", "rejected": "b"},
+            "columns: prompt: no column 'frage'; expected one of b, good, q",
+        ),
+        ({"prompt": "q", "chosen": "good"}, "columns: names prompt, chosen; expected prompt"),
+    ],
+)
+def test_a_mapping_that_cannot_be(tmp_path: Path, columns: dict[str, str], message: str) -> None:
+    path = tmp_path / "data.jsonl"
+    said = refusal(path, [{"q": "p", "good": "x", "b": "y"}], columns=columns)
+    assert said.startswith(f"{path}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("row", "mapping"),
+    [
+        (
+            {"id": 1, "ask": "p", "good_answer": "x", "bad_answer": "y"},
+            "columns: {prompt: ask, chosen: good_answer, rejected: bad_answer}",
+        ),
+        (
+            {"the text": "p", "winner_text": "x", "loser": "y"},
+            'columns: {prompt: "the text", chosen: winner_text, rejected: loser}',
+        ),
+        ({"a": "p", "b": 3}, "columns: {prompt: a, chosen: ..., rejected: ...}"),
+    ],
+)
+def test_an_unknown_layout_is_refused_with_a_mapping(
+    tmp_path: Path, row: Row, mapping: str
+) -> None:
+    path = tmp_path / "data.jsonl"
+    message = refusal(path, [row])
+    assert message.startswith(f"{path}: missing columns: found ")
+    assert message.endswith(f"; any other columns by a mapping such as {mapping}")
+
+
+def test_a_layout_that_the_columns_do_not_allow(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    assert refusal(path, [TEXT], layout="arena") == (
+        f"{path}: layout: arena: expected columns conversation_a, conversation_b, winner; found "
+        "chosen, prompt, rejected"
+    )
+
+
+def test_images_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    row = {"messages": [user(ASKED)], "chosen": GOOD, "rejected": BAD}
+    assert "has a column of images" in refusal(tmp_path / "a.jsonl", [row | {"images": ["a.png"]}])
+    image = {"role": "user", "content": [{"type": "image", "url": "a.png"}]}
+    read = load(tmp_path / "b.jsonl", [row | {"messages": [image]}])
+    assert "is a part of type image; only text" in error_of(read, tokenizer)
+
+
+def test_trl_columns_are_not_written_again(tmp_path: Path) -> None:
+    read = load(tmp_path / "data.parquet", [TEXT, TEXT])
+    assert read.column_names == ["prompt", "chosen", "rejected"]
+
+
+def test_a_conversion_is_cached(tmp_path: Path) -> None:
+    rows = DETECTED["alpaca"][0][0]
+    first = load(tmp_path / "data.jsonl", [rows])
+    again = load_rows(str(tmp_path / "data.jsonl"), "train")
+    assert first.cache_files
+    assert first.cache_files == again.cache_files
+    assert first._fingerprint == again._fingerprint
+
+
+def test_the_line_shows_an_example(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        load(tmp_path / "data.jsonl", [{"instruction": f"{'so ' * 40}?", **SIDES_OF_TEXT}])
+    (line,) = [record.message for record in caplog.records if "is read as" in record.message]
+    assert line == (
+        f"layout: {tmp_path}/data.jsonl is read as alpaca (instruction, chosen, rejected); for "
+        f"example prompt '...{('so ' * 40 + '?')[-40:]}' | chosen 'It is 42.' | rejected 'It is "
+        "41.'"
+    )
+
+
+SIDES_OF_TEXT = {"chosen": GOOD, "rejected": BAD}
+
+
+def test_the_key_names_the_layouts_that_there_are() -> None:
+    assert tuple(LAYOUTS) == LAYOUT_NAMES
+    assert {*DETECTED, *NAMED} == set(LAYOUTS)
+    assert set(MAPPED_FIELDS) == {*FIELDS, "instruction", "system", "history"}
+    assert all(not row_kinds(LAYOUTS[name].example) for name in ("alpaca_output", "swift", "arena"))
