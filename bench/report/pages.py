@@ -20,7 +20,7 @@ from .balance import balance_block
 from .cards import cards_block
 from .convergence import convergence_block, convergence_chart, convergence_table
 from .heads import head_tables, heads_all_block, heads_block, heads_chart
-from .losses import demo_block, forms_block, kto_tokens_block
+from .losses import demo_block, forms_block, kto_tokens_block, score_block
 from .memory import memory_block
 from .ranks import context_block, hosts_block
 from .robustness import kill_block, kill_devices_block, soak_block
@@ -38,6 +38,7 @@ PAGES = (
     "docs/devices.md",
     "docs/losses.md",
     "docs/memory.md",
+    "docs/scoring.md",
     "kernels/README.md",
 )
 RESULTS = Path("bench/results")
@@ -55,6 +56,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "demo": demo_block,
     "forms": forms_block,
     "kto-tokens": kto_tokens_block,
+    "score": score_block,
     "memory": memory_block,
     "balance": balance_block,
     "cards": cards_block,
