@@ -26,6 +26,7 @@ TEST = [
     "pytest>=8",
     "pytest-benchmark>=5",
     "pytest-xdist>=3.6",
+    "tensorboard>=2.18",
     'triton>=3.6; platform_system == "Linux"',
     'trl==1.16.0; python_version >= "3.11"',
 ]
@@ -51,6 +52,7 @@ setup(
         "peft>=0.19",
         "jinja2>=3.1",
         "numpy>=2",
+        "plotly>=6",
         "pyyaml>=6",
         "safetensors>=0.5",
         "tokenizers",

@@ -89,9 +89,9 @@ def score_block(folder: Path) -> str:
         spread = f"{number(min(ratios))}–{number(max(ratios))}"
         lines.append([name, f"{statistics.median(ratios):.2f}×", spread, str(len(ratios))])
     said = (
-        f"{rows[-1]['groups']} GSM8K questions with five solutions each, SmolLM2-135M, fp32: response "
-        "tokens a second of `fastdpo score` over those of padded batches of 8 through transformers, "
-        "in the order of the rows and sorted by length."
+        f"{rows[-1]['groups']} GSM8K questions with five solutions each, SmolLM2-135M, fp32: "
+        "response tokens a second of `fastdpo score` over those of padded batches of 8 through "
+        "transformers, in the order of the rows and sorted by length."
     )
     columns = ("batches", "speed", "least–most", "turns")
     return "\n\n".join([said, markdown(columns, lines), *origins(rows)])
