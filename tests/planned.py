@@ -95,7 +95,7 @@ class Real:
     """A model with random weights, a packed row of pairs on it, and the plan of the same."""
 
     def __init__(
-        self, family: str = "llama", *, pairs: int = 2, layout: str = "shared", **keys: Any
+        self, family: str = "llama", *, pairs: int = 4, layout: str = "shared", **keys: Any
     ) -> None:
         model_config = AutoConfig.for_model(family, **SIZES, **FAMILIES[family])
         keys = {"bf16": False, "lora_dropout": 0.0, "model_name_or_path": "m", **keys}
