@@ -23,10 +23,13 @@ if not torch.cuda.is_available():  # read when Triton is first imported, by tran
 import datasets
 from data_samples import CHATML, make_tokenizer
 from head_problems import ENGINES, Engine
+from interpreter import look_once
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from bench.data import dpo_en_demo as fetch_dpo_en_demo
 from fastdpo.demo.model import demo_model_path
+
+look_once()
 
 if find_spec("trl") is None:  # which needs Python 3.11
     BESIDE_TRL = re.compile(r"^from (trl|like_trl|beside_trl)\b", re.MULTILINE)

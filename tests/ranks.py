@@ -1,18 +1,42 @@
 """Processes that are started once and then are the ranks of one run after another."""
 
+import multiprocessing
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
+import pytest
 import torch
 
 SECONDS = 120
 """How long a case may take before it counts as one that hangs."""
+
+
+PRELOADED = (
+    "context_ranks",
+    "fastdpo.training.run",
+    "peft",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+)
+
+
+def forking() -> ForkServerContext:
+    """Starts processes as copies of one that has imported everything, with one thread each."""
+    context = multiprocessing.get_context("forkserver")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        context.set_forkserver_preload(list(PRELOADED))
+        forkserver.ensure_running()
+    return context
 
 
 def free_port() -> int:
@@ -26,7 +50,7 @@ class Ranks:
     """Processes that call functions as torchrun would have started them for that."""
 
     def __init__(self, processes: int) -> None:
-        context = get_context("spawn")
+        context = forking()
         self.pipes: list[Connection] = []
         self.processes = []
         for _ in range(processes):

@@ -21,6 +21,8 @@ from bench.jsonl import read_rows
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "bench/results/cards.jsonl"
 LOGITS = ("score", "exponential", "again")
+OLDEST = {card.table: name for name, card in reversed(CARDS.items())}
+"""Of each table, the card that it was made for: the newer ones take its blocks."""
 TENSOR_CORES = {card.instruction for card in CARDS.values()}
 
 
@@ -34,15 +36,14 @@ def committed():
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory):
-    """Rows of a few cases of each card, compiled now."""
+    """Rows of a few cases of a card of each table, compiled now."""
     file = tmp_path_factory.mktemp("cards") / "rows.jsonl"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     path = [str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     command = [sys.executable, "-m", "fastdpo_kernels.triton.compile", "--few", "--jobs", "1"]
-    result = subprocess.run(
-        [*command, "--json", str(file)], env=environment, capture_output=True, text=True
-    )
+    command += ["--json", str(file), "--card", *OLDEST.values()]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     return read_rows(file)
 
@@ -90,7 +91,7 @@ def test_every_kernel_is_compiled_for_every_card(committed):
 
 
 def test_a_few_compiled_now_are_as_their_rows_say(fresh, committed):
-    assert {row["card"] for row in fresh} == set(CARDS)
+    assert {row["card"] for row in fresh} == set(OLDEST.values())
     assert_sound(fresh)
     known = {named(row): row for row in committed}
     for row in fresh:

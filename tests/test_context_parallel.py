@@ -1,8 +1,5 @@
 """A row over a group of ranks has the numbers of one device, and each rank its share of them."""
 
-import multiprocessing
-import os
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from context_ranks import CASES, WORLD, Case, Row, run
+from ranks import forking
 
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.model.context import ContextGroup
@@ -26,12 +24,8 @@ BEYOND = 1.1
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each rank saw: the errors of each case, and its shares in groups of two and of four."""
     folder = tmp_path_factory.mktemp("ranks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        # One process imports everything, and the ranks are copies of it.
-        multiprocessing.set_forkserver_preload(["context_ranks"])
-        mp.start_processes(run, (folder,), WORLD, start_method="forkserver")
+    forking()
+    mp.start_processes(run, (folder,), WORLD, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 

@@ -94,7 +94,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "keys", [{}, {"gradient_checkpointing": False, "bf16": True}], ids=["checkpoints", "bf16"]
 )
 def test_the_peak_of_every_loss_is_within_a_tenth(name, keys):
-    real = Real(**({"loss_type": [name]} | OBJECTIVES[name] | keys))
+    real = Real(pairs=2, **({"loss_type": [name]} | OBJECTIVES[name] | keys))
     assert real.predicted_peak() == pytest.approx(real.peak(), rel=0.1)
 
 
