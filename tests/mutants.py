@@ -10,142 +10,39 @@ hangs. Prints every survivor and the share killed of each file.
 """
 
 import argparse
-import ast
+import bisect
+import itertools
 import json
 import os
 import random
+import re
+import resource
 import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from faults import ROOT, Mutant, mutants
+
 PACKAGE = Path("kernels/fastdpo_kernels")
-TESTS = [
-    "kernels",
-    "triton",
-    "library",
-    "linear_loss",
-    "linear_loss_arguments",
-    "losses",
-    "losses_far",
-    "losses_gone_wrong",
-    "loss_kinds",
-    "tiles",
-    "strides",
-    "workspace",
-    "integrations_trl",
-    "integrations_liger",
-    "vocab_parallel",
-    "cuda",
-    "cross_entropy",
-    "cards",
-    "compile_ahead",
-    "specialisation",
-    "head_passes",
-    "products",
-]
-SWAPS: dict[type, type] = {
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
-    ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
-    ast.And: ast.Or, ast.Or: ast.And,
+IMPORT = "import"
+WITH_A_TRAINER = {
+    "against_trl", "bench_heads", "cards", "config_losses", "hub_layout", "loop", "memory_parallel",
+    "optimizer_in_backward", "output", "ranks", "readme", "train",
 }  # fmt: skip
-NAMES = {"minimum": "maximum", "min": "max", "amin": "amax", "any": "all", "exp": "abs"}
-NAMES |= {other: name for name, other in NAMES.items()}
+"""Tests that import the kernels for something else: half an hour, and no fault is theirs alone."""
 APART = {
     "sharded": "tests/test_vocab_parallel.py",
     "vocab_parallel": "tests/test_vocab_parallel.py",
     "triton/compile": "tests/test_compile_kernels.py",
 }
 """Tests whose own processes run these files."""
-SECONDS = 90
-"""For the tests of one fault; of those that survive so long, not all tests have run."""
-
-
-class Mutant(NamedTuple):
-    """One changed place: from `start` to `stop` of a file's source comes `text`."""
-
-    file: str
-    line: int
-    last: int
-    start: int
-    stop: int
-    text: str
-    what: str
-
-
-def mutants(file: Path) -> list[Mutant]:
-    """Every fault of a source file, but for words and annotations."""
-    source = (ROOT / file).read_text(encoding="utf-8")
-    starts = [0]
-    for line in source.encode().splitlines(keepends=True):
-        starts.append(starts[-1] + len(line))
-    found = []
-    for node, new in _changes(ast.parse(source)):
-        start = starts[node.lineno - 1] + node.col_offset
-        stop = starts[node.end_lineno - 1] + node.end_col_offset
-        old = source.encode()[start:stop].decode()
-        text = f"({ast.unparse(new)})" if isinstance(new, ast.expr) else ast.unparse(new)
-        what = f"{' '.join(old.split())[:60]} -> {' '.join(text.split())[:60]}"
-        found.append(Mutant(str(file), node.lineno, node.end_lineno, start, stop, text, what))
-    return found
-
-
-def _changes(tree: ast.AST) -> Iterator[tuple[Any, ast.AST]]:
-    """Nodes, each with one that takes its place."""
-    todo: list[ast.AST] = [tree]
-    while todo:
-        node = todo.pop()
-        if isinstance(node, (ast.JoinedStr, ast.Raise, ast.Import, ast.ImportFrom, ast.Assert)):
-            if isinstance(node, ast.Raise):
-                yield node, ast.Pass()
-            continue
-        for name, value in ast.iter_fields(node):
-            if name not in ("annotation", "returns", "decorator_list", "type_comment"):
-                todo += [v for v in (value if isinstance(value, list) else [value])
-                         if isinstance(v, ast.AST)]  # fmt: skip
-        yield from _of(node)
-
-
-def _of(node: ast.AST) -> Iterator[tuple[Any, ast.AST]]:
-    copy = ast.parse(ast.unparse(node), mode="eval").body if isinstance(node, ast.expr) else None
-    if isinstance(node, ast.Compare) and len(node.ops) == 1:
-        copy.ops = [SWAPS[type(node.ops[0])]()]
-        yield node, copy
-    elif isinstance(node, (ast.BinOp, ast.BoolOp)) and type(node.op) in SWAPS:
-        words = any(isinstance(n, (ast.JoinedStr, ast.List, ast.Tuple)) or
-                    isinstance(getattr(n, "value", None), str) for n in ast.walk(node))  # fmt: skip
-        if not words:
-            copy.op = SWAPS[type(node.op)]()
-            yield node, copy
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.Not, ast.USub)):
-        yield node, node.operand
-    elif isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float)):
-        value = node.value
-        new = not value if isinstance(value, bool) else value + 1 if value != 1 else 0 * value
-        yield node, ast.Constant(new)
-    elif isinstance(node, ast.Call):
-        if isinstance(node.func, ast.Attribute) and node.func.attr in NAMES:
-            copy.func.attr = NAMES[node.func.attr]
-            yield node, copy
-        for index, keyword in enumerate(node.keywords):
-            if keyword.arg is not None:
-                fewer = ast.parse(ast.unparse(node), mode="eval").body
-                del fewer.keywords[index]
-                yield node, fewer
-    elif isinstance(node, (ast.If, ast.IfExp, ast.While)) and not isinstance(node.test, ast.Name):
-        yield node.test, ast.UnaryOp(ast.Not(), node.test)
-    elif isinstance(node, ast.AugAssign) or (
-        isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
-    ):
-        yield node, ast.Pass()
+SECONDS = 120
+"""Of the tests of one fault, fastest first; of those that take longer together, the others wait."""
 
 
 class Lines:
@@ -154,13 +51,17 @@ class Lines:
     def __init__(self, out: Path) -> None:
         self.out, self.found, self.seconds = out, defaultdict(set), {}
 
+    def pytest_collection(self) -> None:
+        self.test = IMPORT
+        sys.settrace(self._call)
+
     def pytest_runtest_protocol(self, item: Any) -> None:
-        self.test, self.began = item.nodeid, time.perf_counter()
+        self.test, self.began = item.nodeid, sum(os.times()[:4])
         sys.settrace(self._call)
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         sys.settrace(None)
-        self.seconds[nodeid] = time.perf_counter() - self.began
+        self.seconds[nodeid] = sum(os.times()[:4]) - self.began
 
     def pytest_sessionfinish(self) -> None:
         tests = {f"{f}:{n}": sorted(names) for (f, n), names in self.found.items()}
@@ -176,27 +77,31 @@ class Lines:
 
 
 def run_tests(
-    arguments: list[str], kernels: Path, seconds: float, plugins: list[Any]
+    arguments: list[str], kernels: Path, seconds: float, plugins: list[Any], out: Path | None = None
 ) -> int | None:
-    """The exit status of pytest in a forked process with these kernels; None if it hangs."""
+    """The exit status of pytest in a forked process with these kernels; None if it hangs.
+
+    `seconds` are those of the processor; a process that waits for another has ten times as many.
+    """
     child = os.fork()
     if child == 0:
         os.setsid()
-        null = os.open(os.devnull, os.O_RDWR)
-        for stream in (0, 1, 2):
-            os.dup2(null, stream)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 1))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        null = os.open(os.devnull, os.O_RDONLY)
+        log = os.open(out or os.devnull, os.O_WRONLY | os.O_CREAT)
+        for stream, to in enumerate((null, log, log)):
+            os.dup2(to, stream)
         os.environ["PYTHONPATH"] = f"{kernels}:{ROOT}"
         import pytest
 
-        options = ["-q", "-x", "-p", "no:cacheprovider", "-o", f"pythonpath=. {kernels}"]
-        if plugins:
-            options.remove("-x")
+        options = ["-q", "-p", "no:cacheprovider", "-o", f"pythonpath=. {kernels}"]
         try:
-            status = int(pytest.main([*options, *arguments], plugins))
+            status = int(pytest.main([*options, *([] if plugins else ["-x"]), *arguments], plugins))
         except BaseException:
             status = 99
         os._exit(status)
-    end = time.monotonic() + seconds
+    end = time.monotonic() + 10 * seconds
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -221,34 +126,45 @@ def import_all_but_the_kernels() -> None:
 
 
 def tests_of(mutant: Mutant, known: dict[str, Any]) -> list[str]:
-    """The tests that run a line of a mutant, fastest first."""
+    """The tests that run a line of a mutant, fastest first; of an import, those of the file."""
     file = mutant.file.partition("/fastdpo_kernels/")[2]
     apart = [tests for part, tests in APART.items() if part in file]
     if apart:
         return apart[:1]
     lines = range(mutant.line, mutant.last + 1)
     names = {name for n in lines for name in known["lines"].get(f"{file}:{n}", ())}
+    if IMPORT in names:
+        of_file = [found for line, found in known["lines"].items() if line.startswith(f"{file}:")]
+        names = {name for found in of_file for name in found} - {IMPORT} or known["seconds"]
     return sorted(names, key=lambda name: known["seconds"][name])
 
 
-def try_one(mutant: Mutant, tests: list[str], folder: Path) -> str:
+def try_one(mutant: Mutant, tests: list[str], folder: Path, seconds: dict[str, float]) -> str:
     """ "killed", or how it survived."""
     if not tests:
         return "no test runs it"
     target = folder / Path(mutant.file).relative_to("kernels")
     source = (ROOT / mutant.file).read_bytes()
     target.write_bytes(source[: mutant.start] + mutant.text.encode() + source[mutant.stop :])
+    took = list(itertools.accumulate(seconds.get(test, 0) for test in tests))
+    enough = max(1, bisect.bisect(took, SECONDS))
     try:
-        began = time.monotonic()
-        for some in (tests[:10], tests[10:]):
-            status = run_tests(some, folder, SECONDS, []) if some else 0
-            if status is None and time.monotonic() - began > SECONDS and len(some) > 10:
-                return "survived as many tests as there was time for"
-            if status != 0:
+        for some in (tests[: min(10, enough)], tests[10:enough]):
+            if some and run_tests(some, folder, 60 + 3 * took[enough - 1], []) != 0:
                 return "killed"
-        return "survived"
+        rest = len(tests) - enough
+        return f"survived all but the {rest} slowest tests" if rest else "survived"
     finally:
         target.write_bytes(source)
+
+
+def tests_of_the_kernels() -> list[str]:
+    """Names of the files that import the kernels and are about them."""
+    imports = re.compile(r"^\s*(from|import) fastdpo_kernels\b", re.MULTILINE)
+    files = {f.stem.removeprefix("test_"): f for f in (ROOT / "tests").glob("test_*.py")}
+    assert files.keys() >= WITH_A_TRAINER, f"no such tests: {WITH_A_TRAINER - files.keys()}"
+    found = [n for n, f in files.items() if imports.search(f.read_text(encoding="utf-8"))]
+    return sorted(set(found) - WITH_A_TRAINER)
 
 
 def chosen(sample: int | None, seed: int, only: str) -> list[Mutant]:
@@ -266,42 +182,54 @@ def chosen(sample: int | None, seed: int, only: str) -> list[Mutant]:
     ]
 
 
+def measured(files: list[str], folder: Path, kept: Path) -> dict[str, Any]:
+    """What `Lines` finds of the sources without a fault, as `kept` has it where it exists."""
+    if not kept.exists():
+        log = kept.with_suffix(".log")
+        status = run_tests(files, folder, 7200, [Lines(kept)], log)
+        if status != 0:
+            kept.unlink(missing_ok=True)
+            sys.exit(
+                f"without a fault the tests do not pass ({status}):\n{log.read_text()[-4000:]}"
+            )
+    return json.loads(kept.read_text())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sample", type=int, help="how many faults to try; all by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="a part of the files' names")
-    parser.add_argument("--tests", nargs="+", default=TESTS, help="test files; all of the kernels")
+    parser.add_argument("--tests", nargs="+", help="test files; all of the kernels by default")
+    parser.add_argument("--lines", type=Path, help="where to keep which test runs which line")
     options = parser.parse_args()
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.chdir(ROOT)
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    files = [f"tests/test_{name}.py" for name in options.tests or tests_of_the_kernels()]
+    for file in files:
+        if not Path(file).exists():
+            parser.error(f"--tests: there is no {file}")
     import_all_but_the_kernels()
-    files = [
-        f for name in options.tests for f in sorted(map(str, Path("tests").glob(f"test_{name}.py")))
-    ]
     with tempfile.TemporaryDirectory() as scratch:
-        folder, found = Path(scratch) / "kernels", Path(scratch) / "lines.json"
+        folder = Path(scratch) / "kernels"
         shutil.copytree(ROOT / PACKAGE, folder / "fastdpo_kernels")
-        began = time.monotonic()
-        status = run_tests(files, folder, 3600, [Lines(found)])
-        assert status == 0, f"the tests do not pass without a fault: pytest ended with {status}"
-        known = json.loads(found.read_text())
+        known = measured(files, folder, options.lines or Path(scratch) / "lines.json")
         todo = chosen(options.sample, options.seed, options.only)
-        print(
-            f"{len(known['seconds'])} tests in {time.monotonic() - began:.0f} s; {len(todo)} faults"
-        )
-        results: dict[str, list[bool]] = defaultdict(list)
-        for mutant in todo:
-            result = try_one(mutant, tests_of(mutant, known), folder)
-            results[mutant.file].append(result == "killed")
-            if result != "killed":
-                print(f"{mutant.file}:{mutant.line}: {result}: {mutant.what}", flush=True)
-    for file, killed in results.items():
-        print(f"{sum(killed):4d} of {len(killed):4d} killed  {file}")
-    every = [one for killed in results.values() for one in killed]
-    print(f"{sum(every)} of {len(every)} killed, {sum(every) / len(every):.1%}")
+        print(f"{len(known['seconds'])} tests, {len(todo)} faults", flush=True)
+        total = 0
+        for file, faults in itertools.groupby(todo, lambda mutant: mutant.file):
+            killed, count = 0, 0
+            for mutant in faults:
+                tests = tests_of(mutant, known)
+                result = try_one(mutant, tests, folder, known["seconds"])
+                killed, count = killed + (result == "killed"), count + 1
+                if result != "killed":
+                    print(f"{mutant.file}:{mutant.line}: {result}: {mutant.what}", flush=True)
+            total += killed
+            print(f"{killed:4d} of {count:4d} killed  {file}", flush=True)
+    print(f"{total} of {len(todo)} killed, {total / max(1, len(todo)):.1%}")
 
 
 if __name__ == "__main__":
