@@ -21,7 +21,7 @@ def untried() -> list[str]:
     lines = []
     for package, (oldest, newest) in TRIED.items():
         found = installed(package)
-        if found is not None and not _minor(oldest) <= _minor(found) <= _minor(newest):
+        if found is not None and not release(oldest) <= release(found) <= release(newest):
             lines.append(f"{package} {found} is untried, {oldest} to {newest} are not")
     return lines
 
@@ -36,6 +36,7 @@ def installed(package: str) -> str | None:
         return None
 
 
-def _minor(version: str) -> tuple[int, int]:
+def release(version: str) -> tuple[int, int]:
+    """The first two numbers of a version."""
     major, minor, *_ = version.split(".")
     return int(major), int(minor)

@@ -28,6 +28,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from bench.data import dpo_en_demo as fetch_dpo_en_demo
 from fastdpo.demo.model import demo_model_path
+from fastdpo.tried import installed, release
 
 look_once()
 
@@ -38,6 +39,20 @@ if find_spec("trl") is None:  # which needs Python 3.11
         for file in Path(__file__).parent.glob("test_*.py")
         if BESIDE_TRL.search(file.read_text(encoding="utf-8"))
     ]
+
+
+def broken_interpreter(triton: str | None, numpy: str) -> str | None:
+    """What to type where Triton's interpreter cannot read a number of these releases' numpy."""
+    if triton is None or release(triton) >= (3, 7) or release(numpy) < (2, 4):
+        return None
+    return f"the interpreter of Triton {triton} needs numpy below 2.4: pip install 'numpy<2.4'"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Say so once, in place of hundreds of failures."""
+    triton, numpy = installed("triton"), installed("numpy")
+    if not torch.cuda.is_available() and (line := broken_interpreter(triton, numpy or "")):
+        raise pytest.UsageError(line)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

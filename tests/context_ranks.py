@@ -200,11 +200,16 @@ def one_of_all(
     return dict(zip(like, flat.split(sizes), strict=True))
 
 
+def keep_fp64(tensor: Tensor) -> Tensor:
+    """In place of `Tensor.float`."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
+
+
 @contextmanager
 def world(rank: int, folder: Path) -> Iterator[dict[int, ContextGroup]]:
     """This process among the others; the groups of two and of four ranks that it belongs to."""
     torch.set_num_threads(1)
-    torch.Tensor.float = torch.Tensor.double  # gemma's norms would add up in fp32
+    torch.Tensor.float = keep_fp64  # gemma's norms would add up in fp32
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import broken_interpreter
 from training import run
 
 from fastdpo import doctor, tried
@@ -37,6 +38,22 @@ def test_the_first_two_numbers_count(monkeypatch, version, lines):
     monkeypatch.setattr(tried, "TRIED", {"torch": ("2.11", "2.15")})
     monkeypatch.setattr(tried, "installed", lambda _: version)
     assert len(tried.untried()) == lines
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "broken"),
+    [
+        ("3.6.0", "2.4.6", True),
+        ("3.6.0", "2.10.0", True),
+        ("3.6.0", "2.3.5", False),
+        ("3.7.1", "2.5.5", False),
+        (None, "2.5.5", False),
+    ],
+)
+def test_an_interpreter_that_numpy_has_left_behind(triton, numpy, broken):
+    line = broken_interpreter(triton, numpy)
+    assert (line is not None) == broken
+    assert line is None or line.endswith("pip install 'numpy<2.4'")
 
 
 def test_what_is_installed_here_has_been_tried():

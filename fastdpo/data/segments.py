@@ -19,7 +19,7 @@ import torch.nn.functional as F
 Bound = tuple[int, int, int, int]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Segments:
     """The attention pattern of a packed row: S tokens, N segments, T gathered keys.
 
@@ -29,6 +29,8 @@ class Segments:
     it to the model's forward as `fastdpo_segments=`.
 
     Tensors are made once per row, masks once per row and shape; nothing is made per layer.
+    Nothing changes a field, but the class is not frozen: torch 2.11 would compile a layer anew for
+    each number of segments.
     """
 
     bounds: tuple[Bound, ...]

@@ -107,6 +107,13 @@ def needs_of(*tensors: Tensor | None) -> list[bool]:
     return [enabled and t is not None and t.requires_grad for t in tensors]
 
 
+def _has_autocast(device: str) -> bool:
+    """Whether a type of device has autocast, which torch 2.11 cannot answer while it compiles."""
+    if torch.compiler.is_compiling():
+        return device != "meta"
+    return torch.amp.is_autocast_available(device)
+
+
 def head_options(
     hidden: Tensor,
     weight: Tensor,
@@ -120,7 +127,7 @@ def head_options(
     device, dtype = hidden.device.type, hidden.dtype
     if torch.float64 in (dtype, weight.dtype, None if bias is None else bias.dtype):
         dtype = torch.float64
-    elif torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    elif _has_autocast(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     return {
         "softcap": softcap,
