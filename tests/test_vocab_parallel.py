@@ -313,9 +313,6 @@ def test_a_loss_through_the_fused_kernels(ranks):
     check_losses(found, 4, one_by_one("comparison", 4, registered("sigmoid"), TRAIN[0]), 5e-5)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="over the clamp, logits in bits are rounded once more: 1.4e-5, not 8e-6"
-)
 def test_logits_far_apart_through_the_fused_kernels(ranks):
     """Over the clamp, where tokens are scored once more."""
     pytest.importorskip("triton")

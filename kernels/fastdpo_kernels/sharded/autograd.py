@@ -12,7 +12,10 @@ from ..problem import Problem
 from . import regimes
 from .call import ShardCall
 from .exchange import Exchange
-from .merge import TARGET_LOGIT
+from .merge import ANCHOR, LOG_SHARE
+
+_KNOWN = ("logprob", "lse", ANCHOR, LOG_SHARE)
+"""What a second pass over a token needs to know."""
 
 
 class Gathered(torch.autograd.Function):
@@ -53,7 +56,7 @@ class Logprob(torch.autograd.Function):
                 ctx.save_for_backward(call.spread(gradient))
             else:
                 stats, kept = regimes.score(call, tiles, outputs, keep=any(call.needs))
-                ctx.save_for_backward(weight, bias, stats["logprob"], stats[TARGET_LOGIT], *kept)
+                ctx.save_for_backward(weight, bias, *(stats[name] for name in _KNOWN), *kept)
         ctx.set_materialize_grads(False)
         return call.spread(stats["logprob"]).clone(), *call.spread_all(stats, outputs)
 
@@ -70,7 +73,9 @@ class Logprob(torch.autograd.Function):
             (kept,) = ctx.saved_tensors
             gradient = None if grad_logprob is None else kept * grad_logprob.unsqueeze(1)
             return None if gradient is None else gradient.to(call.input_dtypes.hidden), *(None,) * 4
-        weight, bias, logprob, target, *states = ctx.saved_tensors
+        weight, bias, *saved = ctx.saved_tensors
+        stats, states = dict(zip(_KNOWN, saved, strict=False)), saved[len(_KNOWN) :]
+        logprob = stats["logprob"]
 
         def scored(gradient: Tensor | None) -> Tensor:
             if gradient is None:  # of this rank, which takes part all the same
@@ -78,7 +83,6 @@ class Logprob(torch.autograd.Function):
             return call.take(gradient).to(logprob.dtype)
 
         with inside_operator(logprob):
-            stats = {"logprob": logprob, TARGET_LOGIT: target}
             of_lse = scored(grad_lse) if "lse" in ctx.outputs else None
             tiles = call.make_tiles(weight, bias)
             parts = regimes.logprob_gradients(

@@ -13,7 +13,7 @@ from ..head import Stats, Tiles
 from ..problem import Problem, Selection, add_sums
 from ..regimes import LossResult, join, part_of, piece_gradients, ranges
 from .call import ShardCall
-from .merge import TARGET_LOGIT
+from .merge import ANCHOR, LOG_SHARE
 from .rounds import Round, even_rounds, whole_rounds
 
 
@@ -70,27 +70,23 @@ def logprob_gradients(
     `of_lse`, from what `score` gave and kept.
     """
     grads, hidden = _gradients(call, tiles)
-    numbers = torch.stack(
-        [
-            stats["logprob"],
-            stats[TARGET_LOGIT],
-            coefficients,
-            *([] if of_lse is None else [of_lse]),
-        ],
-        1,
-    )
+    columns = [stats["logprob"], stats[ANCHOR], stats[LOG_SHARE], coefficients]
+    columns += [] if of_lse is None else [stats["lse"], of_lse]
+    numbers = torch.stack(columns, 1)
     for piece, states in zip(rounds_of(call, tiles), kept, strict=True):
         own = numbers[piece[call.exchange.rank]]
         gathered = call.exchange.gather(own, call.lengths(piece)).T.contiguous()
-        logprob, target, coefficients, *others = gathered
-        known, targets = {"logprob": logprob, TARGET_LOGIT: target}, call.round_targets(piece)
+        logprob, anchor, share, coefficients, *others = gathered
+        known = {"logprob": logprob, ANCHOR: anchor, LOG_SHARE: share}
+        targets = call.round_targets(piece)
         grads.turn_to(states)
         for rows in ranges(0, len(targets), tiles.rows):
             tile, scale = tiles.probabilities(states[rows], targets[rows], part_of(known, rows))
             c = coefficients[rows]
             if others:
-                about = (scale, targets[rows], logprob[rows], target[rows])
-                c = with_lse(tiles, tile, *about, c, others[0][rows])
+                lse, d = (other[rows] for other in others)
+                about = (scale, targets[rows], logprob[rows], logprob[rows] + lse)
+                c = with_lse(tiles, tile, *about, c, d)
             grads.add(rows, tile, scale * c)
         if grads.hidden is not None:
             call.send_back(grads.hidden, piece, hidden)

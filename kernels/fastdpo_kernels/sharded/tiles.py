@@ -18,7 +18,7 @@ from torch import Tensor
 from ..head import Head, Stats, WorkspaceBytes
 from ..tiles import APART, FAR, MAX_TILE_ROWS, TILE_SHARE, TorchLayout, TorchTiles
 from .exchange import Exchange
-from .merge import TARGET_LOGIT, merge
+from .merge import ANCHOR, LOG_SHARE, merge
 from .shards import Shards
 
 
@@ -94,13 +94,14 @@ class ShardTiles(TorchTiles):
         return tile, row_scale, stats
 
     def probabilities(self, hidden: Tensor, targets: Tensor, stats: Stats) -> tuple[Tensor, Tensor]:
+        share = stats[LOG_SHARE].masked_fill(targets < 0, -torch.inf)
         logprob = stats["logprob"].masked_fill(targets < 0, -torch.inf)
         index = self._index(targets)
         tile = self._products(hidden, index)
         for some in self._blocks(tile):
             slope = self._finish_logits(tile[some], slope=True)
-            # log p = (z − z_y) + log p_y: lse is too coarse a number where logits are large.
-            p = tile[some].sub_(stats[TARGET_LOGIT][some, None]).add_(logprob[some, None]).exp_()
+            # lse = a − LOG_SHARE is too coarse a number where logits are large.
+            p = tile[some].sub_(stats[ANCHOR][some, None]).add_(share[some, None]).exp_()
             self.put_targets(p, targets[some], logprob[some].expm1())
             if slope is not None:
                 p.mul_(slope)

@@ -1,4 +1,8 @@
-"""Rows of a tile once more, as softmax − onehot: those whose sum reached the clamp."""
+"""Rows of a tile once more, as softmax − onehot: those whose sum reached the clamp.
+
+Their logits are far above the target's, which is no good anchor: (z − z_y) + log p_y is a small
+difference of large numbers. The highest logit m is: log p = (z − m) − log Σ exp(z − m).
+"""
 
 import triton
 import triton.language as tl
@@ -16,20 +20,22 @@ def at_most(x, limit):
 
 
 @triton.jit
-def softmax_minus_onehot(z, anchor, logprob, hit, PRECISION: tl.constexpr):
-    """log p = (z − z_y) + log p_y: the log-sum-exp is too coarse where logits are large."""
-    p = exp2(at_most(z - anchor + (logprob * LOG2E)[:, None], 0.0), PRECISION)
+def softmax_minus_onehot(z, anchor, log_share, hit, PRECISION: tl.constexpr):
+    """log p = (z − a) + log p_a: the log-sum-exp is too coarse where logits are large."""
+    p = exp2(at_most(z - anchor + (log_share * LOG2E)[:, None], 0.0), PRECISION)
     return tl.where(hit, p - 1.0, p)
 
 
-@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["targets", "logprob"])
+@triton.jit(
+    do_not_specialize=["tokens"], do_not_specialize_on_alignment=["targets", "peak", "log_share"]
+)
 def again_kernel(
     x,
     w,
     bias,
     targets,
-    anchor,
-    logprob,
+    peak,
+    log_share,
     tile,
     tokens,
     vocab,
@@ -59,8 +65,8 @@ def again_kernel(
         kept = rows < tokens
         target = tl.load(targets + rows, mask=kept, other=-1)
         if tl.max(target, 0) >= 0:
-            a = tl.load(anchor + rows, mask=kept, other=0.0)[:, None]
-            known = tl.load(logprob + rows, mask=kept, other=0.0)
+            a = tl.load(peak + rows, mask=kept, other=0.0)[:, None]
+            known = tl.load(log_share + rows, mask=kept, other=0.0)
             for col_block in range(tl.program_id(0), tl.cdiv(vocab, BLOCK_V), tl.num_programs(0)):
                 z = logits_block(
                     x, w, bias, row, col_block * BLOCK_V, tokens, vocab, width, stride_x, stride_w,
@@ -79,17 +85,17 @@ def again_kernel(
 
 
 def again(
-    head: Head, hidden: Tensor, flagged: Tensor, tile: Tensor, anchor: Tensor, logprob: Tensor
+    head: Head, hidden: Tensor, flagged: Tensor, tile: Tensor, peak: Tensor, log_share: Tensor
 ) -> None:
     """Rows of the tile (t, V) whose target in `flagged` (t,) is not negative become softmax −
-    onehot, from their anchors and log-probabilities (t,).
+    onehot, from their highest logits, in bits, and the logarithms of the share of those (t,).
     """
     launch = prepare(head, hidden, choose(head, hidden, descriptors=False))
     again_kernel[(multiprocessors(hidden.device),)](
         **launch,
         targets=flagged,
-        anchor=anchor,
-        logprob=logprob,
+        peak=peak,
+        log_share=log_share,
         tile=tile,
         stride_tile=tile.stride(0),
     )

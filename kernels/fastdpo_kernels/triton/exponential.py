@@ -180,7 +180,7 @@ def exponentials(
     results, row_scale, flagged = finish(head, targets, anchor, tile, partial, clamp, flags)
     del partial  # before the sums of `score`, which are no more
     score_into(results, head, hidden, flagged, outputs)
-    again(head, hidden, flagged, tile, anchor, results[0])
+    again(head, hidden, flagged, tile, results[6], results[7])
     return row_scale, unpack(results, outputs)
 
 
@@ -220,11 +220,13 @@ def probabilities(
 
 
 def normalised(
-    head: Head, hidden: Tensor, targets: Tensor, tile: Tensor, anchor: Tensor, logprob: Tensor
+    head: Head, hidden: Tensor, targets: Tensor, tile: Tensor, anchor: Tensor, log_share: Tensor
 ) -> None:
-    """Fill tile (t, V) with softmax − onehot from anchors and log-probabilities (t,)."""
+    """Fill tile (t, V) with softmax − onehot, log p = z − anchor + log_share, from anchors in bits
+    and logarithms in nats (t,).
+    """
     config = choose(head, hidden)
-    _launch(head, hidden, targets, tile, config, anchor, logprob, anchor, 0.0, None)
+    _launch(head, hidden, targets, tile, config, anchor, log_share, anchor, 0.0, None)
 
 
 def _launch(

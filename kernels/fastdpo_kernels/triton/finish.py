@@ -37,9 +37,9 @@ def finish_kernel(
     HAS_MEAN: tl.constexpr,
     HAS_TOP1: tl.constexpr,
 ):
-    """From partial sums to results (6, tokens) as in `score`, row_scale (tokens,) = 1/s, and the
-    targets' entries of the tile. `flagged` gets the targets of the tokens that are over the clamp,
-    −1 for the others; the row scale of those is 1.
+    """From partial sums to the first 6 of results (8, tokens) as in `score`, row_scale (tokens,) =
+    1/s, and the targets' entries of the tile. `flagged` gets the targets of the tokens that are
+    over the clamp, −1 for the others; the row scale of those is 1.
     """
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     kept = rows < tokens
@@ -105,12 +105,12 @@ def finish(
     clamp: float,
     flags: dict[str, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Put the targets' entries into the tile; returns results (6, t) as in `score`, row_scale (t,)
+    """Put the targets' entries into the tile; returns results (8, t) as in `score`, row_scale (t,)
     and the targets (t,) of the tokens over the clamp, −1 for the others.
     """
     tokens, vocab = tile.shape
     flagged, row_scale = torch.empty_like(targets), torch.empty_like(anchor)
-    results = anchor.new_empty((6, tokens))
+    results = anchor.new_empty((8, tokens))
     finish_kernel[(triton.cdiv(tokens, _MERGED),)](
         targets, anchor, flagged, tile, partial, results, row_scale,
         tokens, vocab, partial.shape[1], tile.stride(0), float(head.softcap or 1.0),

@@ -138,8 +138,8 @@ def merge_kernel(
     HAS_SQUARES: tl.constexpr,
     HAS_MEAN: tl.constexpr,
 ):
-    """results (6, tokens): logp, lse, top-1 (0 or 1), entropy, log Σp², mean logit, for tokens that
-    are not ignored. A target outside the vocabulary gives NaN.
+    """results (8, tokens): logp, lse, top-1 (0 or 1), entropy, log Σp², mean logit, then m in bits
+    and −log s, for tokens that are not ignored. A target outside the vocabulary gives NaN.
     """
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     kept = rows < tokens
@@ -190,12 +190,14 @@ def merge_kernel(
         tl.store(out + 4 * stride, tl.log(squares) - 2.0 * log_total, mask=valid)
     if HAS_MEAN:
         tl.store(out + 5 * stride, plain / vocab, mask=valid)
+    tl.store(out + 6 * stride, base, mask=valid)
+    tl.store(out + 7 * stride, -log_total, mask=valid)
 
 
 def score(head: Head, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> Stats:
     """Statistics of `Tiles.score`; hidden (t, H) and the head's weight have one dtype."""
     tokens = hidden.shape[0]
-    results = torch.zeros((6, tokens), dtype=torch.float32, device=hidden.device)
+    results = torch.zeros((len(_ROWS), tokens), dtype=torch.float32, device=hidden.device)
     for start in range(0, tokens, TOKENS_A_LAUNCH):
         part = slice(start, min(start + TOKENS_A_LAUNCH, tokens))
         score_into(results[:, part], head, hidden[part], targets[part], outputs)
@@ -211,7 +213,16 @@ def unpack(results: Tensor, outputs: tuple[str, ...]) -> Stats:
     }
 
 
-_ROWS = ("logprob", "lse", "is_top1", "entropy", "log_sum_sq_prob", "mean_logit")
+_ROWS = (
+    "logprob",
+    "lse",
+    "is_top1",
+    "entropy",
+    "log_sum_sq_prob",
+    "mean_logit",
+    "peak",
+    "log_share",
+)
 
 
 def extras(outputs: tuple[str, ...]) -> dict[str, bool]:
@@ -230,7 +241,7 @@ def score_into(
     targets: Tensor,
     outputs: tuple[str, ...],
 ) -> None:
-    """Write the rows of results (6, t) for the tokens that are not ignored."""
+    """Write the rows of results (8, t) for the tokens that are not ignored."""
     partial = partial_sums(head, hidden, targets, outputs)
     merge_kernel[(triton.cdiv(hidden.shape[0], _MERGED),)](
         targets,

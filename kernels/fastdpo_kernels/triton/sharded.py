@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ..head import Head, Stats
 from ..sharded.exchange import Exchange
-from ..sharded.merge import TARGET_LOGIT, merge
+from ..sharded.merge import ANCHOR, LOG_SHARE, merge
 from ..sharded.shards import Shards
 from . import exponential
 from .anchor import anchors
 from .layout import TritonShardLayout
-from .logits import LN2, LOG2E
+from .logits import LN2
 from .score import TOKENS_A_LAUNCH, extras, partial_sums
 from .tiles import TritonTiles
 
@@ -58,18 +58,16 @@ class TritonShardTiles(TritonTiles):
             return *self.probabilities(hidden, targets, stats), stats
         tile = self.empty_tile(len(targets))
         own, owned = self._own(targets)
-        bits = self._anchors(hidden, own)
-        anchor = bits * LN2.value
-        sums, clamp = self._anchored(hidden, own, tile, bits, outputs)
+        anchor = self._anchors(hidden, own)
+        sums, clamp = self._anchored(hidden, own, tile, anchor, outputs)
         stats = _finished(sums, anchor, outputs)
         over = (sums["rest"] >= math.exp(clamp)) & (targets >= 0)
         again = self._score(hidden, targets, over, outputs)
-        again[TARGET_LOGIT] = anchor
         stats = {name: torch.where(over, again[name], value) for name, value in stats.items()}
         if self._columns:
             flagged = own.where(owned, self._columns).where(over, -1)
-            exponential.again(self.head, hidden, flagged, tile, bits, stats["logprob"])
-            slope = self.head.slope(anchor)
+            exponential.again(self.head, hidden, flagged, tile, again[ANCHOR], again[LOG_SHARE])
+            slope = self.head.slope(anchor * LN2.value)
             self._put_targets(tile, own, owned & ~over, -sums["rest"] * slope)
         row_scale = torch.where(over, 1.0, (1 + sums["rest"]).reciprocal())
         return tile, self._mark(row_scale, targets), self._marked(stats, targets)
@@ -78,8 +76,7 @@ class TritonShardTiles(TritonTiles):
         tile = self.empty_tile(len(targets))
         own, _ = self._own(targets)
         if self._columns:
-            anchor, logprob = stats[TARGET_LOGIT] * LOG2E.value, stats["logprob"]
-            exponential.normalised(self.head, hidden, own, tile, anchor, logprob)
+            exponential.normalised(self.head, hidden, own, tile, stats[ANCHOR], stats[LOG_SHARE])
         return tile, self._mark(torch.ones_like(stats["logprob"]), targets)
 
     def _own(self, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,13 +130,13 @@ class TritonShardTiles(TritonTiles):
             partial = hidden.new_zeros((count, 1, tokens), dtype=torch.float32)
             partial[0] = -math.inf
         lowest = torch.finfo(torch.float32).min
-        peaks = (partial[0] * LN2.value).clamp(min=lowest)
+        peaks = partial[0].clamp(min=lowest)
         peak = peaks.amax(0)
-        shift = peaks - peak
+        shift = (peaks - peak) * LN2.value
         shrink = shift.exp()
-        target = torch.where(owned, partial[2].sum(0) * LN2.value, 0)
+        target = torch.where(owned, partial[2].sum(0), 0)
         mass = (partial[1] * shrink).sum(0)
-        rest = mass - torch.where(owned, (target - peak).exp(), 0)
+        rest = mass - torch.where(owned, (target - peak).exp2(), 0)
         sums = {"peak": peak, "target": target, "mass": mass, "rest": rest.clamp_(min=0)}
         if flags["HAS_ENTROPY"]:
             inner = partial[3] + torch.where(partial[1] > 0, shift, 0) * partial[1]
@@ -149,7 +146,8 @@ class TritonShardTiles(TritonTiles):
         if flags["HAS_MEAN"]:
             sums["mean"] = partial[-1].sum(0) / max(1, self._columns)
         sums["highest"] = self._exchange.highest(peak.clone())
-        return merge(sums, self._exchange, self._columns / self._vocab, outputs)[0]
+        share = self._columns / self._vocab
+        return merge(sums, self._exchange, share, outputs, unit=LN2.value)[0]
 
     def put_targets(self, tile: Tensor, targets: Tensor, values: Tensor) -> None:
         if self._columns:
@@ -170,10 +168,13 @@ class TritonShardTiles(TritonTiles):
 
 
 def _finished(sums: Stats, anchor: Tensor, outputs: tuple[str, ...]) -> Stats:
-    """Statistics from sums with the target's logit as the anchor, as `finish_kernel` has them."""
+    """Statistics from sums with the target's logit, in bits, as the anchor, as `finish_kernel` has
+    them.
+    """
     rest = sums["rest"]
     s, log_s = 1 + rest, rest.log1p()
-    stats = {"logprob": -log_s, "lse": anchor + log_s, TARGET_LOGIT: anchor}
+    stats = {"logprob": -log_s, "lse": anchor * LN2.value + log_s}
+    stats |= {ANCHOR: anchor, LOG_SHARE: -log_s}
     if "is_top1" in outputs:
         stats["is_top1"] = (sums["HAS_TOP1"] <= 1) & (rest == rest)
     if "entropy" in outputs:
