@@ -3,6 +3,7 @@ better one, and that all of it goes on from a checkpoint as if nothing had happe
 """
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import ranks
+from ranks import Ranks, ranks
 from training import assert_same_weights, heard, metrics, run, settings
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
@@ -292,6 +293,12 @@ def test_the_direction_is_that_of_the_name() -> None:
     assert of("rewards/margins", False) == ("eval_rewards/margins", False)
 
 
+@pytest.fixture(scope="module")
+def started() -> Iterator[Ranks]:
+    with ranks(2) as processes:
+        yield processes
+
+
 def _trained(keys: dict[str, Any]) -> tuple[int, dict[str, float]]:
     result = train(TrainConfig.from_dict(keys))
     return result.step, result.metrics
@@ -299,12 +306,11 @@ def _trained(keys: dict[str, Any]) -> tuple[int, dict[str, float]]:
 
 @pytest.mark.parametrize("spread", ["replicate", "fsdp"])
 def test_ranks_stop_together_and_load_the_same(
-    tiny_model: Path, pairs_file: Path, tmp_path: Path, spread: str
+    started: Ranks, tiny_model: Path, pairs_file: Path, tmp_path: Path, spread: str
 ) -> None:
     keys = settings(tiny_model, pairs_file, tmp_path / "out", **STOPPING, data_parallel=spread)
     keys |= {"eval_dataset_name": str(pairs_file), "per_device_train_batch_size": 3}
-    with ranks(2) as started:
-        found = started(2, _trained, keys)
+    found = started(2, _trained, keys)
     values = evaluations(tmp_path / "out", "eval_rewards/accuracies")
     best = max(values, key=values.__getitem__)
     assert [step for step, _ in found] == [3, 3] and set(values) == {1, 2, 3}
