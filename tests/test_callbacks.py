@@ -3,7 +3,6 @@ it passes, and obeyed as it obeys them.
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +112,10 @@ def test_events_are_those_of_the_trainer(
     trainer.train()
     go("ours", [ours], **BUSY, max_steps=-1)
 
-    def comparable(events: list[tuple[str, int, float]]) -> list[tuple[str, int, float]]:
-        # At its end the Trainer logs the run's totals; ours are in the summary.
-        kept = [e for e in events if e[0] != "on_log" or e[1] % 2 == 0 or e[1] % 3 == 0]
-        return [e for i, e in enumerate(kept) if e[0] != "on_log" or e != kept[i - 1]]
-
+    known = theirs.events
+    del known[-2]  # the totals of the run, which the Trainer logs at its end
     assert trainer.state.max_steps == ours.state.max_steps == 8
-    known = comparable(theirs.events)
-    found = comparable(ours.events)
+    found = ours.events
     # Where an epoch ends and something is due, the Trainer acts before the epoch's end is told.
     assert sorted(found) == sorted(known)
     steps = [e for e in found if e[0] in ("on_step_begin", "on_step_end", "on_evaluate", "on_save")]
@@ -265,7 +260,7 @@ def test_what_is_asked_for_on_one_rank_happens_on_all(
 ) -> None:
     keys = settings(tiny_model, pairs_file, tmp_path / "out", data_parallel=spread)
     keys |= {"per_device_train_batch_size": 3}
-    found = started(2, partial(_stopped_by_the_second, keys), 1)
+    found = started(2, _stopped_by_the_second, keys, 1)
     assert [step for step, _ in found] == [2, 2] and found[0][1] == found[1][1]
     assert "on_save" in found[0][1]
     assert checkpoint.damage(tmp_path / "out" / "checkpoint-2") is None

@@ -1,5 +1,6 @@
 """transformers' callbacks, called in this loop as in its own: at the same events, in the same
-order, with the same arguments, and obeyed in the same way.
+order (but that the end of an epoch is told before what is due there), with the same arguments, and
+obeyed in the same way.
 
 What the loop does not have, such as batches within a step, has no event; a callback that waits for
 one is named. What a callback computes with the model changes nothing of the run. On several ranks
