@@ -8,12 +8,13 @@ before it is needed, so that `--help` and mistakes answer at once.
 
 import importlib
 import os
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import terminal
 from .arguments import own_flags
@@ -22,6 +23,9 @@ from .config.text import key_help
 from .errors import ConfigError, FastDPOError
 from .parallel.orphan import end_with_parent
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .training.run import TrainResult
 
 USAGE = """\
 fastdpo trains language models on preferences (DPO), without padding, repeated prompts or logits.
@@ -149,7 +153,16 @@ def _train(arguments: Sequence[str]) -> None:
 
     with terminal.heard(_is_first_process()):
         result = train(config)
-    _print_result({**result.metrics, "output_dir": str(result.output_dir)})
+    if _is_first_process():
+        print(_summary(result))
+
+
+def _summary(result: "TrainResult") -> str:
+    """The last lines of a run, as wide and as bold as the terminal allows."""
+    from .training.summary import summary
+
+    bold = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    return summary(result, shutil.get_terminal_size((80, 24)).columns, bold)
 
 
 def _precompute(arguments: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """The hub, where it cannot be reached: asked once. Its library would ask six times for every file,
-half a minute each, before it looked at what it has cached.
+half a minute each, before it looked at what it has cached. And whether a model may be uploaded to
+it, asked before there is one.
 """
 
 import logging
@@ -8,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import get_session
 
 from .config import TrainConfig
@@ -67,3 +69,47 @@ def _problem() -> str | None:
     except Exception as error:  # of whichever library carries the requests
         return one_line(str(error)) or type(error).__name__
     return None
+
+
+def open_repository(config: TrainConfig) -> str:
+    """The full name of the repository that the model is going to be uploaded to, made where there
+    is none, with its branch.
+
+    Raises:
+        ConfigError: there is no token, it may not write there, or the hub does not answer.
+    """
+    api, name = HfApi(token=config.hub_token), config.hub_model_id
+    key = "hub_token" if config.hub_token else "push_to_hub"
+    if config.hub_token is None and get_token() is None:
+        raise config.error(key, "there is no token: hf auth login, HF_TOKEN or hub_token gives one")
+    try:
+        name = name or Path(config.output_dir).expanduser().resolve().name
+        if "/" not in name:
+            name = f"{api.whoami()['name']}/{name}"
+        api.create_repo(name, private=config.hub_private_repo, exist_ok=True)
+        api.auth_check(name, write=True)  # a repository that is there is none that may be written
+        if config.hub_revision is not None:
+            api.create_branch(name, branch=config.hub_revision, exist_ok=True)
+    except HFValidationError as error:
+        raise config.error("hub_model_id", one_line(str(error))) from None
+    except HfHubHTTPError as error:
+        raise config.error(key, _refusal(name, error)) from None
+    except Exception as error:  # of whichever library carries the requests
+        reason = one_line(str(error)) or type(error).__name__
+        raise config.error(
+            "push_to_hub",
+            f"{constants.ENDPOINT} cannot be reached ({reason}); leave it out, and "
+            "upload after the run with hf upload",
+        ) from None
+    return name
+
+
+def _refusal(name: str | None, error: HfHubHTTPError) -> str:
+    """Why the hub does not take uploads, and what to do about it."""
+    status = error.response.status_code
+    settings = f"{constants.ENDPOINT}/settings/tokens"
+    if status == 401:
+        return f"the hub does not know the token: make one with write access at {settings}"
+    if status in (403, 404):
+        return f"the token may not write to {name}: give it write access at {settings}"
+    return f"the hub answered {status} about {name} ({one_line(error.server_message or '')})"

@@ -6,8 +6,10 @@ from dataclasses import fields
 from typing import Any
 
 from .adapters import AdapterKeys
+from .best_checks import idle_best, of_best
 from .datasets import FIELDS, entry_problem, known_fields
 from .declare import Rule
+from .hub import HubKeys
 from .keys import ONE_FILE, Keys
 from .loss_checks import idle_options, of_loss, of_options, of_order, of_reference
 from .losses import WITH_BATCH_TERMS
@@ -17,6 +19,7 @@ from .values import show, show_short
 
 _LORA = tuple(item.name for item in fields(AdapterKeys) if item.name.startswith("lora_"))
 _QUANTISED = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
+_HUB = tuple(item.name for item in fields(HubKeys) if item.name.startswith("hub_"))
 _ONLY_WHERE: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("use_peft", True, (*_LORA, "use_rslora", "use_dora")),
     ("load_in_4bit", True, _QUANTISED),
@@ -24,6 +27,7 @@ _ONLY_WHERE: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("attn_implementation", None, ("attention_backend",)),
     ("eval_strategy", "steps", ("eval_steps",)),
     ("save_strategy", "steps", ("save_steps",)),
+    ("push_to_hub", True, _HUB),
     ("sync_ref_model", True, ("ref_model_mixup_alpha", "ref_model_sync_steps")),
     ("data_parallel", "hsdp", ("dp_replicate_size",)),
     ("global_batch_size", None, ("gradient_accumulation_steps",)),
@@ -34,7 +38,7 @@ _ONLY_WHERE: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
 def check_together(keys: Keys) -> None:
     """Raise `ConfigError` for values that are right one by one and wrong together."""
     of_losses = (of_loss, of_options, of_reference, of_order)
-    for conflicts in (*of_losses, _schedule, _optimizer, _layers, _parallel, _files):
+    for conflicts in (*of_losses, _schedule, _optimizer, _layers, _parallel, _files, of_best):
         for name, problem in conflicts(keys):
             raise keys.error(name, problem)
 
@@ -159,7 +163,7 @@ def idle_settings(keys: Keys) -> list[str]:
         if getattr(keys, other) != needed
         for name in names
     }
-    idle |= idle_options(keys)
+    idle |= idle_options(keys) | idle_best(keys)
     if not keys.evaluates:
         idle["eval_dataset_name"] = "nothing is evaluated (eval_strategy is no)"
     packed = "evaluation is packed by max_tokens_per_batch, with the same result"

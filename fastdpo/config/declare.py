@@ -26,6 +26,7 @@ GROUPS = {
     "evaluation": "Evaluation",
     "logging": "Logging",
     "saving": "Saving",
+    "hub": "Hub",
 }
 """Section names in the order in which help, YAML and tables show them, with their headings."""
 
@@ -82,6 +83,7 @@ def key(
     *,
     path: bool = False,
     prepare: Callable[[Any], Any] | None = None,
+    secret: bool = False,
 ) -> T:
     """Declare a key in a class that `section` decorates.
 
@@ -91,11 +93,13 @@ def key(
         rule: a condition on the converted value (on each item of a list).
         path: whether a leading `~` stands for the home directory.
         prepare: applied to the raw value before its type is checked.
+        secret: whether its value is neither shown nor written.
     """
     choices = rule.choices if rule else None
     about = {"help": help, "rule": rule, "choices": choices, "path": path, "prepare": prepare}
+    about["secret"] = secret
     if not isinstance(default, list):
-        return field(default=default, metadata=about)
+        return field(default=default, metadata=about, repr=not secret)
     made: Any = field(default_factory=default.copy, metadata=about)
     return made
 

@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import ConfigError
 from .adapters import AdapterKeys
 from .declare import default_of
+from .hub import HubKeys
 from .inputs import DataKeys, ModelKeys, OwnKeys
 from .losses import traits_of
 from .memory import MemoryKeys
@@ -26,6 +27,7 @@ IN_PYTHON = "given"
 @dataclass(frozen=True, kw_only=True)
 class Keys(
     # Dataclasses take inherited fields from the last base first: the sections stand in reverse.
+    HubKeys,
     SavingKeys,
     LoggingKeys,
     EvaluationKeys,
@@ -111,7 +113,24 @@ class Keys(
     @property
     def evaluates(self) -> bool:
         """Whether the run evaluates at all."""
-        return self.do_eval or self.eval_on_start or self.eval_strategy != "no"
+        return self.do_eval or bool(self.eval_on_start) or self.eval_strategy != "no"
+
+    @property
+    def finds_best(self) -> bool:
+        """Whether evaluations are compared, to find the best one."""
+        if self.metric_for_best_model is not None and self.eval_strategy != "no":
+            return True
+        stops = self.early_stopping_patience is not None
+        return stops or self.load_best_model_at_end or self.save_strategy == "best"
+
+    @property
+    def best_metric(self) -> tuple[str, bool]:
+        """The metric that says which evaluation is best, under the name that it has in the log, and
+        whether more of it is better.
+        """
+        name = (self.metric_for_best_model or "loss").removeprefix("eval_")
+        greater = self.greater_is_better
+        return f"eval_{name}", not name.endswith("loss") if greater is None else greater
 
     @property
     def eval_source(self) -> tuple[str, str] | None:
@@ -151,5 +170,11 @@ class Keys(
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Every key with its value, as plain types."""
-        return {name: getattr(self, name) for name in self.key_fields()}
+        """Every key with its value, as plain types; of a secret, its name in place of it."""
+        return {name: self._shown(name) for name in self.key_fields()}
+
+    def _shown(self, name: str) -> Any:
+        value = getattr(self, name)
+        if value is None or not self.key_fields()[name].metadata["secret"]:
+            return value
+        return f"<{name.upper()}>"

@@ -15,12 +15,9 @@ from .parallel_peers import (
 from .peer_key import PeerKey
 
 _LOADER = "Rows are packed before the run, so there is no data loader to set up."
-_HUB = "Upload output_dir after the run with the hf command."
 _COMPILE = "torch_compile: true compiles the layers with torch's default backend and mode."
 _METRICS = "Evaluation reports the metrics of the loss and no others."
-_BEST = "Pick the best checkpoint from the eval lines of metrics.jsonl."
 _SUMMED = "Gradients are summed once a step, without DDP."
-_REPORT = "Set it in the tracker's own environment variables."
 _NODES = "The first process alone logs and saves."
 _LAYER_KERNELS = "use_liger_kernel takes all of Liger's kernels for layers; the head is ours."
 
@@ -98,7 +95,9 @@ PEER_KEYS: dict[str, PeerKey] = {
         False, "Set seed; the kernels' order of additions is the device's."
     ),
     "ignore_data_skip": PeerKey(False, "A resumed run goes on where the checkpoint was taken."),
-    "restore_callback_states_from_checkpoint": PeerKey(False, "There are no callbacks."),
+    "restore_callback_states_from_checkpoint": PeerKey(
+        False, "Checkpoints hold no states of callbacks; early_stopping_patience is resumed."
+    ),
     "local_rank": PeerKey(-1, "Leave it out.", read=of_local_rank),
     "do_train": PeerKey(False, "The train command trains.", also=(True,)),
     "do_predict": PeerKey(False, "There is nothing to predict."),
@@ -135,9 +134,6 @@ PEER_KEYS: dict[str, PeerKey] = {
     "eval_accumulation_steps": PeerKey(None, "Evaluation keeps no logits, so nothing piles up."),
     "include_for_metrics": PeerKey([], _METRICS),
     "batch_eval_metrics": PeerKey(False, _METRICS),
-    "load_best_model_at_end": PeerKey(False, _BEST),
-    "metric_for_best_model": PeerKey(None, _BEST),
-    "greater_is_better": PeerKey(None, _BEST),
     # Logging
     "logging_strategy": PeerKey("steps", "Use logging_steps."),
     "log_on_each_node": PeerKey(True, _NODES, also=(False,)),
@@ -147,18 +143,10 @@ PEER_KEYS: dict[str, PeerKey] = {
     "include_num_input_tokens_seen": PeerKey(
         "no", "num_tokens is always reported.", also=(False, True, "all", "non_padding")
     ),
-    "project": PeerKey("huggingface", _REPORT),
-    "trackio_space_id": PeerKey(None, _REPORT),
-    "trackio_bucket_id": PeerKey(None, _REPORT),
-    "trackio_static_space_id": PeerKey(None, _REPORT),
+    "trackio_static_space_id": PeerKey(
+        None, "Freeze the Space with trackio's own command.", also=(False,)
+    ),
     # Saving
     "save_on_each_node": PeerKey(False, _NODES),
     "enable_jit_checkpoint": PeerKey(False, "Use save_steps."),
-    "push_to_hub": PeerKey(False, _HUB),
-    "hub_token": PeerKey(None, _HUB),
-    "hub_private_repo": PeerKey(None, _HUB),
-    "hub_model_id": PeerKey(None, _HUB),
-    "hub_strategy": PeerKey("every_save", _HUB),
-    "hub_always_push": PeerKey(False, _HUB),
-    "hub_revision": PeerKey(None, _HUB),
 }

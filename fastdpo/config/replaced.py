@@ -33,7 +33,6 @@ REPLACED_KEYS = MappingProxyType(
         "warmup_ratio": "Use warmup_steps: a value below 1 is a share of the run.",
         "evaluation_strategy": "Use eval_strategy.",
         "evaluate_during_training": "Use eval_strategy.",
-        "logging_dir": "Metrics go to metrics.jsonl in output_dir, and to report_to.",
         "no_cuda": "Use use_cpu.",
         "use_mps_device": "Remove the key: the device is found by itself.",
         "group_by_length": "Packing balances lengths by itself: remove the key.",
@@ -49,8 +48,9 @@ REPLACED_KEYS = MappingProxyType(
         "include_tokens_per_second": "tokens_per_second is always reported: remove the key.",
         "include_inputs_for_metrics": "Evaluation reports the loss's own metrics: remove the key.",
         "torchdynamo": "Use torch_compile.",
-        "push_to_hub_model_id": "Upload output_dir after the run with the hf command.",
-        "push_to_hub_token": "Upload output_dir after the run with the hf command.",
+        "push_to_hub_model_id": "Use hub_model_id.",
+        "push_to_hub_organization": "Use hub_model_id: it may begin with the owner.",
+        "push_to_hub_token": "Use hub_token.",
         "overwrite_cache": "Cached results are keyed by all they depend on: remove the key.",
         "env": "Set environment variables in the shell that starts the run.",
     }
@@ -104,6 +104,11 @@ OTHER_NAMES = MappingProxyType(
         "peft": "use_peft",
         "lora": "use_peft",
         "resume": "resume_from_checkpoint",
+        "patience": "early_stopping_patience",
+        "early_stopping": "early_stopping_patience",
+        "wandb_project": "project",
+        "wandb_name": "run_name",
+        "repo_id": "hub_model_id",
     }
 )
 """What people call a key elsewhere: names the right one in the error for an unknown key."""

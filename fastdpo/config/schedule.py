@@ -58,6 +58,10 @@ SCHEDULE_OPTIONS = {
 """What each option takes."""
 
 
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
+"""The services that metrics can be sent to, by the names of their packages."""
+
+
 def _yaml_no(value: Any) -> Any:
     """Give a strategy its word back: a bare `no` in YAML 1.1 arrives as False."""
     return "no" if value is False else value
@@ -135,9 +139,38 @@ class EvaluationKeys:
         "Steps between evaluations; below 1 it is a share of the run. Unset is logging_steps.",
         INTERVAL,
     )
-    eval_on_start: bool = key(False, "Evaluate before the first step too.")
+    eval_on_start: bool | None = key(
+        None,
+        "Evaluate before the first step too, so that there is a figure to compare with. Unset: "
+        "where the run evaluates, and its data for that is at most a tenth of what it trains on.",
+    )
     per_device_eval_batch_size: int = key(
         8, "Changes nothing: evaluation is packed by max_tokens_per_batch instead.", AT_LEAST_ONE
+    )
+    load_best_model_at_end: bool = key(
+        False,
+        "End with the weights of the checkpoint that was evaluated best. save_strategy has to be "
+        "best or that of evaluation, and save_steps a multiple of eval_steps.",
+    )
+    metric_for_best_model: str | None = key(
+        None,
+        "The metric of evaluation that says which model is best, with or without its eval_; unset "
+        "is loss.",
+        NOT_BLANK,
+    )
+    greater_is_better: bool | None = key(
+        None,
+        "Whether a higher value of metric_for_best_model is better; unset is true unless its name "
+        "ends with loss.",
+    )
+    early_stopping_patience: int | None = key(
+        None,
+        "Stop after so many evaluations in a row without a better metric_for_best_model; unset "
+        "never does. transformers has it as EarlyStoppingCallback.",
+        AT_LEAST_ONE,
+    )
+    early_stopping_threshold: float = key(
+        0.0, "By how much an evaluation has to be better to count as that.", NOT_NEGATIVE
     )
 
 
@@ -151,11 +184,31 @@ class LoggingKeys:
     logging_first_step: bool = key(False, "Report the first step too.")
     report_to: list[str] = key(
         [],
-        "Trackers that get the metrics besides metrics.jsonl and the terminal.",
-        one_of("tensorboard", "wandb", "trackio"),
+        "Trackers that get the metrics besides metrics.jsonl and the terminal; all is every one "
+        "that is installed.",
+        one_of(*TRACKERS, "all"),
         prepare=_trackers,
     )
     run_name: str | None = key(None, "Name of the run for the trackers.")
+    project: str = key(
+        "huggingface",
+        "Project of the run, for wandb and trackio; WANDB_PROJECT goes before it, and an mlflow "
+        "experiment has this name where MLFLOW_EXPERIMENT_NAME is not set.",
+        NOT_BLANK,
+    )
+    logging_dir: str | None = key(
+        None,
+        "Directory of tensorboard's files; unset is TENSORBOARD_LOGGING_DIR, else runs in "
+        "output_dir.",
+        NOT_BLANK,
+        path=True,
+    )
+    trackio_space_id: str | None = key(
+        None, "Space on the hub that trackio sends the run to; unset keeps it on this machine."
+    )
+    trackio_bucket_id: str | None = key(
+        None, "Bucket on the hub for the data of trackio_space_id; unset is named after the Space."
+    )
     disable_tqdm: bool | None = key(None, "No progress bar; unset shows one on a terminal only.")
 
 
@@ -176,8 +229,9 @@ class SavingKeys:
     )
     save_strategy: str = key(
         "steps",
-        "When to write a checkpoint while training.",
-        one_of("no", "steps", "epoch"),
+        "When to write a checkpoint while training; best is after each evaluation that is better "
+        "than all before it.",
+        one_of("no", "steps", "epoch", "best"),
         prepare=_yaml_no,
     )
     save_steps: int | float = key(

@@ -78,7 +78,7 @@ def as_yaml(keys: Keys) -> str:
         if declared.metadata["group"] != group:
             group = declared.metadata["group"]
             lines += ["", f"# {GROUPS[group]}"]
-        value = getattr(keys, name)
+        value = None if declared.metadata["secret"] else getattr(keys, name)
         # PyYAML folds these line breaks when it writes them as they are.
         plain = not any(sign in str(value) for sign in "\x85\u2028\u2029")
         entry = yaml.safe_dump({name: value}, allow_unicode=plain, width=1000)

@@ -103,7 +103,8 @@ class TrainConfig(Keys):
         raw, about, rule = getattr(self, name), declared.metadata, declared.metadata["rule"]
 
         def unfit(expected: object, value: Any) -> ConfigError:
-            return self.error(name, f"expected {expected}, got {show_short(value)}")
+            got = "another value" if about["secret"] else show_short(value)
+            return self.error(name, f"expected {expected}, got {got}")
 
         value = about["prepare"](raw) if about["prepare"] else raw
         try:

@@ -94,6 +94,15 @@ def deciding(config: TrainConfig) -> dict[str, Any]:
     return {**values, "shuffle": config.shuffles}
 
 
+def stopping(config: TrainConfig) -> dict[str, Any]:
+    """The value of every key that decides when a run stops for want of a better evaluation."""
+    return {
+        "metric": list(config.best_metric),
+        "patience": config.early_stopping_patience,
+        "threshold": config.early_stopping_threshold,
+    }
+
+
 def check_keys(path: Path, saved: Mapping[str, Any], config: TrainConfig) -> None:
     """Compare the keys of a checkpoint's state with those of the run that is to go on from it.
 

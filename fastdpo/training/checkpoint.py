@@ -42,6 +42,7 @@ _STATE_TYPES = {
     "config": dict,
     "identity": dict,
     "optimizer": list,
+    "best": dict,
 }
 
 
@@ -125,7 +126,7 @@ def read_state(path: Path, world: World = ALONE) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: {STATE} is not a mapping in JSON")
     for name, kind in _STATE_TYPES.items():
-        optional = name in ("config", "identity")  # earlier versions lack them
+        optional = name in ("config", "identity", "best")  # earlier versions lack them
         value = state.get(name, {} if optional else None)
         if not isinstance(value, kind) or (isinstance(value, int) and value < 0):
             raise CheckpointError(f"{path}: {STATE} holds no {name} that can be read")
@@ -235,13 +236,19 @@ def damage(path: Path, rank: int = 0, size: int = 1) -> str | None:
     return None
 
 
-def rotate(output_dir: Path, keep: int | None, newest: int) -> None:
-    """Remove the oldest checkpoints so that `keep` are left up to the one of step `newest`. A later
-    one was damaged and passed over when the run was resumed: it must not count as kept.
+def rotate(output_dir: Path, keep: int | None, newest: int, best: Path | None = None) -> None:
+    """Remove the oldest checkpoints so that `keep` are left up to the one of step `newest`, which
+    stays, as the `best` one does. A later one was damaged and passed over when the run was resumed:
+    it must not count as kept.
     """
-    if keep is not None:
-        for path in [p for p in checkpoints(output_dir) if step_of(p) <= newest][:-keep]:
-            remove(path)
+    if keep is None:
+        return
+    found = [p for p in checkpoints(output_dir) if step_of(p) <= newest]
+    best = best and best.resolve()
+    stay = {p for p in found if p.resolve() == best or step_of(p) == newest}
+    others = [p for p in found if p not in stay]
+    for path in others[: max(0, len(others) - max(0, keep - len(stay)))]:
+        remove(path)
 
 
 def remove(path: Path) -> None:

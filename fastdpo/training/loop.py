@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -24,15 +24,19 @@ from ..model.shares import load_any_weights
 from ..parallel.pace import Pace
 from ..parallel.restart import mark_begun
 from . import checkpoint, metrics
+from .best import Best, compare, require_metric, take_best
+from .callbacks import Callbacks
 from .changes import check_identity, deciding, describe_changes
 from .optimizer import make_scheduler, restart
 from .output import METRICS, TRACE, Output
 from .profile import profiler
 from .saves import Saves
 from .schedule import Schedule
+from .services import make_trackers
 from .step import Objective, StepBatches
-from .trackers import MetricsLog, make_trackers
+from .trackers import MetricsLog
 from .update import make_update, require_one_row
+from .uploads import Uploads
 
 logger = logging.getLogger(__name__)
 
@@ -53,10 +57,13 @@ class Trainer:
         identity: dict[str, Any],
         units: int,
         on_step: Callable[[int, dict[str, float]], None] | None = None,
+        callbacks: Sequence[Any] = (),
+        uploads: Uploads | None = None,
+        card: Callable[[dict[str, float]], str] = str,
     ) -> None:
         self.config, self.objective, self.tokenizer = config, objective, tokenizer
         self.data, self.max_tokens, self.output = data, max_tokens, output
-        self.on_step = on_step
+        self.on_step, self.uploads, self.card = on_step, uploads or Uploads(None), card
         self.model, self.device = objective.policy.model, objective.policy.device
         self.moving = objective.reference if config.sync_ref_model else None
         self.world = objective.world
@@ -69,9 +76,21 @@ class Trainer:
         self.optimizer, self.pending = self.update.optimizer, self.update.pending
         self.saves = Saves(self.world, config.ddp_timeout)
         self.scheduler = make_scheduler(self.optimizer, config, self.total_steps)
+        self.best, self.last = Best(config), dict[str, float]()
+        self.callbacks = Callbacks(
+            callbacks,
+            config,
+            self.schedule,
+            self.world,
+            model=self.model,
+            processing_class=tokenizer,
+            optimizer=self.optimizer,
+            lr_scheduler=self.scheduler,
+        )
         hidden = config.disable_tqdm if self.world.first else True
         self.bar = tqdm(total=self.total_steps, unit="step", disable=hidden)
         self.step = self.num_tokens = 0
+        self.seconds, self.tokens_before = 0.0, 0
         self.resumed: int | None = None
         self._names: list[str] = []
         if config.optimizer_in_backward:
@@ -98,28 +117,47 @@ class Trainer:
         `steps` takes every step that is left and yields after each (default: `take_steps`).
         """
         config, folder = self.config, self.output.path
-        trackers = []
-        if self.world.first:
-            trackers = make_trackers(config.report_to, folder, config.run_name, config.to_dict())
+        require_metric(self)
+        trackers = make_trackers(config, folder, self.resumed) if self.world.first else []
         self.log = MetricsLog(folder / METRICS, trackers, self.resumed, writes=self.world.first)
-        last = self.log.last()
-        if config.eval_on_start and self.step == 0:
-            last |= self._evaluate()
+        self.last = self.log.last()
+        self.callbacks.position(self.step, self.num_tokens)
+        self.callbacks.event("on_train_begin")
+        self.callbacks.agree()
+        if self.step == 0 and self.schedule.begins_with_evaluation(self.data.evaluation):
+            self.last |= self._evaluate()
         self.model.train()
         traced = config.profile_steps if self.world.first else 0
         trace = profiler(traced, folder / TRACE, self.device)
         taken = steps or self.take_steps()
-        with closing(self.update), closing(taken), trace as watch, self.saves:
-            for _ in taken:
-                watch.step()
-                logged = self._after_step()
-                last |= logged
-                if self.on_step is not None:
-                    with ordinary(self.model):
-                        self.on_step(self.step, logged)
+        with closing(self.log), closing(self.update), closing(taken), trace as watch, self.saves:
+            self._take_all(taken, watch)
         self.bar.close()
         self._begin()
-        return last
+        take_best(self)
+        self.callbacks.event("on_train_end")
+        return self.last
+
+    def _take_all(self, taken: Generator[None, None, None], watch: Any) -> None:
+        """Take the steps until the last one, or until the run is stopped."""
+        if self.best.stops:  # it was, at the checkpoint that is gone on from
+            return
+        start = time.perf_counter()
+        for _ in self.callbacks.steps(taken, self.step):
+            watch.step()
+            self.seconds += time.perf_counter() - start
+            logged = self._after_step()
+            if self.on_step is not None:
+                with ordinary(self.model):
+                    self.on_step(self.step, logged)
+            if self.stopped:
+                break
+            start = time.perf_counter()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run ends before its last step."""
+        return self.step < self.total_steps and (self.best.stops or self.callbacks.stopping)
 
     def _begin(self) -> None:
         """Take the output directory, which was left as it was until a step had been taken."""
@@ -132,7 +170,8 @@ class Trainer:
 
     def _rotate(self, newest: int) -> None:
         if self.world.first:
-            checkpoint.rotate(self.output.path, self.config.save_total_limit, newest)
+            limit = self.config.save_total_limit
+            checkpoint.rotate(self.output.path, limit, newest, self.best.kept)
 
     def steps_left(self) -> Iterator[StepBatches]:
         """The steps that are left, on the host, as they are packed now."""
@@ -181,18 +220,28 @@ class Trainer:
     def _after_step(self) -> dict[str, float]:
         """Read, log, evaluate and save where that is due; the metrics that were logged."""
         first = self.step == (self.resumed or 0) + 1
-        log, save = self.schedule.logs(self.step), self.schedule.saves(self.step)
-        evaluate = bool(self.data.evaluation) and self.schedule.evaluates(self.step)
-        if self.pending.waits or first or log or evaluate or save:
+        self.callbacks.position(self.step, self.num_tokens)
+        self.callbacks.step_end(
+            log=self.schedule.logs(self.step),
+            evaluate=bool(self.data.evaluation) and self.schedule.evaluates(self.step),
+            save=self.schedule.saves(self.step),
+        )
+        control = self.callbacks.control
+        log, evaluate = control.should_log, control.should_evaluate and bool(self.data.evaluation)
+        if self.pending.waits or first or log or evaluate or control.should_save:
             self._read()
         self.output.require()
         if first:
             self._begin()
         logged = self._write_metrics() if log else {}
         if evaluate:
-            logged |= self._evaluate()
-        if save:
+            found = self._evaluate()
+            compare(self, found)
+            logged |= found
+        self.last |= logged
+        if self.callbacks.control.should_save:
             self._save()
+        self.callbacks.agree()
         return logged
 
     def _read(self) -> None:
@@ -210,6 +259,7 @@ class Trainer:
         result = self.pending.line() | self._position()
         result["peak_memory_mib"] = max(self.world.gather_all(peak_memory_mib(self.device)))
         self.log.write(result, self.step)
+        self.callbacks.logged(result)
         if line := self.pace.slowest(self.step):
             logger.warning(line)
         if self.bar.disable and self.world.first:
@@ -225,13 +275,17 @@ class Trainer:
         result |= self._position()
         self.log.write(result, self.step)
         logger.info(f"evaluation at step {self.step}: {metrics.show(result)}")
+        self.callbacks.logged(result)
+        self.callbacks.event("on_evaluate", metrics=result)
         return result
 
     def _save(self) -> None:
         self.log.sync()
+        path = self.output.path / f"checkpoint-{self.step}"
+        self.best.saved(path)
         self.saves.save(
-            self.output.path / f"checkpoint-{self.step}",
-            then=partial(self._rotate, self.step),
+            path,
+            then=partial(self._saved, path, self.best.kept, self.card(self.last)),
             model=self.model,
             tokenizer=self.tokenizer,
             optimizer=None if self.config.save_only_model else self.optimizer,
@@ -244,8 +298,19 @@ class Trainer:
                 "running": self.objective.running_state(),
                 "config": deciding(self.config),
                 "identity": self.identity,
+                "best": self.best.state(),
             },
         )
+        if self.callbacks.callbacks:
+            self.saves.wait()  # a callback may read what was written
+            self.callbacks.best(self.best.value, self.best.step, self.best.kept)
+            self.callbacks.event("on_save")
+
+    def _saved(self, path: Path, best: Path | None, card: str) -> None:
+        """What follows a checkpoint on the first rank, perhaps in another thread."""
+        self.uploads.checkpoint(path, card)
+        newest = checkpoint.step_of(path)
+        checkpoint.rotate(self.output.path, self.config.save_total_limit, newest, best)
 
     def resume(self, path: Path, state: dict[str, Any]) -> None:
         """Go on from a verified checkpoint and its state, with its weights, moments and random
@@ -268,7 +333,10 @@ class Trainer:
         self.step = self.resumed = state["step"]
         restart(self.scheduler, self.step)
         self.num_tokens, self.pending.values = state["num_tokens"], state["pending"]
+        self.tokens_before = self.num_tokens
         self.objective.resume_running(state.get("running", {}))
+        self.best.resume(path, state.get("best", {}))
+        self.callbacks.best(self.best.value, self.best.step, self.best.kept)
         self.bar.update(self.step)
         logger.info(f"resumed at step {self.step} from {path}")
         if line := describe_changes(state, self.config):

@@ -19,7 +19,7 @@ from ..errors import CheckpointError, ConfigError, some
 from ..model.save import whole_state
 from ..parallel.world import ALONE, World
 from . import checkpoint
-from .changes import deciding
+from .changes import deciding, stopping
 from .occupied import check_output
 
 STATE = "trainer_state.json"
@@ -77,7 +77,9 @@ class Output:
 
     def holds_this_run(self) -> bool:
         """Whether a finished run wrote there whose configuration decided the same weights."""
-        return self.finished and self._state.get("config") == deciding(self.config)
+        same = self._state.get("config") == deciding(self.config)
+        stopped = self._state.get("stopped")
+        return self.finished and same and stopped in (None, stopping(self.config))
 
     def checkpoint(self) -> Path | None:
         """The checkpoint to go on from; None for a new run.
@@ -132,9 +134,18 @@ class Output:
         if self._begun:
             files.write_text(self.path / CONFIG, config.to_yaml())
 
-    def finish(self, config: TrainConfig, step: int, model: Any, tokenizer: Any, card: str) -> None:
+    def finish(
+        self,
+        config: TrainConfig,
+        step: int,
+        model: Any,
+        tokenizer: Any,
+        card: str,
+        stopped: bool = False,
+    ) -> None:
         """Save the trained model and its card; files of an earlier model that it lacks go. Where
-        ranks hold shares of the model, each of them has to call it.
+        ranks hold shares of the model, each of them has to call it. A run that was `stopped` before
+        its last step is finished as long as the keys are the same that stopped it.
 
         Earlier weights go first and new ones come last, the index of shards after them: at no
         moment can what lies there be loaded as a mixture of two models.
@@ -153,11 +164,13 @@ class Output:
                 files.move(sorted(names, key=_weights_last), made, self.path)
             files.remove(earlier - names - set(_LOGS), self.path)
             logs = {name for name in _LOGS if (self.path / name).exists()}
-            self._record(True, step, names | logs)
+            self._record(True, step, names | logs, stopped)
 
-    def _record(self, finished: bool, step: int, names: set[str]) -> None:
+    def _record(self, finished: bool, step: int, names: set[str], stopped: bool = False) -> None:
         config = deciding(self.config)
         self._state = {"finished": finished, "step": step, "files": sorted(names), "config": config}
+        if stopped:
+            self._state["stopped"] = stopping(self.config)
         files.write_text(self.path / STATE, json.dumps(self._state, indent=1))
 
 
@@ -185,7 +198,15 @@ class SeenOutput(Output):
 
     def save_config(self, config: TrainConfig) -> None: ...
 
-    def finish(self, config: TrainConfig, step: int, model: Any, tokenizer: Any, card: str) -> None:
+    def finish(
+        self,
+        config: TrainConfig,
+        step: int,
+        model: Any,
+        tokenizer: Any,
+        card: str,
+        stopped: bool = False,
+    ) -> None:
         whole_state(model)
 
 

@@ -4,7 +4,7 @@ model or to reference log-probabilities.
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any
 
 from ..config import TrainConfig
 from ..data.dataset import RowsInMemory
-from ..data.groups import describe_units
 from ..errors import ConfigError
 from ..hub import reached
 from ..model.adapter import adopt_adapter
@@ -20,7 +19,7 @@ from ..model.layout import restore_attention
 from ..model.lent import lent
 from ..parallel.world import World, joined
 from ..terminal import progress_bars, silent, withheld
-from .card import model_card
+from .callbacks import check_callbacks
 from .loop import Trainer
 from .output import Output, claim
 from .references import needs_reference, precompute_reference
@@ -42,6 +41,12 @@ class TrainResult:
     output_dir: Path
     model: Any = None
     """The trained transformers or peft model; None where nothing was left to do."""
+    seconds: float = 0.0
+    """What the steps of this call took, without evaluations and checkpoints."""
+    tokens: int = 0
+    """Tokens of the sequences in these steps."""
+    url: str | None = None
+    """Where the model is on the hub; None where it was not to be uploaded."""
 
 
 def train(
@@ -51,6 +56,7 @@ def train(
     model: Any = None,
     tokenizer: Any = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
+    callbacks: Sequence[Any] | None = None,
 ) -> TrainResult:
     """Train as `fastdpo train` does.
 
@@ -66,6 +72,9 @@ def train(
         tokenizer: its tokenizer, in place of the one at `model_name_or_path`.
         on_step: called after every optimizer step with its number, from 1 on, and the metrics that
             were logged at that step ({} where none were). What it raises ends the run.
+        callbacks: `transformers.TrainerCallback` objects, as its `Trainer` takes them. They may
+            stop the run, and have it log, evaluate or save; what one raises ends the run, and the
+            checkpoints are whole.
 
     Raises:
         FastDPOError: anything wrong with configuration, data, model or checkpoint, before the first
@@ -75,11 +84,12 @@ def train(
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"config: expected a TrainConfig, got {type(config).__name__}")
     _check_callback(on_step)
+    called = check_callbacks(callbacks)
     given.check(config)
     with joined(config) as world:
         config = restarted(config, world)
         with claim(config, world) as output, _surroundings(config, world):
-            return _run(config, given, world, output, on_step)
+            return _run(config, given, world, output, on_step, called)
 
 
 def _run(
@@ -88,6 +98,7 @@ def _run(
     world: World,
     output: Output,
     on_step: Callable[..., None] | None,
+    callbacks: Sequence[Any],
 ) -> TrainResult:
     if given.is_empty and config.resume_from_checkpoint is True and output.holds_this_run():
         logger.info(
@@ -95,7 +106,7 @@ def _run(
             "is left to do"
         )
         return TrainResult(output.step, {}, output.path)
-    return _train(config, given, world, output, on_step)
+    return _train(config, given, world, output, on_step, callbacks)
 
 
 def _check_callback(on_step: Any) -> None:
@@ -114,14 +125,15 @@ def _train(
     world: World,
     output: Output,
     on_step: Callable[..., None] | None,
+    callbacks: Sequence[Any],
 ) -> TrainResult:
     with nullcontext() if given.model is None else lent(given.model):
         with withheld():
-            trainer = set_up(config, given, world, output, on_step)
-        return _finish(config, given, output, trainer)
+            trainer = set_up(config, given, world, output, on_step, callbacks)
+        return _finish(output, trainer)
 
 
-def _finish(config: TrainConfig, given: InMemory, output: Output, trainer: Trainer) -> TrainResult:
+def _finish(output: Output, trainer: Trainer) -> TrainResult:
     """Take the steps that are left and save the model."""
     if output.finished and trainer.step == trainer.total_steps:
         logger.info(
@@ -129,18 +141,25 @@ def _finish(config: TrainConfig, given: InMemory, output: Output, trainer: Train
         )
         return TrainResult(output.step, {}, output.path)
     metrics = trainer.train(retried(trainer))
-    units = describe_units(trainer.data.train)
-    card = model_card(trainer.config, _base(config, given), metrics, units)
-    output.finish(trainer.config, trainer.step, trainer.model, trainer.tokenizer, card)
+    output.finish(
+        trainer.config,
+        trainer.step,
+        trainer.model,
+        trainer.tokenizer,
+        trainer.card(metrics),
+        stopped=trainer.stopped,
+    )
     restore_attention(trainer.model)
-    return TrainResult(trainer.step, metrics, output.path, trainer.model)
-
-
-def _base(config: TrainConfig, given: InMemory) -> str:
-    """The name of the model that was trained."""
-    if given.model is None:
-        return str(config.model_name_or_path)
-    return str(given.model.name_or_path or type(given.model).__name__)
+    trainer.uploads.finish()
+    return TrainResult(
+        trainer.step,
+        metrics,
+        output.path,
+        trainer.model,
+        seconds=trainer.seconds,
+        tokens=trainer.num_tokens - trainer.tokens_before,
+        url=trainer.uploads.url,
+    )
 
 
 def precompute(config: TrainConfig) -> dict[str, Any]:

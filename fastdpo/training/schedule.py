@@ -7,6 +7,9 @@ from ..config import TrainConfig
 from ..data.groups import Group, count_units
 from ..data.plan import units_per_step
 
+_CHEAP = 0.1
+"""An evaluation of at most this share of what is trained on is cheap: some 3 % of the time."""
+
 
 class Schedule:
     """The steps of a run, from its configuration and its training data.
@@ -41,12 +44,22 @@ class Schedule:
         last = self.config.do_eval and step == self.steps
         return last or self._due(self.config.eval_strategy, "eval_steps", step)
 
+    def begins_with_evaluation(self, groups: Sequence[Group] | None) -> bool:
+        """Whether the policy is evaluated before the first step, on these groups. Where the key
+        leaves it open it is if that costs little beside the run.
+        """
+        if not groups:
+            return False
+        if self.config.eval_on_start is not None:
+            return self.config.eval_on_start
+        return count_units(groups) <= _CHEAP * self.units * self.steps
+
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is written after a step."""
         return self._due(self.config.save_strategy, "save_steps", step)
 
     def _due(self, strategy: str, key: str, step: int) -> bool:
-        if strategy == "no":
+        if strategy in ("no", "best"):
             return False
         every = self.steps_per_epoch
         if strategy == "steps":

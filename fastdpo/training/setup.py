@@ -1,8 +1,9 @@
 """Everything that is loaded, checked and computed before the first step."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..data.groups import describe_units
 from ..data.packing import longest_unit
 from ..data.plan import plan_digest, row_budget, units_per_step
 from ..errors import ConfigError, ModelError
+from ..hub import open_repository
 from ..losses import TrainingLoss, loss_of
 from ..memory.allocator import keep_freed_memory, return_freed_memory
 from ..memory.auto import fit
@@ -39,14 +41,16 @@ from ..parallel.agree import same_data, same_weights
 from ..parallel.world import ALONE, World
 from ..tried import untried
 from .arrangement import arranged, spread_over
+from .card import model_card
 from .changes import check_keys
 from .checkpoint import read_state
 from .loop import Trainer
 from .optimizer import optimizer_path
 from .output import Output
 from .references import make_reference
+from .services import require_trackers
 from .step import Objective
-from .trackers import require_trackers
+from .uploads import Uploads
 
 logger = logging.getLogger(__name__)
 
@@ -171,6 +175,7 @@ def set_up(
     world: World,
     output: Output,
     on_step: Callable[..., None] | None,
+    callbacks: Sequence[Any] = (),
 ) -> Trainer:
     """A trainer that stands before the first step that is left."""
     attention_path(config)  # a backend that cannot be had here is an error before anything else
@@ -179,6 +184,7 @@ def set_up(
     elif (dtype := str(given.model.dtype).removeprefix("torch.")) in DTYPES:
         config = config.choose("model", dtype=dtype)
     require_trackers(config)
+    uploads = _uploads(config, world, output)
     optimizer = optimizer_path(config, run_device(config))
     start, bf16 = output.checkpoint(), config.bf16
     if start is not None:
@@ -214,6 +220,9 @@ def set_up(
         identity={"precision": str(policy.autocast), **digests},
         units=_units(config, world, state if start is not None else {}),
         on_step=on_step,
+        callbacks=callbacks,
+        uploads=uploads,
+        card=partial(model_card, config, _base(config, given), units=describe_units(data.train)),
     )
     _log_training(trainer, loaded)
     _keep_memory(loaded)
@@ -227,6 +236,30 @@ def set_up(
             f"resume_from_checkpoint: {output.path} holds no checkpoint, starting at step 0"
         )
     return trainer
+
+
+def _base(config: TrainConfig, given: InMemory) -> str:
+    """The name of the model that is trained."""
+    if given.model is None:
+        return str(config.model_name_or_path)
+    return str(given.model.name_or_path or type(given.model).__name__)
+
+
+def _uploads(config: TrainConfig, world: World, output: Output) -> Uploads:
+    """The run's uploads, after the hub has said on the first rank that they may be made."""
+    if not config.push_to_hub:
+        return Uploads(None)
+    name: str | ConfigError = ""
+    if world.first:
+        try:
+            name = open_repository(config)
+            logger.info(f"push_to_hub: {name} may be written to")
+        except ConfigError as error:
+            name = error
+    name = world.share(name)
+    if isinstance(name, ConfigError):
+        raise name
+    return Uploads(config, name, output.path) if world.first else Uploads(None)
 
 
 def _log_training(trainer: Trainer, loaded: Loaded) -> None:

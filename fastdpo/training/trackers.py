@@ -1,15 +1,16 @@
-"""Where metrics go: `metrics.jsonl`, and the services that `report_to` names."""
+"""Where metrics go: `metrics.jsonl`, and on to trackers, which may fail."""
 
-import importlib.util
 import json
-from collections.abc import Iterable
-from functools import partial
+import logging
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from ..config import TrainConfig
-from ..errors import ConfigError
+from ..errors import one_line
 from ..files import explain, sync, write_text
+
+logger = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
@@ -18,57 +19,35 @@ class Tracker(Protocol):
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Send the metrics of a step."""
 
-
-class _TensorBoard:
-    def __init__(self, output_dir: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.make = partial(SummaryWriter, str(output_dir / "runs"))
-        self.writer: Any = None
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        self.writer = self.writer or self.make()  # it writes a file when it is made
-        for name, value in metrics.items():
-            prefix = "" if name.startswith("eval_") else "train/"
-            self.writer.add_scalar(prefix + name, value, step)
-        self.writer.flush()
+    def close(self, failed: bool) -> None:
+        """End the run there, as one that failed or not."""
 
 
-class _Run:
-    """wandb and trackio share this interface."""
+class Guarded:
+    """A tracker that costs the run nothing: with its first error it is off, and that is said."""
 
-    def __init__(self, module: str, run_name: str | None, config: dict[str, Any]) -> None:
-        service = __import__(module)
-        self.run = service.init(project="fastdpo", name=run_name, config=config)
-        self.service = service
+    def __init__(self, name: str, tracker: Tracker) -> None:
+        self.name, self.tracker = name, tracker
+        self.failed = False
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        self.service.log(metrics, step=step)
+        """Send the metrics of a step, unless an earlier one could not be sent."""
+        self._try(lambda: self.tracker.log(metrics, step), "gets no more metrics")
 
+    def close(self, failed: bool) -> None:
+        """End the run there."""
+        self._try(lambda: self.tracker.close(failed), "has not ended the run")
 
-def require_trackers(config: TrainConfig) -> None:
-    """Raise ConfigError for a service of `report_to` that is not installed."""
-    for name in set(config.report_to) - {"none"}:
-        if importlib.util.find_spec(name) is None:
-            raise config.error("report_to", f"{name} is not installed")
-
-
-def make_trackers(
-    report_to: Iterable[str], output_dir: Path, run_name: str | None, config: dict[str, Any]
-) -> list[Tracker]:
-    """The services that `report_to` names. ConfigError for one that is not installed."""
-    trackers: list[Tracker] = []
-    for name in report_to:
-        if name == "none":
-            continue
+    def _try(self, function: Callable[[], None], result: str) -> None:
+        if self.failed:
+            return
         try:
-            if name == "tensorboard":
-                trackers.append(_TensorBoard(output_dir))
-            else:
-                trackers.append(_Run(name, run_name, config))
-        except ImportError as error:
-            raise ConfigError(f"report_to: {name} is not installed ({error})") from error
-    return trackers
+            function()
+        except Exception as error:  # of any library
+            self.failed = True
+            logger.warning(
+                f"report_to: {self.name} {result} ({one_line(error)}); metrics.jsonl has them all"
+            )
 
 
 class MetricsLog:
@@ -77,7 +56,7 @@ class MetricsLog:
     """
 
     def __init__(
-        self, path: Path, trackers: list[Tracker], resumed_step: int | None, writes: bool = True
+        self, path: Path, trackers: Sequence[Tracker], resumed_step: int | None, writes: bool = True
     ) -> None:
         self.path, self.trackers, self.writes = path, trackers, writes
         self._waiting: list[tuple[dict[str, float], int]] | None = []
@@ -115,6 +94,11 @@ class MetricsLog:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         for tracker in self.trackers:
             tracker.log(metrics, step)
+
+    def close(self) -> None:
+        """End the trackers' runs; as failed ones where an error is on its way."""
+        for tracker in self.trackers:
+            tracker.close(failed=sys.exc_info()[0] is not None)
 
     def sync(self) -> None:
         """Bring every line to the disk, where a checkpoint of their steps is about to be."""
