@@ -209,7 +209,10 @@ def test_closed_and_narrow_streams(tmp_path):
 
 def test_a_directory_that_has_gone(tmp_path):
     gone = partial(os.rmdir, tmp_path)
-    running = process("train config.yaml", cwd=tmp_path, preexec_fn=gone, stdout=subprocess.PIPE)
+    # No relative paths, for which Python does not start there: the `fastdpo` script has none.
+    env = {**os.environ, "PYTHONPATH": "", "PYTHONSAFEPATH": "1"}
+    pipe = {"stdout": subprocess.PIPE, "env": env}
+    running = process("train config.yaml", cwd=tmp_path, preexec_fn=gone, **pipe)
     assert running.communicate()[1].startswith("error: the current directory has gone (")
     assert running.returncode == 2
 
