@@ -1,5 +1,7 @@
 """The bytes that kernels say their tiles take, beside those that are allocated."""
 
+import gc
+import weakref
 from unittest import mock
 
 import pytest
@@ -71,6 +73,29 @@ def test_the_fused_kernels_allocate_no_more_than_they_say(outputs, tokens):
     found = allocated(tokens, vocab, width, FP32, **options)
     assert tile <= found <= tile + beside <= 1 << 20
     assert tokens == 20 or (tile + beside) * (tokens + 1) / tokens > 1 << 20
+
+
+def test_the_sums_of_one_pass_are_gone_before_those_of_the_next(monkeypatch):
+    """Only one of them is in what is said to be beside a tile."""
+    pytest.importorskip("triton")
+    from fastdpo_kernels.triton import exponential
+
+    sums, gone = [], []
+
+    def finish(head, targets, anchor, tile, partial, *rest):
+        sums.append(weakref.ref(partial))
+        return finished(head, targets, anchor, tile, partial, *rest)
+
+    def score_into(*arguments):
+        gc.collect()  # what the interpreter holds
+        gone.append(sums[0]() is None)
+
+    finished = exponential.finish
+    monkeypatch.setattr(exponential, "finish", finish)
+    monkeypatch.setattr(exponential, "score_into", score_into)
+    x, w, y = torch.ones(3, 16), torch.ones(40, 16), torch.arange(3)
+    exponential.exponentials(Head(w), x, y, torch.empty(3, 40), ())
+    assert gone == [True]
 
 
 HEADS = {
