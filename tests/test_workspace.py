@@ -6,11 +6,11 @@ from unittest import mock
 
 import pytest
 import torch
-from fastdpo_kernels import call, linear_logprob, linear_loss, workspace_bytes
+from fastdpo_kernels import call, linear_logprob, linear_loss, tiles, workspace_bytes
 from fastdpo_kernels.backends import make_tiles
 from fastdpo_kernels.head import OUTPUTS, Head, default_workspace_mib, workspace_of
 from fastdpo_kernels.sharded import call as sharded
-from fastdpo_kernels.tiles import release_workspace
+from fastdpo_kernels.tiles import TorchLayout, release_workspace
 from fastdpo_kernels.triton.layout import TritonLayout
 
 from bench.heads.measure import peak_bytes
@@ -55,6 +55,17 @@ def test_plain_pytorch_allocates_what_it_says(dtype, outputs, softcap, tokens):
     options = {"outputs": outputs, "softcap": softcap, "workspace_mib": 8, "backend": "torch"}
     said = sum(workspace_bytes(tokens, 4003, 160, dtype, CPU, **options))
     found = allocated(tokens, 4003, 160, dtype, **options)
+    assert (1 - SLACK) * said <= found <= (1 + SLACK) * said
+
+
+@pytest.mark.parametrize("tokens", [90, 700])
+def test_a_weight_that_is_widened_for_every_product_is_counted(tokens, monkeypatch):
+    """As on a GPU that gives no fp32 product of bf16."""
+    monkeypatch.setattr(TorchLayout, "native", True)
+    monkeypatch.setattr(tiles, "widens", lambda device, dtype: dtype == BF16)
+    options = {"outputs": (), "softcap": False, "workspace_mib": 8, "backend": "torch"}
+    said = sum(workspace_bytes(tokens, 4003, 160, BF16, CPU, **options))
+    found = allocated(tokens, 4003, 160, BF16, **options) + 4 * 4003 * 160  # and not once
     assert (1 - SLACK) * said <= found <= (1 + SLACK) * said
 
 
