@@ -8,6 +8,7 @@ import torch
 from families import OTHER_HEADS, OTHERS, SHARED, VOCABULARY, build, relative_error
 from fastdpo_kernels import patch_transformers
 from fastdpo_kernels.integrations import causal_lm
+from odd_logits import Early, Shifted, Slanted, Sliced, Twice
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -183,54 +184,6 @@ def test_hooks_of_the_head_are_left_alone(losses):
     left_alone(model, losses, "its head has hooks")
 
 
-class Shifted(LlamaForCausalLM):
-    """Its logits are no scale and no cap of what the head gives."""
-
-    def more(self, logits):
-        return logits + 0.25
-
-    def forward(self, input_ids, labels=None, **kwargs):
-        hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state
-        logits = self.more(self.lm_head(hidden))
-        loss = None if labels is None else self.loss_function(logits, labels, VOCABULARY)
-        return causal_output(loss=loss, logits=logits)
-
-
-class Slanted(Shifted):
-    """One entry differs."""
-
-    def more(self, logits):
-        return logits * torch.linspace(1, 1.001, VOCABULARY, dtype=logits.dtype)
-
-
-class Sliced(Shifted):
-    """Its logits are used before its loss."""
-
-    def more(self, logits):
-        return logits * torch.ones(2, 9, VOCABULARY, dtype=logits.dtype)
-
-
-class Early(Shifted):
-    """They are read by position."""
-
-    def more(self, logits):
-        assert logits[:, 8].shape[1] == VOCABULARY
-        return logits
-
-
-class Twice(Shifted):
-    """Its head is used twice."""
-
-    def more(self, logits):
-        return logits + 0 * self.lm_head(self.model.embed_tokens.weight[None, :9])
-
-
-def causal_output(**values):
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
-    return CausalLMOutputWithPast(**values)
-
-
 @pytest.mark.parametrize(
     ("model_class", "words"),
     [
@@ -242,7 +195,8 @@ def causal_output(**values):
     ],
 )
 def test_other_logits_are_left_alone(model_class, words, losses):
-    model = build("llama")
+    """Also with dropout, whose masks are those of a step without the patch."""
+    model = build("llama", attention_dropout=0.5)
     model.__class__ = model_class
     left_alone(model, losses, words)
 

@@ -9,6 +9,7 @@ import torch
 from fastdpo_kernels import LOSSES, linear_dpo_loss, linear_logprob, naive
 from fastdpo_kernels.head import OUTPUTS, Head
 from fastdpo_kernels.losses import Comparisons, get_loss
+from fastdpo_kernels.tiles import TorchTiles
 from head_problems import HEADS, make, packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -166,6 +167,32 @@ def test_tokens_over_the_clamp_are_computed_again(dtype):
             torch.testing.assert_close(
                 found[name].double(), stats[name].double(), rtol=2e-6, atol=2e-4
             )
+
+
+@pytest.mark.parametrize("times", [1, 60])
+def test_gradients_of_logits_far_apart_are_no_further_off_than_plain_pytorchs(times):
+    """Of the lowest and the highest logits, in the first pass and in the second."""
+    x, w, _, y = make(40, vocab=75, seed=3, dtype=torch.float32, ignore=0)
+    x *= times
+    logits = x @ w.T
+    y[:10], y[10:30] = logits[:10].argmin(1), logits[10:30].argmax(1)
+    x, w, y = on_device(x, w, y)
+    head = Head(w)
+    exact, _ = softmax_minus_onehot(x.double(), Head(w.double()), y)
+
+    def off(tiles):
+        stats = tiles.score(x, y, ())
+        for again in (False, True):
+            tile, row_scale, *_ = (
+                tiles.probabilities(x, y, stats) if again else tiles.exponentials(x, y, ())
+            )
+            error = tile.double() * row_scale.double().unsqueeze(1) - exact
+            for rows in (slice(10), slice(10, 30), slice(30, 40)):
+                yield (error[rows].norm() / exact[rows].norm()).item()
+
+    plain, kernels = list(off(TorchTiles(head, 8))), list(off(TritonTiles(head, 8)))
+    for ours, theirs in zip(kernels, plain, strict=True):
+        assert ours <= 2 * theirs + 2e-7, (kernels, plain)
 
 
 def assert_exact(x, w, y, outputs=(), **options):

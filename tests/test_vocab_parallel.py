@@ -306,6 +306,23 @@ def test_the_fused_kernels(ranks, train):
     assert_same(joined(found, 4)[0], exact, 400 * torch.finfo(torch.float32).eps)
 
 
+@pytest.mark.parametrize("train", [(False, False), (True, False)], ids=["scored", "trained"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_no_target_is_the_highest_beside_nan(ranks, backend, train):
+    """The targets are, until a logit of the first rank is NaN, which a maximum may drop."""
+    pytest.importorskip("triton")
+    x, w, b, y = logprob_problem(COUNTS[4])
+    y = [(states @ w.T + b)[:, 1:].argmax(1) + 1 for states in x]
+    spoilt = w.clone()
+    spoilt[0, 0] = torch.nan
+    for weight, expected in ((w, 1), (spoilt, 0)):
+        problem = [x, weight, b, y]
+        options = {"problem": problem, "backend": backend, "outputs": ("is_top1",)}
+        found = ranks.run(logprobs, COUNTS[4], COLUMNS[4], train, dtype=torch.float32, **options)
+        highest = joined(found, 4)[0]["is_top1"]
+        assert len(highest) == sum(COUNTS[4]) and (highest == expected).all()
+
+
 def test_a_loss_through_the_fused_kernels(ranks):
     pytest.importorskip("triton")
     options = {"loss": "sigmoid", "empty": EMPTY[4]} | options_of("sigmoid") | FUSED

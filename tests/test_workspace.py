@@ -1,14 +1,16 @@
 """The bytes that kernels say their tiles take, beside those that are allocated."""
 
+import gc
+import weakref
 from unittest import mock
 
 import pytest
 import torch
-from fastdpo_kernels import call, linear_logprob, linear_loss, workspace_bytes
+from fastdpo_kernels import call, linear_logprob, linear_loss, tiles, workspace_bytes
 from fastdpo_kernels.backends import make_tiles
 from fastdpo_kernels.head import OUTPUTS, Head, default_workspace_mib, workspace_of
 from fastdpo_kernels.sharded import call as sharded
-from fastdpo_kernels.tiles import release_workspace
+from fastdpo_kernels.tiles import TorchLayout, release_workspace
 from fastdpo_kernels.triton.layout import TritonLayout
 
 from bench.heads.measure import peak_bytes
@@ -56,6 +58,17 @@ def test_plain_pytorch_allocates_what_it_says(dtype, outputs, softcap, tokens):
     assert (1 - SLACK) * said <= found <= (1 + SLACK) * said
 
 
+@pytest.mark.parametrize("tokens", [90, 700])
+def test_a_weight_that_is_widened_for_every_product_is_counted(tokens, monkeypatch):
+    """As on a GPU that gives no fp32 product of bf16."""
+    monkeypatch.setattr(TorchLayout, "native", True)
+    monkeypatch.setattr(tiles, "widens", lambda device, dtype: dtype == BF16)
+    options = {"outputs": (), "softcap": False, "workspace_mib": 8, "backend": "torch"}
+    said = sum(workspace_bytes(tokens, 4003, 160, BF16, CPU, **options))
+    found = allocated(tokens, 4003, 160, BF16, **options) + 4 * 4003 * 160  # and not once
+    assert (1 - SLACK) * said <= found <= (1 + SLACK) * said
+
+
 @pytest.mark.parametrize("outputs", [(), ("entropy",), OUTPUTS], ids=len)
 @pytest.mark.parametrize("tokens", [20, None], ids=str)
 def test_the_fused_kernels_allocate_no_more_than_they_say(outputs, tokens):
@@ -71,6 +84,29 @@ def test_the_fused_kernels_allocate_no_more_than_they_say(outputs, tokens):
     found = allocated(tokens, vocab, width, FP32, **options)
     assert tile <= found <= tile + beside <= 1 << 20
     assert tokens == 20 or (tile + beside) * (tokens + 1) / tokens > 1 << 20
+
+
+def test_the_sums_of_one_pass_are_gone_before_those_of_the_next(monkeypatch):
+    """Only one of them is in what is said to be beside a tile."""
+    pytest.importorskip("triton")
+    from fastdpo_kernels.triton import exponential
+
+    sums, gone = [], []
+
+    def finish(head, targets, anchor, tile, partial, *rest):
+        sums.append(weakref.ref(partial))
+        return finished(head, targets, anchor, tile, partial, *rest)
+
+    def score_into(*arguments):
+        gc.collect()  # what the interpreter holds
+        gone.append(sums[0]() is None)
+
+    finished = exponential.finish
+    monkeypatch.setattr(exponential, "finish", finish)
+    monkeypatch.setattr(exponential, "score_into", score_into)
+    x, w, y = torch.ones(3, 16), torch.ones(40, 16), torch.arange(3)
+    exponential.exponentials(Head(w), x, y, torch.empty(3, 40), ())
+    assert gone == [True]
 
 
 HEADS = {

@@ -53,6 +53,14 @@ def _factors(a: Tensor, b: Tensor, operands: torch.dtype) -> tuple[Tensor, Tenso
     return a.to(wide), b.to(wide)
 
 
+def widens(device: str, operands: torch.dtype) -> bool:
+    """Whether a kind of GPU, where there is one, gets factors of dtype `operands` that are copied
+    to fp32 for every product.
+    """
+    there = device == "cuda" and torch.cuda.is_available()
+    return there and not _gives_fp32(torch.empty(0, device=device), operands)
+
+
 def _gives_fp32(like: Tensor, dtype: torch.dtype) -> bool:
     """Whether the device of `like` multiplies factors in `dtype` into fp32, tried once: which
     builds for ROCm do is not written down anywhere, and a rounded product is never taken.

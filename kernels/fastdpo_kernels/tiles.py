@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .head import OUTPUTS, Head, Layout, Stats, Tiles, WorkspaceBytes
 from .kept import give_up
-from .products import mm
+from .products import mm, widens
 
 MAX_TILE_ROWS = 2048
 _TARGET_ROWS = 64
@@ -80,7 +80,9 @@ class TorchLayout(Layout):
         projected = targets + (states if rounded and not self.native else 0)
         # A product with the tile, and once more where it is rounded.
         product = states * (2 if rounded else 1)
-        if self.native:
+        if self.native and widens(self.device, self.dtype):
+            product += self.vocab * self.width * self.tile_dtype.itemsize  # the weight
+        elif self.native:
             product += rows * self.vocab * self.dtype.itemsize
         return WorkspaceBytes(rows * self._row_bytes, max(blocks, projected, product))
 

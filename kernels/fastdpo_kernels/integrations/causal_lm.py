@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ..cross_entropy import linear_cross_entropy
 
@@ -117,10 +118,12 @@ def _without_logits(forward: Callable[..., Any]) -> Callable[..., Any]:
             vars(model).get("_loss_function"), HeadLoss
         ):  # of a class that calls this one
             return forward(model, *args, **kwargs)
+        random = None if model in _rules else _random_states(model)
         try:
             return _trained(forward, model, args, kwargs)
         except Unfit as reason:
-            if model not in _rules:
+            if random is not None:  # a second step must not have other random numbers
+                _set_random_states(*random)
                 _rules[model] = None
                 said = f"{type(model).__name__} keeps its own loss: {reason}"
                 warnings.warn(f"patch_transformers: {said}", stacklevel=3)
@@ -128,6 +131,16 @@ def _without_logits(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     wrapped.fastdpo_original = forward  # type: ignore[attr-defined]
     return wrapped
+
+
+def _random_states(model: nn.Module) -> tuple[Tensor, list[int], list[Tensor]]:
+    """The random state of the host, the devices of the model, and theirs."""
+    return torch.get_rng_state(), *get_device_states(*model.parameters())
+
+
+def _set_random_states(host: Tensor, devices: list[int], states: list[Tensor]) -> None:
+    torch.set_rng_state(host)
+    set_device_states(devices, states)
 
 
 def _trained(forward: Callable[..., Any], model: Any, args: Any, kwargs: Any) -> Any:

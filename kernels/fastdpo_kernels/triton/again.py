@@ -19,13 +19,6 @@ def at_most(x, limit):
     return tl.minimum(x, limit, propagate_nan=tl.PropagateNan.ALL)
 
 
-@triton.jit
-def softmax_minus_onehot(z, anchor, log_share, hit, PRECISION: tl.constexpr):
-    """log p = (z − a) + log p_a: the log-sum-exp is too coarse where logits are large."""
-    p = exp2(at_most(z - anchor + (log_share * LOG2E)[:, None], 0.0), PRECISION)
-    return tl.where(hit, p - 1.0, p)
-
-
 @triton.jit(
     do_not_specialize=["tokens"], do_not_specialize_on_alignment=["targets", "peak", "log_share"]
 )
@@ -66,7 +59,7 @@ def again_kernel(
         target = tl.load(targets + rows, mask=kept, other=-1)
         if tl.max(target, 0) >= 0:
             a = tl.load(peak + rows, mask=kept, other=0.0)[:, None]
-            known = tl.load(log_share + rows, mask=kept, other=0.0)
+            known = tl.load(log_share + rows, mask=kept, other=0.0)[:, None] * LOG2E
             for col_block in range(tl.program_id(0), tl.cdiv(vocab, BLOCK_V), tl.num_programs(0)):
                 z = logits_block(
                     x, w, bias, row, col_block * BLOCK_V, tokens, vocab, width, stride_x, stride_w,
@@ -76,7 +69,8 @@ def again_kernel(
                 )  # fmt: skip
                 cols = col_block * BLOCK_V + tl.arange(0, BLOCK_V)
                 hit = cols[None, :] == target[:, None]
-                e = softmax_minus_onehot(z, a, known, hit, PRECISION)
+                p = exp2(at_most(z - a + known, 0.0), PRECISION)
+                e = tl.where(hit, p - 1.0, p)
                 if HAS_SOFTCAP:
                     e = e * softcap_slope(z, softcap, inv_temperature)
                 at = tile + rows.to(tl.int64)[:, None] * stride_tile + cols[None, :]

@@ -33,7 +33,7 @@ from . import again, anchor, coefficients, exponential, finish, logits, score
 from .cases import CARDS, KERNELS, Case, cases, few
 
 _DOUBLES = ("logps", "ref_logps", "lengths", "weights", "loss", "coefficients")
-_SINGLES = ("partial", "anchor", "logprob", "results", "row_scale")
+_SINGLES = ("partial", "anchor", "entry", "peak", "log_share", "logprob", "results", "row_scale")
 _INDICES = ("targets", "flagged", "response_ids", "comparisons")
 _POINTERS = dict.fromkeys(_DOUBLES, "fp64") | dict.fromkeys(_SINGLES, "fp32")
 _POINTERS |= dict.fromkeys(_INDICES, "i64")

@@ -12,11 +12,12 @@ running maximum, no atomics, one order of summation. At the end the target's ent
     dX = (E·W)·r,      dW = Eᵀ·(X·r),      r_t = −c_t·scale/s_t.
 
 With a soft cap E also carries its slope 1 − tanh². A sum that reaches exp(clamp) flags its token:
-its log-sum-exp is then computed as in `score`, and its row of E once more with that as the anchor,
-which makes it softmax − onehot (`again`). A second pass over the same tokens does so for all of
-them. The kernels look for flagged tokens on the device; where there are none they end at once.
+its log-sum-exp is then computed as in `score`, and its row of E once more as softmax − onehot
+(`again`); a second pass over the same tokens does so for all of them. The kernels look for flagged
+tokens on the device; where there are none they end at once.
 """
 
+import math
 from typing import Any
 
 import triton
@@ -25,7 +26,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..head import Head, Stats
-from .again import again, at_most, softmax_minus_onehot
+from .again import again, at_most
 from .anchor import anchors
 from .configs import Config, choose, multiprocessors
 from .finish import finish
@@ -49,7 +50,7 @@ _NO_EXTRAS = {"HAS_ENTROPY": False, "HAS_SQUARES": False, "HAS_MEAN": False, "HA
 
 @triton.jit
 def _exponential_block(
-    x, w, bias, targets, anchor, logprob, tile, partial, row_block, col_block,
+    x, w, bias, targets, anchor, entry, tile, partial, row_block, col_block,
     tokens, vocab, width, stride_x, stride_w, stride_tile,
     scale, softcap, inv_temperature, clamp,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, WHOLE_H: tl.constexpr,
@@ -91,8 +92,8 @@ def _exponential_block(
         if HAS_SQUARES:
             tl.store(out + HAS_ENTROPY * step, tl.sum(e * e, 1), mask=kept)
     else:
-        known = tl.load(logprob + rows, mask=kept, other=0.0)
-        e = softmax_minus_onehot(z, a, known, hit, PRECISION)
+        known = tl.load(entry + rows, mask=kept, other=0.0)[:, None]
+        e = tl.where(hit, known, exp2(at_most(z - a, 0.0), PRECISION))
     if HAS_SOFTCAP:
         e = e * softcap_slope(z, softcap, inv_temperature)
     if DESCRIPTORS:
@@ -102,14 +103,14 @@ def _exponential_block(
         tl.store(at, e.to(tile.dtype.element_ty), mask=kept[:, None] & (cols < vocab)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["targets", "logprob"])
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["targets", "entry"])
 def exponential_kernel(
     x,
     w,
     bias,
     targets,
     anchor,
-    logprob,
+    entry,
     tile,
     partial,
     tokens,
@@ -140,7 +141,8 @@ def exponential_kernel(
     PERSISTENT: tl.constexpr,
 ):
     """tile (tokens, vocab) = E. With SUMS, partial (1 + extras, blocks, tokens): Σ E over v ≠ y;
-    then Σ z, max E over v ≠ y, Σ E·(z − a), Σ E². Without, E is softmax − onehot, from `logprob`.
+    then Σ z, max E over v ≠ y, Σ E·(z − a), Σ E². Without, E is softmax − onehot, `anchor`
+    the log-sum-exp in bits and `entry` the target's.
     """
     row_blocks, col_blocks = tl.cdiv(tokens, BLOCK_T), tl.cdiv(vocab, BLOCK_V)
     if PERSISTENT:
@@ -149,7 +151,7 @@ def exponential_kernel(
         ):
             row_block, col_block = block_position(program, row_blocks, col_blocks, GROUP)
             _exponential_block(
-                x, w, bias, targets, anchor, logprob, tile, partial, row_block, col_block,
+                x, w, bias, targets, anchor, entry, tile, partial, row_block, col_block,
                 tokens, vocab, width, stride_x, stride_w, stride_tile,
                 scale, softcap, inv_temperature, clamp,
                 BLOCK_T, BLOCK_V, BLOCK_H, WHOLE_H, HAS_BIAS, HAS_SOFTCAP, DESCRIPTORS, TRANSPOSED,
@@ -159,7 +161,7 @@ def exponential_kernel(
         # Without a loop the block that is stored takes the memory that the pipeline had.
         row_block, col_block = block_position(tl.program_id(0), row_blocks, col_blocks, GROUP)
         _exponential_block(
-            x, w, bias, targets, anchor, logprob, tile, partial, row_block, col_block,
+            x, w, bias, targets, anchor, entry, tile, partial, row_block, col_block,
             tokens, vocab, width, stride_x, stride_w, stride_tile,
             scale, softcap, inv_temperature, clamp,
             BLOCK_T, BLOCK_V, BLOCK_H, WHOLE_H, HAS_BIAS, HAS_SOFTCAP, DESCRIPTORS, TRANSPOSED,
@@ -214,19 +216,21 @@ def probabilities(
     head: Head, hidden: Tensor, targets: Tensor, tile: Tensor, stats: Stats
 ) -> Tensor:
     """Fill tile (t, V) with softmax − onehot from known statistics; returns row_scale (t,)."""
-    anchor, logprob = anchors(head, hidden, targets), stats["logprob"]
-    normalised(head, hidden, targets, tile, anchor, logprob)
-    return (targets >= 0).to(logprob.dtype)
+    logprob = stats["logprob"]
+    normalised(head, hidden, targets, tile, stats["lse"] * LOG2E.value, logprob)
+    valid = (targets >= 0).to(logprob.dtype)
+    return valid.masked_fill_(targets >= head.weight.shape[0], math.nan)
 
 
 def normalised(
-    head: Head, hidden: Tensor, targets: Tensor, tile: Tensor, anchor: Tensor, log_share: Tensor
+    head: Head, hidden: Tensor, targets: Tensor, tile: Tensor, lse: Tensor, logprob: Tensor
 ) -> None:
-    """Fill tile (t, V) with softmax − onehot, log p = z − anchor + log_share, from anchors in bits
-    and logarithms in nats (t,).
+    """Fill tile (t, V) with softmax − onehot, from log-sum-exps in bits and log-probabilities (t,).
+
+    p_y − 1 comes from the log-probability: as p_y → 1 its own rounding is all that is left of it.
     """
     config = choose(head, hidden)
-    _launch(head, hidden, targets, tile, config, anchor, log_share, anchor, 0.0, None)
+    _launch(head, hidden, targets, tile, config, lse, logprob.expm1(), lse, 0.0, None)
 
 
 def _launch(
@@ -236,7 +240,7 @@ def _launch(
     tile: Tensor,
     config: Config,
     anchor: Tensor,
-    logprob: Tensor,
+    entry: Tensor,
     partial: Tensor,
     clamp: float,
     flags: dict[str, bool] | None,
@@ -253,7 +257,7 @@ def _launch(
         **(flags or _NO_EXTRAS),
         targets=targets,
         anchor=anchor,
-        logprob=logprob,
+        entry=entry,
         tile=destination,
         partial=partial,
         stride_tile=tile.stride(0),

@@ -18,7 +18,7 @@ from ..sharded.shards import Shards
 from . import exponential
 from .anchor import anchors
 from .layout import TritonShardLayout
-from .logits import LN2
+from .logits import LN2, LOG2E
 from .score import TOKENS_A_LAUNCH, extras, partial_sums
 from .tiles import TritonTiles
 
@@ -76,7 +76,8 @@ class TritonShardTiles(TritonTiles):
         tile = self.empty_tile(len(targets))
         own, _ = self._own(targets)
         if self._columns:
-            exponential.normalised(self.head, hidden, own, tile, stats[ANCHOR], stats[LOG_SHARE])
+            lse = stats[ANCHOR] - stats[LOG_SHARE] * LOG2E.value
+            exponential.normalised(self.head, hidden, own, tile, lse, stats["logprob"])
         return tile, self._mark(torch.ones_like(stats["logprob"]), targets)
 
     def _own(self, targets: Tensor) -> tuple[Tensor, Tensor]:
