@@ -77,6 +77,19 @@ def test_a_comparison_longer_than_the_workspace() -> None:
     assert found["dx_error"] < 64 * EPS and found["dw_error"] < 64 * EPS
 
 
+def test_what_is_planned_of_our_head() -> None:
+    """6 of a trained head, 4 of a frozen one; more where a comparison takes several tiles."""
+    inputs = Inputs.make("tiny", 2048, torch.float32, torch.device("cpu"))
+    found = {}
+    for name, regime in REGIMES.items():
+        problem = Problem.make(inputs, regime, 1)
+        found[name] = providers.planned_passes(problem, "fastdpo-torch")
+        assert providers.planned_passes(problem, "naive") is None
+    assert found["no_grad"] is None and found["dpo"] == 6
+    assert found["frozen"] == found["dpo_frozen"] == 4
+    assert found["trainable"] == 8 and 6 < found["dpo_long"] < 8
+
+
 def test_responses_fill_the_tokens_and_share_a_tile() -> None:
     for tokens, name in ((16384, "dpo"), (2048, "dpo"), (16384, "no_grad"), (512, "dpo_long")):
         assert tokens % (2 * response_tokens(REGIMES[name], tokens)) == 0

@@ -115,6 +115,21 @@ def test_memory_that_is_not_free_is_an_error() -> None:
     assert resource.getrlimit(resource.RLIMIT_DATA) == limit
 
 
+def test_rows_say_what_is_planned_of_our_head(inputs: Inputs) -> None:
+    rows: list[dict[str, object]] = []
+    named = {name: PROVIDERS[name] for name in ("fastdpo", "naive")}
+    heads.run_case(
+        Problem.make(inputs, REGIMES["dpo"], 512), named, 1, lambda **row: rows.append(row)
+    )
+    assert [row.get("head_passes") for row in rows] == [6, None]
+
+
+def test_the_workspace_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "workspace_of", lambda mib, device: mib or f"of {device}")
+    assert heads.parse(["--device", "cuda"]).workspace_mib == "of cuda"
+    assert heads.parse(["--device", "cuda", "--workspace-mib", "32"]).workspace_mib == 32
+
+
 def test_quick_is_every_provider_at_one_small_head() -> None:
     options = heads.parse(["--quick", "--device", "cpu"])
     assert (options.heads, options.tokens, options.repeats) == (["smollm2"], [512], 2)

@@ -116,7 +116,10 @@ def test_what_a_case_counts(tmp_path: Path) -> None:
     assert first.layer_weights + first.head_weights == sum(p.numel() for p in model.parameters())
     measured = {"step_s": [9.0, 1.0, 3.0], "tokens": [7, 100, 300], "peak_mib": 1.0}
     measured |= {"loss": [0.7, 0.6, 0.5], "grad_norm": [1.0] * 3, "product_tflops": 1e-6}
-    found = trainers.figures(first, measured)
+    found = trainers.figures(first, measured | {"head_passes": [8.0, 6.0, 7.0]})
+    assert found["head_passes"] == 6.5
+    for unknown in ({}, {"head_passes": [None] * 3}):
+        assert trainers.figures(first, measured | unknown)["head_passes"] is None
     assert found["step_s"] == [1.0, 3.0] and found["loss"] == [0.7, 0.6, 0.5]
     assert found["pairs_per_s"] == 1.0 and found["computed_tokens_per_s"] == 100.0
     assert found["useful_tokens_per_s"] == sum(first.useful_tokens[1:]) / 4
@@ -308,6 +311,7 @@ def test_trainers_side_by_side(results: Path, capsys: pytest.CaptureFixture[str]
     assert len(ours["step_s"]) == 2 and len(ours["loss"]) == 4
     assert abs(ours["loss"][-1] - math.log(2)) > 1e-3
     assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    assert ours["head_passes"] == 6 and theirs["head_passes"] is None
     useful = ours["useful_tokens_per_s"] * sum(ours["step_s"])
     assert useful == pytest.approx(theirs["useful_tokens_per_s"] * sum(theirs["step_s"]))
     computed = [row["computed_tokens_per_s"] * sum(row["step_s"]) for row in (ours, theirs)]

@@ -48,6 +48,8 @@ def needs_triton(problem: Problem) -> None:
 Function = Callable[[Tensor, Tensor], Output]
 Provider = Callable[[Problem], Passes]
 PROVIDERS: dict[str, Provider] = {}
+BACKENDS = {"fastdpo": "auto", "fastdpo-torch": "torch", "fastdpo-triton": "triton"}
+"""Of our providers."""
 PRODUCT_TOKENS = 16384
 
 
@@ -127,23 +129,46 @@ def _fastdpo(problem: Problem, backend: str) -> Passes:
     return differentiable(problem, function)
 
 
+def planned_passes(problem: Problem, name: str) -> float | None:
+    """`fastdpo_kernels.head_passes` of a provider; None of one that is not ours, and in a regime
+    without gradients.
+    """
+    regime, weight = problem.regime, problem.inputs.weight
+    if name not in BACKENDS or not regime.hidden:
+        return None
+    from fastdpo_kernels import head_passes
+
+    tokens = problem.inputs.targets.numel()
+    unit = 2 * problem.response_tokens if regime.dpo else tokens
+    return head_passes(
+        range(0, tokens + 1, unit),
+        *weight.shape,
+        weight.dtype,
+        weight.device,
+        trained=regime.weight,
+        separable=regime.dpo,
+        workspace_mib=problem.workspace_mib,
+        backend=BACKENDS[name],
+    )
+
+
 @provider("fastdpo")
 def fastdpo(problem: Problem) -> Passes:
     """`linear_logprob` and `linear_dpo_loss` with the backend that they choose."""
-    return _fastdpo(problem, "auto")
+    return _fastdpo(problem, BACKENDS["fastdpo"])
 
 
 @provider("fastdpo-torch")
 def fastdpo_torch(problem: Problem) -> Passes:
     """The portable path."""
-    return _fastdpo(problem, "torch")
+    return _fastdpo(problem, BACKENDS["fastdpo-torch"])
 
 
 @provider("fastdpo-triton")
 def fastdpo_triton(problem: Problem) -> Passes:
     """The fused kernels."""
     needs_triton(problem)
-    return _fastdpo(problem, "triton")
+    return _fastdpo(problem, BACKENDS["fastdpo-triton"])
 
 
 @provider("products")

@@ -11,7 +11,7 @@ products write to buffers made before.
 Memory is what one call adds to what was there: on CUDA the allocator's peak, on a CPU the peak of
 the allocations that PyTorch's profiler sees, temporaries inside an operation included (the
 process's own peak would be that of the largest provider before). `workspace_mib` is that peak
-without the returned gradients.
+without the returned gradients. `head_passes` is what is planned of ours: operations over T·V·H.
 
 Errors are against fp64, see `Problem.errors`, over all tokens but for dX, of which the first 16384
 tokens are compared. Where they are larger than rounding explains (`Problem.refusal`), the rows have
@@ -28,6 +28,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from fastdpo_kernels.head import workspace_of
 
 from ..cli import Parser, split_lists
 from ..report import record
@@ -35,7 +36,7 @@ from ..report.heads import head_tables
 from .cases import HEADS, REGIMES, Inputs, Problem
 from .measure import call, clock, examine, failure, memory_as_errors, own_graphs
 from .peers import PROVIDERS
-from .providers import Passes, Provider, configured, release
+from .providers import Passes, Provider, configured, planned_passes, release
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULTS = {
@@ -77,6 +78,9 @@ def run_case(
     facts, ready = {}, {}
     for name, build in providers.items():
         facts[name] = attempt(name, partial(examine, problem, build))
+        planned = planned_passes(problem, name)
+        if facts[name] and planned is not None:
+            facts[name]["head_passes"] = planned
         release()
     for name in (name for name, known in facts.items() if known):
         ready[name] = attempt(name, partial(warm, name))
@@ -99,7 +103,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", default=default, metavar="A,B", help=listed)
     parser.add_argument("--tokens", default="2048", metavar="A,B")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp32 on a CPU, else bf16")
-    parser.add_argument("--workspace-mib", type=int, default=512)
+    parser.add_argument("--workspace-mib", type=int, help="default: what suits the device")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--configs", action="store_true", help="every configuration of the fused kernels besides"
@@ -115,6 +119,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     split_lists(parser, options, known)
     options.tokens = [int(tokens) for tokens in options.tokens.split(",")]
     options.dtype = options.dtype or ("fp32" if options.device == "cpu" else "bf16")
+    options.workspace_mib = workspace_of(options.workspace_mib, torch.device(options.device))
     return options
 
 

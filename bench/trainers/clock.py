@@ -99,6 +99,7 @@ class Clock:
             "tokens": self.tokens,
             "loss": [metrics["loss"] for metrics in self.metrics],
             "grad_norm": [metrics.get("grad_norm") for metrics in self.metrics],
+            "head_passes": [metrics.get("head_passes") for metrics in self.metrics],
             "attention": self.attention,
             "peak_mib": peak_mib(),
             "product_tflops": product_tflops(dtype),

@@ -15,13 +15,15 @@ are counted otherwise, and fastdpo has batches of as many as TRL.
 
 `useful_tokens_per_s` counts a prompt for each of the responses of a comparison, and these, which is
 what a trainer without sharing and padding computes; `computed_tokens_per_s` what went through the
-policy, padding included. The definition of `mfu` is printed under the tables.
+policy, padding included; `head_passes` is
+what our head computed over T·V·H. The definition of `mfu` is printed under the tables.
 """
 
 import argparse
 import sys
 import tempfile
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -113,6 +115,7 @@ def figures(workload: Workload, measured: dict[str, Any]) -> dict[str, Any]:
     """Rates over the counted steps, and what was measured besides."""
     first, last = workload.case["warm_up"], len(measured["step_s"])
     counted = slice(first, last)
+    passes = measured.get("head_passes", [])[counted]
     seconds = sum(measured["step_s"][counted])
     computed, response = sum(measured["tokens"][counted]), sum(workload.response_tokens[counted])
     per_weight = 4 if workload.case["lora"] else 6
@@ -130,6 +133,7 @@ def figures(workload: Workload, measured: dict[str, Any]) -> dict[str, Any]:
         "planned_mib": measured.get("planned_mib"),
         "loss": measured["loss"],
         "grad_norm": measured["grad_norm"],
+        "head_passes": mean(passes) if passes and None not in passes else None,
     }
 
 
