@@ -17,6 +17,9 @@ from fastdpo.errors import ConfigError
 OWN_DEFAULTS = TrainConfig().to_dict()
 
 NOT_IN_TRL = {
+    "early_stopping_patience",
+    "early_stopping_threshold",
+    "logging_dir",
     "devices",
     "data_parallel",
     "dp_replicate_size",
@@ -54,6 +57,7 @@ NOT_IN_TRL = {
 
 OTHER_DEFAULT_THAN_TRL = {
     "precompute_ref_log_probs": False,
+    "eval_on_start": False,
     # TRL resolves both to ours after parsing.
     "output_dir": None,
     "report_to": "none",

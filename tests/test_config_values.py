@@ -99,8 +99,11 @@ def test_a_mapping_is_json_on_the_command_line():
             "optim: adamw_hf",
             "expected one of adamw_torch_fused, adamw_torch, sgd, adamw_torch_8bit, ",
         ),
-        ("report_to: [wandb, all]", "expected one of tensorboard, wandb, trackio, got all"),
-        ("save_strategy: best", "expected one of no, steps, epoch, got best"),
+        (
+            "report_to: [wandb, comet]",
+            "expected one of tensorboard, wandb, trackio, mlflow, all, got ",
+        ),
+        ("save_strategy: last", "expected one of no, steps, epoch, best, got last"),
         ("lr_scheduler_type: greedy", "expected one of linear, cosine"),
         ("loss_type: []", "loss_type: expected at least one loss"),
         ("loss_type: [1]", "loss_type: expected a list (a text each), got [1]"),

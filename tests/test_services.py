@@ -3,6 +3,7 @@ that no service can stop a run.
 """
 
 import sys
+from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -244,40 +245,57 @@ def test_mlflow_reads_every_metric(
 def test_wandb_writes_a_run_that_can_be_synced(
     go: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     go(report_to="wandb", run_name="mine", project="cats")
     [file] = tmp_path.rglob("run-*.wandb")
-    store, rows, run_record = DataStore(), [], None
-    store.open_for_scan(str(file))
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record.FromString(data)
-        if record.HasField("run"):
-            run_record = record.run
-        if record.HasField("history"):
-            items = record.history.item
-            rows.append({"/".join(i.nested_key) or i.key: i.value_json for i in items})
-    assert (run_record.project, run_record.display_name) == ("cats", "mine")
-    found = {
-        (name, int(row["train/global_step"])): float(value)
-        for row in rows
-        for name, value in row.items()
-    }
+    records = list(wandb_records(file.read_bytes()))
+    [begun] = [record.run for record in records if record.HasField("run")][:1]
+    assert (begun.project, begun.display_name) == ("cats", "mine")
+    found = {}
+    for record in records:
+        row = {(item.key or "/".join(item.nested_key)): item for item in record.history.item}
+        if "train/global_step" in row:
+            step = int(row["train/global_step"].value_json)
+            found |= {(name, step): float(item.value_json) for name, item in row.items()}
     known = logged(tmp_path / "out")
     assert {key: found[key] for key in known} == pytest.approx(known)
+
+
+def wandb_records(data: bytes) -> Iterator[Any]:
+    """The records of a file of wandb's, which is a log as LevelDB writes it after seven bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    place, whole = 7, b""
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        whole += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(whole)
+            whole = b""
 
 
 @pytest.mark.skipif(find_spec("trackio") is None, reason="needs trackio")
 def test_trackio_keeps_every_metric(
     go: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import trackio
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    from trackio.sqlite_storage import SQLiteStorage
 
+    monkeypatch.setattr("trackio.utils.TRACKIO_DIR", tmp_path / "trackio", raising=False)
+    monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "trackio", raising=False)
     go(report_to="trackio", run_name="mine", project="cats")
-    [found] = trackio.Api().runs("cats")
-    assert found.name == "mine"
-    rows = found.history() if hasattr(found, "history") else found.metrics()
-    assert rows
+    rows = SQLiteStorage.get_logs("cats", "mine")
+    found = {
+        (name, row["train/global_step"]): value
+        for row in rows
+        if "train/global_step" in row
+        for name, value in row.items()
+    }
+    known = logged(tmp_path / "out")
+    assert {key: found[key] for key in known} == pytest.approx(known)
