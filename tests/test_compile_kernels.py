@@ -76,7 +76,8 @@ def test_the_rows_are_of_these_kernels_and_cover_every_case(committed):
     expected = {named(ahead.identity(case)) for card in CARDS for case in cases(card)}
     assert {named(row) for row in committed} == expected
     assert len(committed) == len(expected)
-    assert {row["sources"] for row in committed} == {ahead.sources()}, "run make cards"
+    current = {kernel: ahead.sources(kernel) for kernel in KERNELS}
+    assert all(row["sources"] == current[row["kernel"]] for row in committed), "run make cards"
 
 
 def test_nothing_spills_on_any_card(committed):
@@ -122,17 +123,44 @@ def test_shared_memory_is_bounded_from_above_and_not_by_far(committed):
 
 
 def test_the_digest_sees_code_and_not_comments(monkeypatch):
-    before = ahead.sources()
+    before = {kernel: ahead.sources(kernel) for kernel in KERNELS}
     source = ahead.inspect.getsource
 
     def changed(old, new):
         monkeypatch.setattr(
             ahead.inspect, "getsource", lambda module: source(module).replace(old, new)
         )
-        return ahead.sources()
+        return {kernel for kernel in KERNELS if ahead.sources(kernel) != before[kernel]}
 
-    assert changed("# A ", "# One ") == before
-    assert changed("rows < tokens", "rows <= tokens") != before
+    assert not changed("# A ", "# One ")
+    assert changed("rows < tokens", "rows <= tokens") >= {"score", "exponential", "finish"}
+    assert changed("def at_most(x, limit)", "def at_most(x, limit, more)") == {
+        "again",
+        "exponential",
+    }
+    assert changed("raw * (scale", "raw + (scale") >= {"score", "exponential", "again"}
+
+
+def test_rows_of_the_same_sources_are_not_made_again(tmp_path, monkeypatch):
+    some = list(cases("sm_80"))[:3]
+    monkeypatch.setattr(ahead, "cases", lambda card: some)
+    compiled = []
+
+    def made(chosen, jobs):
+        compiled.extend(chosen)
+        return ({**ahead.identity(c), "registers": 1, "spilled": 0, "shared": 0, "instruction": ""}
+                for c in chosen)  # fmt: skip
+
+    monkeypatch.setattr(ahead, "rows", made)
+    file = tmp_path / "cards.jsonl"
+    monkeypatch.setattr("sys.argv", ["compile", "--card", "sm_80", "--json", str(file)])
+    ahead.main()
+    first = file.read_text()
+    lines = first.splitlines()
+    lines[1] = lines[1].replace(ahead.sources(some[1].kernel), "another")
+    file.write_text("\n".join(lines) + "\n")
+    ahead.main()
+    assert compiled == [*some, some[1]] and file.read_text() == first
 
 
 def test_what_is_launched_is_among_the_cases(monkeypatch):

@@ -134,16 +134,26 @@ def _type(name: str, case: Case, options: dict[str, Any]) -> str:
     return "fp32" if name in _FLOATS else "i32"
 
 
-def sources() -> str:
-    """12 hex digits of what is compiled, whatever its comments and docstrings say."""
-    digest = hashlib.sha256()
+def sources(kernel: str) -> str:
+    """12 hex digits of what is compiled for a kernel, whatever its comments and docstrings say: its
+    function and those that it calls.
+    """
+    functions: dict[str, ast.FunctionDef] = {}
     for module in (again, anchor, coefficients, exponential, finish, logits, score):
-        tree = ast.parse(inspect.getsource(module))
-        for node in tree.body:
+        for node in ast.parse(inspect.getsource(module)).body:
             if isinstance(node, ast.FunctionDef) and node.decorator_list:
                 node.body = node.body[ast.get_docstring(node) is not None :]
-                digest.update(ast.unparse(node).encode())
-    return digest.hexdigest()[:12]
+                functions[node.name] = node
+    reached: set[str] = set()
+    todo = [KERNELS[kernel].fn.__name__]
+    while todo:
+        name = todo.pop()
+        if name not in reached:
+            reached.add(name)
+            used = {n.id for n in ast.walk(functions[name]) if isinstance(n, ast.Name)}
+            todo += used & functions.keys()
+    texts = [ast.unparse(functions[name]) for name in sorted(reached)]
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
 
 
 def identity(case: Case) -> dict[str, Any]:
@@ -173,7 +183,9 @@ def rows(chosen: Sequence[Case], jobs: int) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """Print one line a case, or write the rows and print what spills or does not fit."""
+    """Print one line a case, or write the rows and print what spills or does not fit. Rows that the
+    file has of the same sources and versions stay.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--card", nargs="+", default=list(CARDS), choices=list(CARDS))
     parser.add_argument("--few", action="store_true", help="some seconds' worth a card")
@@ -182,18 +194,37 @@ def main() -> None:
     options = parser.parse_args()
     select = few if options.few else cases
     chosen = [case for card in options.card for case in select(card)]
-    about = {
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "date": datetime.date.today().isoformat(),
-        "sources": sources(),
-    }
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    known = {} if options.json is None else _known(options.json, versions)
+    new = [case for case in chosen if _key(identity(case)) not in known]
+    made = rows(new, options.jobs)
     file = None if options.json is None else options.json.open("w", encoding="utf-8")
-    for found in rows(chosen, options.jobs):
+    for case in chosen:
+        found = known.get(_key(identity(case)))
+        if found is None:
+            about = {"date": datetime.date.today().isoformat(), "sources": sources(case.kernel)}
+            found = {**next(made), **versions, **about}
         if file is not None:
-            print(json.dumps({**found, **about}, ensure_ascii=False), file=file, flush=True)
+            print(json.dumps(found, ensure_ascii=False), file=file, flush=True)
         if file is None or found["spilled"] or found["shared"] > CARDS[found["card"]].shared << 10:
             print(_line(found), flush=True)
+
+
+def _key(found: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(found[name]) for name in ("card", "kernel", "dtype", "block", "flags"))
+
+
+def _known(path: Path, versions: dict[str, str]) -> dict[tuple[str, ...], dict[str, Any]]:
+    """The rows of a file that would come out again."""
+    if not path.exists():
+        return {}
+    current = {kernel: sources(kernel) for kernel in KERNELS}
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {
+        _key(row): row
+        for row in found
+        if row["sources"] == current.get(row["kernel"]) and versions.items() <= row.items()
+    }
 
 
 def _line(found: dict[str, Any]) -> str:
