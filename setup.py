@@ -40,6 +40,7 @@ setup(
     package_data={
         "fastdpo": ["py.typed"],
         "fastdpo.demo": ["*.jsonl", "*.yaml"],
+        "fastdpo.report": ["templates/*"],
     },
     install_requires=[
         f"fastdpo-kernels=={VERSION}",
@@ -47,7 +48,9 @@ setup(
         "transformers>=5.17,<6",
         "datasets>=5",
         "peft>=0.19",
+        "plotly>=6",
         "jinja2>=3.1",
+        "markupsafe>=2.1",
         "numpy>=2",
         "pyyaml>=6",
         "safetensors>=0.5",

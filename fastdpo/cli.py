@@ -1,4 +1,4 @@
-"""The command line: `fastdpo train | precompute | plan | bench | doctor`.
+"""The command line: `fastdpo train | precompute | plan | report | bench | doctor`.
 
 What a user got wrong is one line on stderr and exit code 2, never a traceback. As in a shell, an
 interrupted run is 130, and 141 one whose output nobody reads any more. Nothing heavy is imported
@@ -31,6 +31,7 @@ Commands:
   train         train a model, and evaluate and save it
   precompute    compute and cache the reference's log-probabilities, without training
   plan          what a run would need of a GPU's memory, before anything runs
+  report        a run, or several beside each other, as a page for the browser
   bench         compare with other trainers and heads, on this machine
   doctor        what is installed here, and which kernels would run and why
 
@@ -244,6 +245,18 @@ def _bench(arguments: Sequence[str]) -> None:
     importlib.import_module("bench.cli").main(arguments)
 
 
+def _report(arguments: Sequence[str]) -> None:
+    from .report.command import run
+
+    run(arguments)
+
+
+def _report_usage() -> str:
+    from .report.command import USAGE
+
+    return USAGE
+
+
 def _runnable(arguments: Sequence[str]) -> TrainConfig:
     try:
         config = TrainConfig.parse(arguments)
@@ -283,6 +296,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], Callable[[], str] | N
         _key_usage("precompute", "compute and cache the reference's log-probabilities"),
     ),
     "plan": (_plan, _plan_usage),
+    "report": (_report, _report_usage),
     "bench": (_bench, None),
     "doctor": (_doctor, lambda: DOCTOR_USAGE),
 }

@@ -117,6 +117,8 @@ OWN_DEFAULTS: dict[str, Any] = {
     "logging_first_step": False,
     "report_to": [],
     "run_name": None,
+    "report": True,
+    "report_samples": 4,
     "disable_tqdm": None,
     "output_dir": "trainer_output",
     "overwrite_output_dir": False,

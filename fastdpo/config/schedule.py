@@ -156,6 +156,15 @@ class LoggingKeys:
         prepare=_trackers,
     )
     run_name: str | None = key(None, "Name of the run for the trackers.")
+    report: bool = key(
+        True, "Keep report.html in output_dir up to date while training, for a browser to follow."
+    )
+    report_samples: int = key(
+        4,
+        "Held-out prompts that the policy answers for the report before the first step and after "
+        "the last, where the run evaluates; 0 for none.",
+        Rule("a whole number of at least 0", lambda v: v >= 0),
+    )
     disable_tqdm: bool | None = key(None, "No progress bar; unset shows one on a terminal only.")
 
 

@@ -28,10 +28,11 @@ from .changes import check_identity, deciding, describe_changes
 from .optimizer import make_scheduler, restart
 from .output import METRICS, TRACE, Output
 from .profile import profiler
+from .reporting import Reporter
 from .saves import Saves
 from .schedule import Schedule
 from .step import Objective, StepBatches
-from .trackers import MetricsLog, make_trackers
+from .trackers import MetricsLog, Tracker, make_trackers
 from .update import make_update, require_one_row
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,9 @@ class Trainer:
         self.optimizer, self.pending = self.update.optimizer, self.update.pending
         self.saves = Saves(self.world, config.ddp_timeout)
         self.scheduler = make_scheduler(self.optimizer, config, self.total_steps)
+        self.report = Reporter(
+            config, output.path, objective.policy, tokenizer, data, self.world, self.total_steps
+        )
         hidden = config.disable_tqdm if self.world.first else True
         self.bar = tqdm(total=self.total_steps, unit="step", disable=hidden)
         self.step = self.num_tokens = 0
@@ -98,11 +102,12 @@ class Trainer:
         `steps` takes every step that is left and yields after each (default: `take_steps`).
         """
         config, folder = self.config, self.output.path
-        trackers = []
+        trackers: list[Tracker] = [self.report]
         if self.world.first:
-            trackers = make_trackers(config.report_to, folder, config.run_name, config.to_dict())
+            trackers += make_trackers(config.report_to, folder, config.run_name, config.to_dict())
         self.log = MetricsLog(folder / METRICS, trackers, self.resumed, writes=self.world.first)
         last = self.log.last()
+        self.report.begin(self.step)
         if config.eval_on_start and self.step == 0:
             last |= self._evaluate()
         self.model.train()
@@ -119,6 +124,7 @@ class Trainer:
                         self.on_step(self.step, logged)
         self.bar.close()
         self._begin()
+        self.report.end(self.step)
         return last
 
     def _begin(self) -> None:

@@ -132,6 +132,7 @@ def _finish(config: TrainConfig, given: InMemory, output: Output, trainer: Train
     units = describe_units(trainer.data.train)
     card = model_card(trainer.config, _base(config, given), metrics, units)
     output.finish(trainer.config, trainer.step, trainer.model, trainer.tokenizer, card)
+    trainer.report.finish()
     restore_attention(trainer.model)
     return TrainResult(trainer.step, metrics, output.path, trainer.model)
 
