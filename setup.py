@@ -43,6 +43,7 @@ setup(
     package_data={
         "fastdpo": ["py.typed"],
         "fastdpo.demo": ["*.jsonl", "*.yaml"],
+        "fastdpo.report": ["templates/*"],
     },
     install_requires=[
         f"fastdpo-kernels=={VERSION}",
@@ -50,7 +51,9 @@ setup(
         "transformers>=5.17,<6",
         "datasets>=5",
         "peft>=0.19",
+        "plotly>=6",
         "jinja2>=3.1",
+        "markupsafe>=2.1",
         "numpy>=2",
         "plotly>=6",
         "pyyaml>=6",

@@ -1,5 +1,5 @@
 """The command line: `fastdpo train | precompute | pairs | check | score | sample | chat
-| merge | plan | bench | doctor`.
+| merge | plan | report | bench | doctor`.
 
 What a user got wrong is one line on stderr and exit code 2, never a traceback. As in a shell, an
 interrupted run is 130, and 141 one whose output nobody reads any more. Nothing heavy is imported
@@ -43,6 +43,7 @@ Commands:
   chat          talk to a model
   merge         add an adapter to its base's weights
   plan          what a run would need of a GPU's memory, before anything runs
+  report        a run, or several beside each other, as a page for the browser
   bench         compare with other trainers and heads, on this machine
   doctor        what is installed here, and which kernels would run and why
 
@@ -301,6 +302,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], Callable[[], str] | N
     "chat": _elsewhere(".generation.chat"),
     "merge": _elsewhere(".generation.merge"),
     "plan": (_plan, _plan_usage),
+    "report": _elsewhere(".report.command"),
     "bench": (_bench, None),
     "doctor": (_doctor, lambda: DOCTOR_USAGE),
 }

@@ -130,6 +130,8 @@ OWN_DEFAULTS: dict[str, Any] = {
     "logging_dir": None,
     "trackio_space_id": None,
     "trackio_bucket_id": None,
+    "report": False,
+    "report_samples": 4,
     "disable_tqdm": None,
     "output_dir": "trainer_output",
     "overwrite_output_dir": False,

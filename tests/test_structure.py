@@ -14,7 +14,7 @@ PACKAGES = {"fastdpo": ROOT, "fastdpo_kernels": ROOT / "kernels", "bench": ROOT}
 LAYERS = (
     ("errors", "quiet", "version"),
     ("arguments", "extras", "files", "terminal", "tried", "config"),
-    ("devices", "losses", "parallel", "data"),
+    ("devices", "losses", "parallel", "data", "report"),
     ("model",),
     ("checks", "logs"),
     ("reference", "hub", "memory"),

@@ -209,6 +209,15 @@ class LoggingKeys:
     trackio_bucket_id: str | None = key(
         None, "Bucket on the hub for the data of trackio_space_id; unset is named after the Space."
     )
+    report: bool = key(
+        False, "Keep report.html in output_dir up to date while training, for a browser to follow."
+    )
+    report_samples: int = key(
+        4,
+        "Held-out prompts that the policy answers for the report before the first step and after "
+        "the last, where the run evaluates; 0 for none.",
+        Rule("a whole number of at least 0", lambda v: v >= 0),
+    )
     disable_tqdm: bool | None = key(None, "No progress bar; unset shows one on a terminal only.")
 
 

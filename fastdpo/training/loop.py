@@ -30,11 +30,12 @@ from .changes import check_identity, deciding, describe_changes
 from .optimizer import make_scheduler, restart
 from .output import METRICS, TRACE, Output
 from .profile import profiler
+from .reporting import Reporter
 from .saves import Saves
 from .schedule import Schedule
 from .services import make_trackers
 from .step import Objective, StepBatches
-from .trackers import MetricsLog
+from .trackers import MetricsLog, Tracker
 from .update import make_update, require_one_row
 from .uploads import Uploads
 
@@ -87,6 +88,9 @@ class Trainer:
             optimizer=self.optimizer,
             lr_scheduler=self.scheduler,
         )
+        self.report = Reporter(
+            config, output.path, objective.policy, tokenizer, data, self.world, self.total_steps
+        )
         hidden = config.disable_tqdm if self.world.first else True
         self.bar = tqdm(total=self.total_steps, unit="step", disable=hidden)
         self.step = self.num_tokens = 0
@@ -118,9 +122,12 @@ class Trainer:
         """
         config, folder = self.config, self.output.path
         require_metric(self)
-        trackers = make_trackers(config, folder, self.resumed) if self.world.first else []
+        trackers: list[Tracker] = [self.report]
+        if self.world.first:
+            trackers += make_trackers(config, folder, self.resumed)
         self.log = MetricsLog(folder / METRICS, trackers, self.resumed, writes=self.world.first)
         self.last = self.log.last()
+        self.report.begin(self.step)
         self.callbacks.position(self.step, self.num_tokens)
         self.callbacks.event("on_train_begin")
         self.callbacks.agree()
@@ -136,6 +143,7 @@ class Trainer:
         self._begin()
         take_best(self)
         self.callbacks.event("on_train_end")
+        self.report.end(self.step)
         return self.last
 
     def _take_all(self, taken: Generator[None, None, None], watch: Any) -> None:

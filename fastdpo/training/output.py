@@ -18,6 +18,7 @@ from ..config import TrainConfig
 from ..errors import CheckpointError, ConfigError, some
 from ..model.save import whole_state
 from ..parallel.world import ALONE, World
+from ..report.runs import FACTS, REPORT
 from . import checkpoint
 from .changes import deciding, stopping
 from .occupied import check_output
@@ -26,7 +27,7 @@ STATE = "trainer_state.json"
 CONFIG = "training_config.yaml"
 METRICS = "metrics.jsonl"
 TRACE = "trace.json"
-_LOGS = (STATE, CONFIG, METRICS, TRACE)
+_LOGS = (STATE, CONFIG, METRICS, TRACE, FACTS, REPORT)
 _WEIGHTS = ".safetensors"
 _WRITTEN = (
     *_LOGS,

@@ -149,6 +149,7 @@ def _finish(output: Output, trainer: Trainer) -> TrainResult:
         trainer.card(metrics),
         stopped=trainer.stopped,
     )
+    trainer.report.finish()
     restore_attention(trainer.model)
     trainer.uploads.finish()
     return TrainResult(
