@@ -95,20 +95,16 @@ def test_the_run_is_the_same_without(go, tmp_path):
 
 
 def test_a_resumed_run_goes_on_with_its_report(go, tmp_path):
-    out = tmp_path / "out"
+    out, go = tmp_path / "out", partial(go, lr_scheduler_type="constant")
     go(out, max_steps=2, save_strategy="steps", save_steps=2)
     first = facts(out)
-    # As a run leaves it that was killed after the checkpoint.
-    state = json.loads((out / "trainer_state.json").read_text(encoding="utf-8"))
-    (out / "trainer_state.json").write_text(json.dumps({**state, "finished": False}))
     go(out, max_steps=5, resume_from_checkpoint=True)
-    go(tmp_path / "whole", max_steps=5)
-    assert_same_run(out, tmp_path / "whole")
+    go(tmp_path / "whole", max_steps=5, report=False)
+    assert_same_weights(out, tmp_path / "whole")
     found = facts(out)
     assert found["total_steps"] == 5 and found["seconds"] > first["seconds"]
-    assert [r["before"] for r in found["samples"]] == [r["before"] for r in first["samples"]]
-    whole = facts(tmp_path / "whole")["samples"]
-    assert [r["after"] for r in found["samples"]] == [r["after"] for r in whole]
+    for row, earlier in zip(found["samples"], first["samples"], strict=True):
+        assert row["before"] == earlier["before"] and "after" in row
     assert "finished: 5 steps" in text(out) and "at step 5" in text(out)
 
 
