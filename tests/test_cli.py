@@ -38,10 +38,11 @@ def runs(monkeypatch):
         return seen["effect"]()
 
     def train(config: TrainConfig) -> Any:
-        return types.SimpleNamespace(metrics=precompute(config), output_dir="out")
+        values = {"metrics": precompute(config), "output_dir": Path("out"), "url": None}
+        return types.SimpleNamespace(**values, seconds=1.0, tokens=10, step=1)
 
     module = types.ModuleType("fastdpo.training.run")
-    module.train, module.precompute = train, precompute
+    module.train, module.precompute, module.TrainResult = train, precompute, Any
     monkeypatch.setitem(sys.modules, "fastdpo.training.run", module)
     return seen
 
@@ -148,7 +149,17 @@ def test_commands_run_with_the_configuration(command, runs, capsys, monkeypatch)
         ["dataset_name", "d", "--dataset_name"],
         ["beta", "0.2", "--beta"],
     ]
-    assert lines[3:] == ["loss: 0.5", *(["output_dir: out"] if command == "train" else [])]
+    if command == "train":
+        assert [line.split()[0] for line in lines[3:]] == [
+            "Held",
+            "Took",
+            "Model",
+            "Figures",
+            "Try",
+        ]
+        assert lines[-1].endswith("fastdpo chat out")
+    else:
+        assert lines[3:] == ["loss: 0.5"]
 
 
 def test_only_the_first_process_prints(runs, capsys, monkeypatch):

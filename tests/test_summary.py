@@ -80,7 +80,8 @@ def test_a_command_ends_with_it(
     assert main(["train", *[f"--{name}={value}" for name, value in found.items()]]) == 0
     lines = capsys.readouterr().out.split("Held out")[1].splitlines()
     assert re.match(r"  accuracy 0\.\d+ before, [01]\.\d+ after", lines[0])
-    assert "\033" not in "".join(lines) and lines[-1].endswith(f"chat {tmp_path / 'out'}")
+    text = " ".join(" ".join(lines).split())
+    assert "\033" not in text and text.endswith(f"fastdpo chat {tmp_path / 'out'}")
 
 
 def test_evaluation_begins_where_it_is_cheap(
