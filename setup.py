@@ -55,7 +55,6 @@ setup(
         "jinja2>=3.1",
         "markupsafe>=2.1",
         "numpy>=2",
-        "plotly>=6",
         "pyyaml>=6",
         "safetensors>=0.5",
         "tokenizers",
