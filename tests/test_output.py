@@ -468,6 +468,8 @@ def test_every_key_is_sorted_by_what_a_resumed_run_does_with_it():
         "logging_first_step",
         "report_to",
         "run_name",
+        "report",
+        "report_samples",
         "disable_tqdm",
         "dataset_streaming",
         "output_dir",

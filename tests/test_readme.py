@@ -132,12 +132,13 @@ def is_our_command(words: list[str]) -> bool:
     if command in OF_THEIR_OWN:
         rest = without_own_flags(command, rest)
         rest = rest[rest[:1] != [] and not rest[0].endswith(".yaml") and rest[0][0] != "-" :]
-    if "--help" not in rest and command != "pairs":
+    if "--help" not in rest and command not in WITHOUT_KEYS:
         TrainConfig.parse([word for word in rest if word != "--json"])
     return True
 
 
-OF_THEIR_OWN = ("pairs", "check", "score", "sample", "chat", "merge")
+WITHOUT_KEYS = ("pairs", "report")
+OF_THEIR_OWN = ("pairs", "report", "check", "score", "sample", "chat", "merge")
 
 
 def without_own_flags(command: str, words: list[str]) -> list[str]:
@@ -156,7 +157,7 @@ def without_own_flags(command: str, words: list[str]) -> list[str]:
             left.append(word)
         elif values[word]:
             next(rest)
-    assert command not in ("pairs",) or not [word for word in left if word[0] == "-"], left
+    assert command not in WITHOUT_KEYS or not [word for word in left if word[0] == "-"], left
     return left
 
 

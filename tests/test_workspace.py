@@ -159,6 +159,8 @@ def test_the_default_workspace_grows_with_the_memory_of_a_gpu(monkeypatch):
     there = mock.Mock(total_memory=79 * GIB)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: there)
+    # Which asks the GPU itself.
+    monkeypatch.setattr("fastdpo_kernels.tiles.widens", lambda device, operands: False)
     assert workspace_of(None, CUDA) == 2048 and workspace_of(None, CPU) == 512
     sizes = (10**6, 151936, 896, BF16, CUDA)
     assert workspace_bytes(*sizes, backend="torch") == workspace_bytes(

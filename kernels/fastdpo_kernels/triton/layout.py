@@ -10,7 +10,7 @@ from .configs import TABLE, choose
 _PITCH = 64
 """Rows of a tile begin at multiples of so many elements, as the copy engine needs it."""
 _ROWS = 128
-_VECTORS = 192
+_VECTORS = 208
 """Bytes of all numbers of a token beside its row: target, anchor, scale, flag, statistics."""
 
 
