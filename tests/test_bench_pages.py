@@ -27,7 +27,7 @@ def tree(tmp_path: Path) -> Path:
     for page in ("README.md", "docs/benchmarks.md"):
         (tmp_path / page).parent.mkdir(exist_ok=True)
         (tmp_path / page).write_text("\n\n".join(["# Title", *marks, "prose"]))
-    for page in ("docs/cards.md", "docs/devices.md", "docs/losses.md", "docs/memory.md"):
+    for page in pages.PAGES[2:-1]:
         (tmp_path / page).write_text("no markers\n")
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels/README.md").write_text("no markers\n")
