@@ -30,8 +30,9 @@ def own_flags(
     words: list[str] = []
     given: dict[str, str] = {}
     on: set[str] = set()
-    rest = iter(SHORT.get(word, word) for word in arguments)
+    rest = iter(arguments)
     for word in rest:
+        word = SHORT.get(word, word)
         name, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or name not in {*values, *switches}:
             words.append(word)

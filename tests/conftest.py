@@ -24,6 +24,7 @@ import datasets
 from data_samples import CHATML, make_tokenizer
 from head_problems import ENGINES, Engine
 from interpreter import look_once
+from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from bench.data import dpo_en_demo as fetch_dpo_en_demo
@@ -142,6 +143,21 @@ def tied_model(tokenizer: PreTrainedTokenizerBase, llama: Callable[..., Path]) -
     vocab_size = -(-len(tokenizer) // 8) * 8
     sizes = {"hidden_size": 64, "intermediate_size": 128}
     return llama(vocab_size=vocab_size, **sizes, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter that moves the tiny model, with its tokenizer."""
+    torch.manual_seed(1)
+    settings = LoraConfig(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(tiny_model), settings)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    path = tmp_path_factory.mktemp("adapter") / "adapter"
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="session")

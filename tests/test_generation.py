@@ -7,31 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdpo import TrainConfig, score
 from fastdpo.cli import main
 from fastdpo.errors import ConfigError
 from fastdpo.generation.chat import _harmless
-from fastdpo.generation.sampler import Sampler, Sampling
+from fastdpo.model.sampler import Sampler, Sampling
 
 KEYS = ["--use_cpu", "--no_bf16", "--disable_tqdm"]
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_model, tmp_path_factory) -> Path:
-    torch.manual_seed(1)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tiny_model),
-        LoraConfig(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
-    )
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.1)
-    path = tmp_path_factory.mktemp("adapter") / "adapter"
-    model.save_pretrained(path)
-    return path
 
 
 def sampler(path: Path) -> Sampler:

@@ -3,14 +3,13 @@
 import gzip
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdpo import RewardModel, TrainConfig, score
@@ -33,23 +32,6 @@ def make_config(tiny_model):
         return TrainConfig(**{"model_name_or_path": str(tiny_model), **KEYS, **keys})
 
     return make
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_model, tmp_path_factory) -> Path:
-    """A LoRA adapter that moves the tiny model, with its tokenizer."""
-    torch.manual_seed(1)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tiny_model),
-        LoraConfig(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
-    )
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.1)
-    path = tmp_path_factory.mktemp("adapter") / "adapter"
-    model.save_pretrained(path)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(path)
-    return path
 
 
 @torch.no_grad()

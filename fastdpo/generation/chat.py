@@ -10,8 +10,8 @@ from transformers import TextStreamer, set_seed
 from .. import terminal
 from ..arguments import own_flags
 from ..errors import DataError
+from ..model.sampler import Answer, Sampler, Sampling
 from .command import SAMPLING, model_config, sampling
-from .sampler import Answer, Sampler, Sampling
 
 USAGE = """\
 fastdpo chat: talk to a model

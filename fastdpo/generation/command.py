@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..config import TrainConfig
 from ..errors import ConfigError
-from .sampler import Sampling
+from ..model.sampler import Sampling
 
 SAMPLING = {
     "max_new_tokens": "a number of tokens",
@@ -36,14 +37,14 @@ def sampling(given: Mapping[str, str], **defaults: float) -> Sampling:
     Raises:
         ConfigError: a flag that is no number, or out of its range.
     """
-    values: dict[str, float] = {}
+    values: dict[str, Any] = {}
     for name in SAMPLING:
         whole = name in ("max_new_tokens", "top_k")
         if name in given:
             values[name] = number(name, given[name], whole)
         elif name in defaults:
             values[name] = defaults[name]
-    return Sampling(**values)  # type: ignore[arg-type]
+    return Sampling(**values)
 
 
 def number(name: str, text: str, whole: bool = True, least: float | None = None) -> float:

@@ -19,8 +19,8 @@ from ..data.prompts import split_implicit
 from ..data.rows import check_texts
 from ..data.write import writer_of
 from ..errors import ConfigError, DataError
+from ..model.sampler import Answer, Sampler
 from .command import SAMPLING, model_config, number, sampling
-from .sampler import Answer, Sampler
 
 USAGE = """\
 fastdpo sample: answers of a model, to one prompt or to those of a file

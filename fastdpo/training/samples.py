@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from ..data.groups import Group
 from ..model.layout import ordinary
+from ..model.sampler import Sampler, Sampling
 from ..model.scorer import Scorer
 from ..report.lengths import spread
 
@@ -57,41 +56,14 @@ def turns(ids: Sequence[int], tokenizer: Any) -> list[list[str]]:
     return found
 
 
-def answers(policy: Scorer, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> list[str]:
+def answers(policy: Scorer, tokenizer: Any, prompts: Sequence[list[int]]) -> list[str]:
     """The greedy answer to each prompt of tokens, "…" behind those that were cut off. Nothing of
     the run changes: neither modes nor random states nor gradients.
     """
-    model, pad = policy.model, tokenizer.pad_token_id or 0
-    ends = _ends(model, tokenizer)
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    with ordinary(model), torch.no_grad(), policy.precision():
-        model.eval()
-        output = model.generate(
-            input_ids=ids.to(policy.device),
-            attention_mask=mask.to(policy.device),
-            max_new_tokens=NEW_TOKENS,
-            max_time=_SECONDS,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            use_cache=True,
-            pad_token_id=pad,
-            eos_token_id=sorted(ends) or None,
+    with ordinary(policy.model), policy.precision():
+        policy.model.eval()
+        found = Sampler(policy.model, tokenizer).generate(
+            prompts, Sampling(NEW_TOKENS, temperature=0), max_time=_SECONDS
         )
-    return [_text(row, ends, tokenizer) for row in output[:, longest:].tolist()]
-
-
-def _ends(model: Any, tokenizer: Any) -> set[int]:
-    known = model.generation_config.eos_token_id, tokenizer.eos_token_id
-    listed = [one if isinstance(one, list) else [one] for one in known]
-    return {token for one in listed for token in one if token is not None}
-
-
-def _text(ids: list[int], ends: set[int], tokenizer: Any) -> str:
-    end = next((i for i, token in enumerate(ids) if token in ends), None)
-    text = str(tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
-    return text if end is not None else f"{text} …"
+    texts = ((answer.text.strip(), answer.complete) for [answer] in found)
+    return [text if complete else f"{text} …" for text, complete in texts]

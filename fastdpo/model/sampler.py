@@ -10,8 +10,8 @@ from transformers import set_seed
 from ..config import TrainConfig
 from ..data.messages import Text
 from ..errors import ConfigError, DataError
-from ..model.load import check_model_files, load_model, load_tokenizer
-from ..model.paths import run_device
+from .load import check_model_files, load_model, load_tokenizer
+from .paths import run_device
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,7 @@ class Sampler:
             FastDPOError: it cannot be loaded.
         """
         check_model_files(config)
-        model = load_model(config, run_device(config)).eval()
-        model.config.use_cache = True
-        return cls(model, load_tokenizer(config))
+        return cls(load_model(config, run_device(config)).eval(), load_tokenizer(config))
 
     @property
     def ends(self) -> set[int]:
@@ -104,11 +102,13 @@ class Sampler:
             raise DataError("the prompt has no tokens; expected at least one")
         return list(ids)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
-        self, prompts: Sequence[list[int]], how: Sampling, number: int = 1, streamer: Any = None
+        self, prompts: Sequence[list[int]], how: Sampling, number: int = 1, **options: Any
     ) -> list[list[Answer]]:
-        """`number` answers to each of some prompts of tokens, in one batch padded on the left."""
+        """`number` answers to each of some prompts of tokens, in one batch padded on the left;
+        further options are those of transformers' `generate`.
+        """
         longest = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id or 0
         ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
@@ -119,8 +119,10 @@ class Sampler:
             num_return_sequences=number,
             eos_token_id=sorted(self.ends) or None,
             pad_token_id=pad,
-            streamer=streamer,
+            num_beams=1,
+            use_cache=True,
             **how.arguments(),
+            **options,
         )
         answers = [self._answer(row) for row in output[:, longest:].tolist()]
         return [answers[start : start + number] for start in range(0, len(answers), number)]
