@@ -53,6 +53,8 @@ NOT_IN_TRL = {
     "head_workspace_mib",
     "reference_cache_dir",
     "overwrite_output_dir",
+    "report",
+    "report_samples",
 }
 
 OTHER_DEFAULT_THAN_TRL = {
