@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from fastdpo.data.groups import count_units, make_groups
+from fastdpo.data.grouping import make_groups
+from fastdpo.data.groups import count_units
 from fastdpo.data.needs import Needs
 from fastdpo.data.packing import part_tokens
 from fastdpo.data.plan import make_plan

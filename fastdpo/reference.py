@@ -27,9 +27,11 @@ from safetensors.numpy import load_file, save_file
 
 from . import files
 from .data.batch import idle_batch, make_batch
-from .data.groups import Group
+from .data.digests import as_rows, find_rows, number_rows
+from .data.groups import Group, Groups
 from .data.packing import PackedRow
 from .data.plan import reference_rows
+from .data.ragged import Lists, ends_of
 from .model.scorer import Scorer
 from .parallel.world import ALONE, World
 
@@ -85,10 +87,33 @@ class LogpStore:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.logps: dict[bytes, np.ndarray] = {}
-        """Log-probabilities of every response that is known, nats, (1,) or (n,), by its digest."""
+        self._held = [(np.zeros((0, 2), np.int64), Lists(np.zeros(0), np.zeros(1, np.int64)))]
         self._shards: set[Path] = set()
         self._refresh()
+
+    @property
+    def logps(self) -> dict[bytes, np.ndarray]:
+        """Log-probabilities of every response that is known, nats, (1,) or (n,), by its digest."""
+        digests, logps = self._columns()
+        return {digest.tobytes(): logps[place] for place, digest in enumerate(digests)}
+
+    def _columns(self) -> tuple[np.ndarray, Lists]:
+        """The digests of all that is known, (N, 2), and its log-probabilities."""
+        if len(self._held) > 1:
+            digests, lists = zip(*self._held, strict=True)
+            counts = np.concatenate([each.lengths for each in lists])
+            logps = Lists(np.concatenate([each.values for each in lists]), ends_of(counts))
+            self._held = [(np.concatenate(digests), logps)]
+        return self._held[0]
+
+    def missing(self, digests: np.ndarray) -> np.ndarray:
+        """Which of these digests (N, 2) are not known."""
+        return find_rows(digests, self._columns()[0]) < 0
+
+    def take(self, digests: np.ndarray) -> Lists:
+        """The log-probabilities of these digests (N, 2), all of which are known."""
+        known, logps = self._columns()
+        return logps.take(find_rows(digests, known))
 
     def _refresh(self) -> None:
         """Read what other processes have added."""
@@ -120,12 +145,11 @@ class LogpStore:
         try:
             data = load_file(shard)
             digests, logps = data["digests"], data["logps"]
-            ends = np.cumsum(data["counts"]) if "counts" in data else np.arange(1, len(logps) + 1)
+            counts = data["counts"] if "counts" in data else np.ones(len(logps), np.int64)
         except (SafetensorError, KeyError, OSError) as error:
             logger.warning("%s: unreadable (%s), its values are computed again", shard, error)
             return
-        values = np.split(logps, ends[:-1])
-        self.logps.update(zip((d.tobytes() for d in digests), values, strict=True))
+        self._held.append((digests.view(np.int64), Lists(logps, ends_of(counts))))
 
     def add(self, digests: Sequence[bytes], logps: Sequence[np.ndarray]) -> None:
         """Keep the log-probabilities of these responses, in memory and as one new shard on disk."""
@@ -136,7 +160,7 @@ class LogpStore:
             "logps": np.concatenate(logps),
             "counts": np.array([len(values) for values in logps], np.int64),
         }
-        self.logps.update(zip(digests, logps, strict=True))
+        self._held.append((as_rows(list(digests)), Lists(data["logps"], ends_of(data["counts"]))))
         shard = self.directory / f"{uuid.uuid4().hex}.safetensors"
         with files.atomic_file(shard) as path:
             save_file(data, path)
@@ -171,46 +195,38 @@ def fill_reference(
 
     Runs that fill the same store do so one after the other, each taking over what is there.
     """
-    digests = [[g.digest(r) for r in range(len(g.responses))] for g in groups]
-    wanted = _distinct(digests)
-    missing = world.share(wanted.keys() - store.logps.keys())
-    if missing:
+    columns = Groups.of(groups)
+    numbers, first = number_rows(columns.digests)
+    wanted = columns.digests[first]
+    missing = world.share(store.missing(wanted))
+    if missing.any():
         with store.filling() if world.first else nullcontext():
-            missing = world.share(wanted.keys() - store.logps.keys())
+            missing = world.share(store.missing(wanted))
             windows = reference_rows(
-                groups,
-                list(wanted.values()),
+                columns,
+                columns.places(first),
                 max_tokens=max_tokens,
                 layout=scorer.layout.name,
-                missing={wanted[digest] for digest in missing},
+                missing=set(columns.places(first[missing])),
             )
             rows = [row for window in windows for row in window]
             if rows:
-                logger.info(f"reference: computing {len(missing)} log-probabilities")
+                logger.info(f"reference: computing {missing.sum()} log-probabilities")
                 shown = progress(rows, len(rows)) if progress else rows
-                _compute(groups, digests, rows, shown, scorer, store, by_tokens, world)
-    known = world.share({digest: store.logps[digest] for digest in wanted} if world.first else {})
-    for group, keys in zip(groups, digests, strict=True):
-        found = [known[d] for d in keys]
+                _compute(columns, rows, shown, scorer, store, by_tokens, world)
+    known = world.share(store.take(wanted) if world.first else None)
+    columns.set_references(known.take(numbers), by_tokens=by_tokens)
+    for group, filled in zip(groups, columns, strict=True) if columns is not groups else ():
         if by_tokens:
-            group.ref_token_logps = found
+            group.ref_token_logps = filled.ref_token_logps
         else:
-            group.ref_logps = np.concatenate(found) if found else np.zeros(0)
-    return ReferenceReport(len(wanted) - len(missing), len(missing), store.directory)
-
-
-def _distinct(digests: Sequence[Sequence[bytes]]) -> dict[bytes, tuple[int, int]]:
-    """The group and number of each distinct response."""
-    wanted: dict[bytes, tuple[int, int]] = {}
-    for index, keys in enumerate(digests):
-        for response, digest in enumerate(keys):
-            wanted.setdefault(digest, (index, response))
-    return wanted
+            group.ref_logps = filled.ref_logps
+    computed = int(missing.sum())
+    return ReferenceReport(len(wanted) - computed, computed, store.directory)
 
 
 def _compute(
-    groups: Sequence[Group],
-    digests: Sequence[Sequence[bytes]],
+    groups: Groups,
     rows: Sequence[PackedRow],
     shown: Iterable[PackedRow],
     scorer: Scorer,
@@ -231,7 +247,8 @@ def _compute(
         if mine < len(rows):
             row = rows[mine]
             values += _row_logps(groups, row, scorer, by_tokens)
-            names += [digests[part.group][r] for part in row for r in part.responses]
+            places = [groups.response_ends[p.group] + r for p in row for r in p.responses]
+            names += [digest.tobytes() for digest in groups.digests[places]]
         elif world.sharded:
             scorer.token_logps(idle_batch(scorer.layout.name).to(scorer.device))
         if world.share(last or time.monotonic() - written > SECONDS_BETWEEN_WRITES):

@@ -15,7 +15,7 @@ from bench.convergence import run as convergence
 from bench.convergence.first_model import FirstModel
 from bench.jsonl import read_rows, write_rows
 from bench.report import record
-from fastdpo.data.groups import make_groups
+from fastdpo.data.grouping import make_groups
 from fastdpo.data.tokenize import tokenize_dataset
 
 CPU = torch.device("cpu")

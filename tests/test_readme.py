@@ -36,7 +36,8 @@ from fastdpo.config.datasets import ENTRY
 from fastdpo.config.declare import GROUPS
 from fastdpo.config.peers import PEER_KEYS
 from fastdpo.data.columns import FIELDS
-from fastdpo.data.groups import count_units, make_groups
+from fastdpo.data.grouping import make_groups
+from fastdpo.data.groups import count_units
 from fastdpo.data.layouts import LAYOUTS
 from fastdpo.data.load import load_rows
 from fastdpo.data.needs import Needs

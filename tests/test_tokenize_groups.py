@@ -12,7 +12,7 @@ from data_samples import (
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from fastdpo.data.groups import check_agreement, make_groups
+from fastdpo.data.grouping import check_agreement, make_groups
 from fastdpo.data.tokenize import tokenize_dataset
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")

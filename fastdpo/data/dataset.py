@@ -12,7 +12,8 @@ from ..config import TrainConfig
 from ..errors import DataError
 from ..losses import TrainingLoss, loss_of
 from .columns import FIELDS, LINE_COLUMN, PROBLEM_COLUMN, may_hold_prompt, row_kinds
-from .groups import Group, check_agreement, describe_units, make_groups
+from .grouping import check_agreement, make_groups
+from .groups import Groups, describe_units
 from .labels import describe_labels
 from .layouts import to_canonical
 from .load import load_rows
@@ -37,20 +38,20 @@ class Data:
     layout asks for, where it names none.
     """
 
-    train: list[Group]
-    evaluation: list[Group]
+    train: Groups
+    evaluation: Groups
     config: TrainConfig
 
     def longest_sequence(self) -> int:
         """Tokens of the longest prompt with one response that is trained on."""
-        return max(len(g.prompt) + len(response) for g in self.train for response in g.responses)
+        return int(self.train.sequence_lengths().max())
 
 
 def needs_reference(loss: TrainingLoss, data: Data) -> bool:
     """Whether reference log-probabilities are read: not where GRPO has no penalty, and the data the
     log-probabilities of the policy that sampled it.
     """
-    given = all("logp" in group.given for group in [*data.train, *data.evaluation])
+    given = all("logp" in groups.given for groups in (data.train, data.evaluation) if groups)
     unread = loss.losses[0].kind == "tokens" and loss.options.get("beta") == 0 and given
     return loss.reference and not unread
 
@@ -87,7 +88,7 @@ def load_data(
     if note := describe_labels(config, groups, loss_of(config)):
         logger.warning(f"note: {trained.name}: {note}")
     if not config.evaluates:
-        return Data(groups, [], config)
+        return Data(groups, Groups.of([]), config)
     if eval_rows is None and config.eval_source is None:
         raise config.error("eval_dataset_name", "expected the data to evaluate on")
     evaluation = load("eval_rows", eval_rows, config.eval_source or ("", ""))
@@ -158,7 +159,7 @@ def _mixture(config: TrainConfig) -> _Rows:
 
 def _groups(
     config: TrainConfig, loss: TrainingLoss, tokenizer: Any, vocab_size: int | None, rows: _Rows
-) -> list[Group]:
+) -> Groups:
     """The groups of one split."""
     tokens, report = tokenize_dataset(
         rows.dataset,
@@ -183,8 +184,7 @@ def _groups(
         mismatch=config.per_device_train_batch_size if loss.mismatched else None,
     )
     _check_logps(config, loss, groups)
-    weights = {weight for group in groups for *_, weight in group.comparisons}
-    if loss.whole_step and weights != {1.0}:
+    if loss.whole_step and not (groups.comparisons.values[:, 2] == 1).all():
         raise DataError(
             f"{rows.name}: comparisons have weights, which {' and '.join(loss.names)} cannot take: "
             "it sorts the responses of a batch; expected comparisons without"
@@ -194,17 +194,14 @@ def _groups(
         said += str(check_agreement(groups))
     else:
         said = f"{said} to train on"
-    logger.info(
-        f"data: {report}; {len(groups)} groups, {sum(len(g.responses) for g in groups)} responses, "
-        f"{said}"
-    )
+    logger.info(f"data: {report}; {len(groups)} groups, {len(groups.responses)} responses, {said}")
     return groups
 
 
-def _check_logps(config: TrainConfig, loss: TrainingLoss, groups: Sequence[Group]) -> None:
+def _check_logps(config: TrainConfig, loss: TrainingLoss, groups: Groups) -> None:
     """Raise ConfigError for log-probabilities of whole responses where those of tokens are read."""
     by_tokens = config.importance_sampling_level == "token" and loss.losses[0].kind == "tokens"
-    if by_tokens and "logp" in groups[0].given:
+    if by_tokens and "logp" in groups.given:
         raise config.error(
             "importance_sampling_level",
             f"expected sequence, since the rows have logps, one for a whole response, for "

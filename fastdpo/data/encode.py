@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-import datasets
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
@@ -24,6 +24,8 @@ from .columns import (
     speaks_of_system,
     unread_columns,
 )
+from .digests import responses_digests
+from .encoded import NOTHING, to_table
 from .messages import BadRow, plain_message, template_roles
 from .needs import COMPARISONS, Needs
 from .notes import (
@@ -38,7 +40,7 @@ from .readers import row_label
 from .rows import Row, limit_comparisons, parse_row
 from .template import Rendered, Renderer
 
-Ids: TypeAlias = list[int]
+Ids: TypeAlias = np.ndarray
 
 # What became of a row; stored with it, so that a cached data set can still be reported on.
 KEPT, BAD, IDENTICAL, PROMPT_TOO_LONG = range(4)
@@ -49,41 +51,18 @@ _UNREAD = (
     "in prompt: rename the column to prompt, put its text there, or remove it (this layout is not "
     "read yet)"
 )
-_IDS = datasets.List(datasets.Value("int32"))
-FEATURES = datasets.Features(
-    {
-        "prompt_ids": _IDS,
-        "response_ids": datasets.List(_IDS),
-        "winners": _IDS,
-        "losers": _IDS,
-        "weights": datasets.List(datasets.Value("float32")),
-        "labels": datasets.List(datasets.Value("bool")),
-        "scores": datasets.List(datasets.Value("float64")),
-        "ranks": _IDS,
-        "logps": datasets.List(datasets.Value("float64")),
-        "outcome": datasets.Value("int8"),
-        "reason": datasets.Value("string"),
-        "row": datasets.Value("int64"),
-        "line": datasets.Value("int64"),
-        "notes": datasets.List(datasets.Value("string")),
-    }
-)
-_NOTHING: dict[str, Any] = {
-    name: [] if isinstance(feature, datasets.List) else None for name, feature in FEATURES.items()
-}
 
 
 def common_prefix_length(prompt: Ids, full: Ids) -> int:
     """How many leading tokens two sequences share."""
-    if full[: len(prompt)] == prompt:
-        return len(prompt)
-    pairs = enumerate(zip(prompt, full, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(full)))
+    shortest = min(len(prompt), len(full))
+    differ = prompt[:shortest] != full[:shortest]
+    return int(differ.argmax()) if differ.any() else shortest
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A function from batches of raw rows to columns of `FEATURES`, a row for each.
+    """A function from batches of raw rows to an Arrow table of `FEATURES`, a row for each.
 
     The attributes are arguments of `tokenize_dataset`, and what it found of the data set:
 
@@ -109,9 +88,17 @@ class Encoder:
     watched: tuple[str, ...] = ()
     repeated: bool = False
 
-    def __call__(
+    def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> Any:
+        return to_table(self.encode(batch, indices))
+
+    def encode(
         self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]
-    ) -> dict[str, list[Any]]:
+    ) -> list[dict[str, Any]]:
+        """What became of each row, by the names of `FEATURES`: tokens as arrays, digests as bytes.
+
+        Raises:
+            DataError: naming the first row that cannot be trained on, but with `skip_bad_rows`.
+        """
         columns = {name: batch[name] for name in batch}
         raws = [
             dict(zip(columns, values, strict=True))
@@ -126,11 +113,11 @@ class Encoder:
             else:
                 output = {"outcome": BAD, "reason": str(row)}
             place = {"row": raw.get(ROW_COLUMN, index), "line": raw.get(LINE_COLUMN)}
-            output = _NOTHING | output | place
+            output = NOTHING | output | place
             if output["outcome"] in (BAD, IDENTICAL) and not self.skip_bad_rows:
                 raise DataError(f"{self._label(raw, index)}: {output['reason']}")
             outputs.append(output)
-        return {name: [output[name] for output in outputs] for name in FEATURES}
+        return outputs
 
     def _label(self, raw: Mapping[str, Any], index: int) -> str:
         row = raw.get(ROW_COLUMN, index)
@@ -178,11 +165,13 @@ class Encoder:
                     return_token_type_ids=False,
                     verbose=False,
                 )["input_ids"]
-                ids |= zip(((conversational, text) for text in texts), tokenised, strict=True)
-        return [
-            [ids[one.row.conversational, t] if isinstance(t, str) else t for t in one.texts]
-            for one in rendered
-        ]
+                arrays = (np.array(one, np.int32) for one in tokenised)
+                ids |= zip(((conversational, text) for text in texts), arrays, strict=True)
+
+        def of_text(text: Any, conversational: bool) -> Ids:
+            return ids[conversational, text] if isinstance(text, str) else np.array(text, np.int32)
+
+        return [[of_text(t, one.row.conversational) for t in one.texts] for one in rendered]
 
     def _judge(self, rendered: Rendered, tokens: list[Ids]) -> dict[str, Any]:
         """What becomes of a row, and its tokens where it is kept."""
@@ -200,23 +189,26 @@ class Encoder:
         trains = bool(self.needs.columns)
         scored = not trains or ("scores" in self.needs.columns and said.scores)
         for winner, loser, _ in () if scored else comparisons:
-            if sequences[winner] == sequences[loser]:
+            if np.array_equal(sequences[winner], sequences[loser]):
                 return {"outcome": IDENTICAL, "reason": _identical(row, winner, loser)}
         cut = [full[: self.max_length] for full in sequences]
-        bos = self.tokenizer.bos_token_id
+        # A labelled response is scored after the prompts of other rows too, and cut with each.
+        whole = trains and said.label is not None
+        responses = [full[start:] for full in (sequences if whole else cut)]
+        digests = responses_digests(prompt[:start], responses)
+        bos = self._bos
+        truncated = any(map(self._is_too_long, sequences))
         noted = {
             BOUNDARY_MOVED: start < len(prompt),
-            DOUBLE_BOS: bos is not None and any(full[:2] == [bos, bos] for full in sequences),
-            TRUNCATED: cut != sequences,
-            IDENTICAL_AFTER_TRUNCATION: any(cut[w] == cut[loser] for w, loser, _ in comparisons),
+            DOUBLE_BOS: any(full[:2].tolist() == [bos, bos] for full in sequences),
+            TRUNCATED: truncated,
+            IDENTICAL_AFTER_TRUNCATION: (truncated or bool(scored))
+            and any(np.array_equal(cut[w], cut[loser]) for w, loser, _ in comparisons),
         }
         return {
             "outcome": KEPT,
             "prompt_ids": prompt[:start],
-            # A labelled response is scored after the prompts of other rows too, and cut with each.
-            "response_ids": [
-                full[start:] for full in (sequences if trains and said.label is not None else cut)
-            ],
+            "response_ids": responses,
             "winners": [winner for winner, _, _ in comparisons],
             "losers": [loser for _, loser, _ in comparisons],
             "weights": [weight for _, _, weight in comparisons],
@@ -224,15 +216,23 @@ class Encoder:
             "scores": list(said.scores),
             "ranks": list(said.ranks),
             "logps": list(said.logps),
+            "digests": b"".join(digests),
             "notes": sorted(rendered.notes | {note for note, holds in noted.items() if holds}),
         }
+
+    @functools.cached_property
+    def _bos(self) -> int | None:
+        return self.tokenizer.bos_token_id
+
+    def _is_too_long(self, full: Ids) -> bool:
+        return self.max_length is not None and len(full) > self.max_length
 
     def _unusable(self, row: Row, sequences: list[Ids], start: int) -> str | None:
         """Why tokens cannot be trained on: none of a response's own, or one the model lacks."""
         for name, full in zip(row.names, sequences, strict=True):
             if len(full) == start:
                 return f"{name}: has no tokens; expected a response that is not empty"
-            if self.vocab_size is not None and (largest := max(full)) >= self.vocab_size:
+            if self.vocab_size is not None and (largest := int(full.max())) >= self.vocab_size:
                 token = self.tokenizer.convert_ids_to_tokens(largest)
                 return (
                     f"{name}: token {largest} ({token!r}) is outside the model's vocabulary of "

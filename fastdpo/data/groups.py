@@ -7,18 +7,21 @@ many comparisons, labels or scores name them.
 
 A loss gives one number a unit, and a step holds so many units: comparisons, single responses (with
 a label or a score), or all responses of a row.
+
+A data set of groups is columns: `Groups`. A `Group` is made of it where one is looked at.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cached_property
+from typing import Literal, overload
 
 import numpy as np
-import xxhash
 
-from ..errors import DataError
-from .given import constants_of_row
+from .digests import as_rows, number_rows, response_digest, responses_digests
+from .ragged import Lists, Runs, ends_of
 
 Unit = Literal["comparison", "response", "group"]
 
@@ -90,199 +93,223 @@ class Group:
         """16 bytes that name the prompt and one response: what its reference log-probability
         depends on.
         """
-        content = xxhash.xxh3_128(np.int64(len(self.prompt)).tobytes())
-        content.update(np.ascontiguousarray(self.prompt, np.int32).tobytes())
-        content.update(np.ascontiguousarray(self.responses[response], np.int32).tobytes())
-        return content.digest()
+        return response_digest(self.prompt, self.responses[response])
 
 
-class _Builder:
-    """Collects rows into groups."""
-
-    def __init__(self, unit: Unit, group_prompts: bool) -> None:
-        self.unit, self.group_prompts = unit, group_prompts
-        self.groups: list[Group] = []
-        self._by_prompt: dict[bytes, int] = {}
-        self._known: list[dict[bytes, int]] = []
-
-    def group_of(self, prompt: np.ndarray) -> int:
-        """The number of the group of a prompt, a new one where there is none."""
-        key = prompt.tobytes()
-        index = self._by_prompt.get(key) if self.group_prompts else None
-        if index is None:
-            index = self._by_prompt[key] = len(self.groups)
-            self.groups.append(Group(prompt, unit=self.unit))
-            self._known.append({})
-        return index
-
-    def place(self, index: int, ids: np.ndarray) -> int:
-        """The number of a response in a group, added where it is not there yet."""
-        group, seen = self.groups[index], self._known[index]
-        place = len(group.responses)
-        if self.group_prompts:
-            place = seen.setdefault(ids.tobytes(), place)
-        if place == len(group.responses):
-            group.responses.append(ids)
-        return place
+_VIEWS = 4096
+"""So many groups are kept as they were made, since a step looks at each of its own many times."""
 
 
-def make_groups(
-    dataset: Any,
-    *,
-    group_prompts: bool = True,
-    source: str = "dataset",
-    unit: Unit = "comparison",
-    max_length: int | None = None,
-    scale_rewards: str = "group",
-    mismatch: int | None = None,
-) -> list[Group]:
-    """Groups of a tokenised dataset (the columns of `fastdpo.data.tokenize`).
+@dataclass(eq=False)
+class Groups(Sequence[Group]):
+    """G groups with R responses in all, in columns; a group is made when it is asked for.
 
-    With `group_prompts`, rows with equal prompt tokens are merged and equal responses within a
-    group are kept once; groups stand in the order of their first row, units in the order of the
-    rows.
-
-    Args:
+    Attributes:
         unit: what the loss has one number for.
-        max_length: tokens of a prompt and a response, to which labelled ones are still to be cut.
-        scale_rewards: whether advantages are divided by their standard deviation ("group").
-        mismatch: rows of a batch; each prompt of a batch also gets the completion of the row
-            before it in the batch, the first one that of the last (KTO).
-
-    Raises:
-        DataError: no rows, or some with logps and others without.
+        prompts: one a group.
+        responses: of all groups, one after the other.
+        response_ends: where those of each group begin and end, (G + 1,).
+        comparisons: of each group, (C, 3) of winner, loser and weight.
+        items, rows, mismatched: as in `Group`, a list a group.
+        given: likewise, by name.
+        known_digests: see `digests`; None where they are still to be made.
     """
-    if len(dataset) == 0:
-        raise DataError(f"{source}: has no rows left to train on")
-    builder, said = _Builder(unit, group_prompts), Counter[str]()
-    labelled: list[tuple[int, np.ndarray]] = []
-    # numpy alone would round scores to fp32.
-    ids = ["prompt_ids", "response_ids", "winners", "losers"]
-    rows = dataset.with_format("numpy", columns=ids, output_all_columns=True)
-    for number, row in enumerate(rows):
-        prompt = np.asarray(row["prompt_ids"], np.int32)
-        index = builder.group_of(prompt)
-        group = builder.groups[index]
-        responses = [np.asarray(response, np.int32) for response in row["response_ids"]]
-        if len(row["labels"]):
-            labelled.append((index, responses[0]))
-            responses = [_cut(responses[0], prompt, max_length)]
-        places = [builder.place(index, ids) for ids in responses]
-        for win, lose, weight in zip(row["winners"], row["losers"], row["weights"], strict=True):
-            group.comparisons.append((places[win], places[lose], float(weight)))
-        if unit == "comparison":
-            group.rows += [number] * len(row["winners"])
-        else:
-            group.items += places
-            group.rows += [number] * len(places)
-            constants = constants_of_row(row, scale_rewards)
-            said.update(constants.keys())
-            for name, values in constants.items():
-                group.given.setdefault(name, []).extend(values)
-    _keep_common(builder.groups, said, len(dataset), source)
-    if mismatch is not None:
-        _add_mismatched(builder, labelled, mismatch, max_length)
-    return builder.groups
 
+    unit: Unit
+    prompts: Runs
+    responses: Runs
+    response_ends: np.ndarray
+    comparisons: Lists
+    items: Lists
+    rows: Lists
+    mismatched: Lists
+    given: dict[str, Lists]
+    known_digests: np.ndarray | None = None
+    _logps: Lists | None = field(default=None, init=False)
+    _by_tokens: bool = field(default=False, init=False)
+    _views: dict[int, Group] = field(default_factory=dict, init=False)
 
-def _keep_common(groups: list[Group], said: Counter[str], count: int, source: str) -> None:
-    """Keep the constants that all of the `count` rows have; `said` tells how many have each."""
-    if 0 < said["logp"] < count:
-        raise DataError(
-            f"{source}: {said['logp']} of {count} rows have logps; expected them in every row, or "
-            "in none"
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> Groups:
+        """Groups that are made already, as columns; those that are columns as they are."""
+        if isinstance(groups, Groups):
+            return groups
+        names = [
+            n for n in (groups[0].given if groups else ()) if all(n in g.given for g in groups)
+        ]
+        known = [group.ref_logps for group in groups if group.ref_logps is not None]
+        made = cls(
+            groups[0].unit if groups else "comparison",
+            Runs.of(group.prompt for group in groups),
+            Runs.of(response for group in groups for response in group.responses),
+            ends_of(np.array([len(group.responses) for group in groups], np.int64)),
+            _lists([group.comparisons for group in groups], np.float64, (-1, 3)),
+            _lists([group.items for group in groups], np.int64),
+            _lists([group.rows for group in groups], np.int64),
+            _lists([group.mismatched for group in groups], np.int64),
+            {name: _lists([group.given[name] for group in groups], np.float64) for name in names},
         )
-    for group in groups:
-        group.given = {name: v for name, v in group.given.items() if said[name] == count}
+        if groups and len(known) == len(groups):
+            made.set_references(Lists(np.concatenate(known), np.arange(len(made.responses) + 1)))
+        tokens = [each for group in groups for each in group.ref_token_logps or ()]
+        if len(tokens) == len(made.responses) > 0:
+            ends = ends_of(np.array([len(values) for values in tokens]))
+            made.set_references(Lists(np.concatenate(tokens), ends), by_tokens=True)
+        return made
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @overload
+    def __getitem__(self, index: int) -> Group: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Group]: ...
+    def __getitem__(self, index: int | slice) -> Group | list[Group]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        if (view := self._views.get(number)) is None:
+            if len(self._views) >= _VIEWS:
+                self._views.clear()
+            view = self._views[number] = self._group(number)
+        return view
+
+    def _group(self, number: int) -> Group:
+        first, end = self.response_ends[number : number + 2].tolist()
+        group = Group(
+            self.prompts[number],
+            [self.responses[r] for r in range(first, end)],
+            [(int(w), int(loser), x) for w, loser, x in self.comparisons[number].tolist()],
+            unit=self.unit,
+            items=self.items[number].tolist(),
+            given={name: values[number].tolist() for name, values in self.given.items()},
+            rows=self.rows[number].tolist(),
+            mismatched=self.mismatched[number].tolist(),
+        )
+        if self._logps is not None and self._by_tokens:
+            group.ref_token_logps = [self._logps[r] for r in range(first, end)]
+        elif self._logps is not None:
+            group.ref_logps = self._logps.values[first:end]
+        return group
+
+    def __add__(self, other: Groups) -> Groups:
+        """All groups of both, without reference log-probabilities."""
+        if not len(self) or not len(other):
+            return self if len(self) else other
+        return Groups(
+            self.unit,
+            self.prompts + other.prompts,
+            self.responses + other.responses,
+            np.append(self.response_ends, other.response_ends[1:] + len(self.responses)),
+            self.comparisons + other.comparisons,
+            self.items + other.items,
+            self.rows + other.rows,
+            self.mismatched + other.mismatched,
+            {n: self.given[n] + other.given[n] for n in self.given if n in other.given},
+            np.concatenate([self.digests, other.digests]),
+        )
+
+    def set_references(self, logps: Lists, *, by_tokens: bool = False) -> None:
+        """Give every response, in the order of `responses`, its reference log-probability, or
+        `by_tokens` those of its scored tokens, nats.
+        """
+        self._logps, self._by_tokens = logps, by_tokens
+        self._views.clear()
+
+    def hand_references(self, *parts: Groups) -> None:
+        """Give the groups that these are the sum of their own of the log-probabilities."""
+        assert self._logps is not None
+        first = 0
+        for part in parts:
+            own = np.arange(first, first + len(part.responses))
+            part.set_references(self._logps.take(own), by_tokens=self._by_tokens)
+            first += len(own)
+
+    @cached_property
+    def digests(self) -> np.ndarray:
+        """What `Group.digest` gives for each response, as rows of two int64: (R, 2)."""
+        if self.known_digests is not None:
+            return self.known_digests
+        found = [
+            digest
+            for number, (first, end) in enumerate(
+                zip(self.response_ends, self.response_ends[1:], strict=False)
+            )
+            for digest in responses_digests(
+                self.prompts[number], [self.responses[r] for r in range(first, end)]
+            )[1:]
+        ]
+        return as_rows(found)
+
+    @cached_property
+    def units(self) -> Units:
+        """All units, in the order of the groups."""
+        if self.unit == "comparison" or self.unit == "response":
+            stated = self.comparisons if self.unit == "comparison" else self.items
+            rows = self.rows.values if len(self.rows.values) else np.zeros(stated.ends[-1], int)
+            return Units(stated.owners(), stated.positions(), rows, np.arange(len(rows)))
+        owners, rows = self.rows.owners(), self.rows.values
+        numbers, first = number_rows(np.stack([owners, rows], 1))
+        counts = Lists(first, ends_of(np.bincount(owners[first], minlength=len(self))))
+        return Units(owners[first], counts.positions(), rows[first], numbers)
+
+    def responses_of_units(self, mismatched: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Pairs of a unit and a response, by their numbers among all, that the unit consists of:
+        each pair once.
+        """
+        if self.unit == "comparison":
+            named = self.comparisons.values[:, :2].astype(np.int64).reshape(-1)
+            units, owners = np.arange(len(named)) // 2, np.repeat(self.comparisons.owners(), 2)
+        else:
+            listed = self.mismatched if mismatched else self.items
+            named, units, owners = listed.values, self.units.of_items, listed.owners()
+        every = max(1, len(self.responses))
+        pairs = np.unique(units * every + self.response_ends[owners] + named)
+        return pairs // every, pairs % every
+
+    def places(self, responses: np.ndarray) -> list[tuple[int, int]]:
+        """The group and the number in it of these of all responses."""
+        groups = np.searchsorted(self.response_ends, responses, side="right") - 1
+        numbers = responses - self.response_ends[groups]
+        return list(zip(groups.tolist(), numbers.tolist(), strict=True))
+
+    def sequence_lengths(self) -> np.ndarray:
+        """Tokens of each response with its prompt, (R,)."""
+        counts = np.diff(self.response_ends)
+        return np.repeat(self.prompts.lengths, counts) + self.responses.lengths
 
 
-def _cut(response: np.ndarray, prompt: np.ndarray, max_length: int | None) -> np.ndarray:
-    return response if max_length is None else response[: max_length - len(prompt)]
+@dataclass(frozen=True)
+class Units:
+    """The units of all groups.
+
+    Attributes:
+        groups: the group of each, (U,).
+        numbers: its number in its group.
+        rows: the row that it stood in; 0 where no rows are known.
+        of_items: the unit that each item, or each comparison, belongs to.
+    """
+
+    groups: np.ndarray
+    numbers: np.ndarray
+    rows: np.ndarray
+    of_items: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.groups)
 
 
-def _add_mismatched(
-    builder: _Builder, rows: list[tuple[int, np.ndarray]], size: int, max_length: int | None
-) -> None:
-    for start in range(0, len(rows), size):
-        batch = rows[start : start + size]
-        for (index, _), (_, before) in zip(batch, [batch[-1], *batch[:-1]], strict=True):
-            group = builder.groups[index]
-            cut = _cut(before, group.prompt, max_length)
-            group.mismatched.append(builder.place(index, cut))
+def _lists(lists: Sequence[Iterable], dtype: type, shape: tuple[int, ...] = (-1,)) -> Lists:
+    values = [value for each in lists for value in each]
+    lengths = np.array([len(list(each)) for each in lists], np.int64)
+    return Lists(np.array(values, dtype).reshape(shape), ends_of(lengths))
 
 
 def count_units(groups: Sequence[Group]) -> int:
     """Number of units in all groups."""
-    return sum(group.units for group in groups)
+    return len(Groups.of(groups).units)
 
 
 def describe_units(groups: Sequence[Group]) -> str:
     """How many units of which kind: "24 comparisons"."""
     return f"{count_units(groups)} {groups[0].unit}s"
-
-
-def step_constants(
-    groups: Sequence[Group], units: Sequence[tuple[int, int]], batch: int
-) -> Mapping[str, np.ndarray]:
-    """What the units (group, unit) of a step are given of the batches of `batch` units that they
-    stand in, each (U,) fp64: how many tokens a mean over tokens is over, averaged over the units.
-    """
-    if groups[units[0][0]].unit == "group":
-        return {}
-    lengths, prompts = [], []
-    for index, unit in units:
-        group = groups[index]
-        lengths.append(group.scored_tokens(group.responses_of(unit)[0]))
-        prompts.append(max(0, len(group.prompt) - 1))
-    tokens, sequences = np.array(lengths, np.float64), np.array(lengths, np.float64) + prompts
-    if groups[units[0][0]].unit == "response":
-        whole = np.full_like(tokens, max(1.0, tokens.mean()))
-        return {"batch_tokens": _batch_means(tokens, batch), "step_tokens": whole}
-    return {
-        "batch_chosen_tokens": _batch_means(tokens, batch),
-        "batch_sequence_tokens": _batch_means(sequences, batch),
-    }
-
-
-def _batch_means(values: np.ndarray, batch: int) -> np.ndarray:
-    means = np.empty_like(values)
-    for start in range(0, len(values), batch):
-        part = slice(start, start + batch)
-        means[part] = max(1.0, values[part].mean())
-    return means
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """What comparisons say about each other, token for token.
-
-    Attributes:
-        repeated: comparisons that state again what another one has stated.
-        contradicted: pairs of responses to one prompt of which each wins somewhere.
-    """
-
-    repeated: int
-    contradicted: int
-
-    def __str__(self) -> str:
-        """What is to be added to a line that counts the comparisons: nothing where all is well."""
-        repeated = f"; {self.repeated} comparisons repeat another one" if self.repeated else ""
-        both = (
-            f"; {self.contradicted} pairs are stated both ways round" if self.contradicted else ""
-        )
-        return repeated + both
-
-
-def check_agreement(groups: Sequence[Group]) -> Agreement:
-    """Count comparisons that are stated again, and those that are stated the other way round.
-
-    Responses that are equal once they are cut to `max_length` say nothing about each other.
-    """
-    stated = Counter[tuple[bytes, bytes]]()
-    for group in groups:
-        digests = [group.digest(response) for response in range(len(group.responses))]
-        for winner, loser, _ in group.comparisons:
-            if digests[winner] != digests[loser]:
-                stated[digests[winner], digests[loser]] += 1
-    both = sum((loser, winner) in stated for winner, loser in stated)
-    return Agreement(stated.total() - len(stated), both // 2)

@@ -1,25 +1,25 @@
 """Whether the weights of a loss make up for how many responses have each label."""
 
-from collections.abc import Sequence
+import numpy as np
 
 from ..config import TrainConfig
 from ..losses import TrainingLoss
-from .groups import Group
+from .groups import Groups
 
 _MOST = 4 / 3
 
 
-def describe_labels(config: TrainConfig, groups: Sequence[Group], loss: TrainingLoss) -> str | None:
+def describe_labels(config: TrainConfig, groups: Groups, loss: TrainingLoss) -> str | None:
     """What is to be said of the labels; None where that is nothing.
 
     KTO, Ethayarajh et al. 2024 (arXiv:2402.01306), eq. 8, recommends λ_D·n_D / (λ_U·n_U) from 1 to
     4/3, with the numbers n of desirable and undesirable responses and their weights λ.
     """
     weighed = any("desirable_weight" in one.options for one in loss.losses)
-    if not weighed or "label" not in groups[0].given:
+    if not weighed or "label" not in groups.given:
         return None
-    labels = [label for group in groups for label in group.given["label"]]
-    good = sum(map(bool, labels))
+    labels = groups.given["label"].values
+    good = np.count_nonzero(labels)
     bad = len(labels) - good
     if good == 0 or bad == 0:
         kind, other = ("desirable", "undesirable") if good else ("undesirable", "desirable")
@@ -40,21 +40,18 @@ def describe_labels(config: TrainConfig, groups: Sequence[Group], loss: Training
     )
 
 
-def _batches_of_one_label(config: TrainConfig, groups: Sequence[Group]) -> str | None:
+def _batches_of_one_label(config: TrainConfig, groups: Groups) -> str | None:
     """What is to be said where most batches, in the order of the file, have one label only."""
-    rows = sorted(
-        (row, bool(label))
-        for group in groups
-        for row, label in zip(group.rows, group.given["label"], strict=True)
-    )
+    labels = groups.given["label"].values[np.argsort(groups.rows.values, kind="stable")]
     size = config.per_device_train_batch_size
     if config.shuffles or size == 1:
         return None
-    batches = [{label for _, label in rows[i : i + size]} for i in range(0, len(rows), size)]
-    alone = sum(len(labels) == 1 for labels in batches)
-    if 2 * alone <= len(batches):
+    starts = np.arange(0, len(labels), size)
+    same = np.maximum.reduceat(labels, starts) == np.minimum.reduceat(labels, starts)
+    alone = np.count_nonzero(same)
+    if 2 * alone <= len(starts):
         return None
     return (
-        f"{alone} of {len(batches)} batches of {size} have one label only, in the order of the "
+        f"{alone} of {len(starts)} batches of {size} have one label only, in the order of the "
         "file; shuffle its rows, or write both labels in turn"
     )

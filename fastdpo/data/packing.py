@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush, heapreplace
 
-from .groups import Group
+import numpy as np
+
+from .groups import Group, Groups
 
 LAYOUTS = ("shared", "packed", "padded")
 """How a row lays its tokens out, from cheap to dear (see `batch`)."""
@@ -80,12 +82,22 @@ def sequence_tokens(groups: Sequence[Group], row: PackedRow) -> int:
 
 def longest_unit(groups: Sequence[Group], layout: str) -> int:
     """Tokens of the longest unit, which is never split."""
-    return max(
-        part_tokens(group, part_of(0, group, [(number, 0)], mismatched).responses, layout)
-        for group in groups
-        for mismatched in ((False, True) if group.mismatched else (False,))
-        for number in range(group.units)
-    )
+    columns, longest = Groups.of(groups), 0
+    for mismatched in (False, True) if len(columns.mismatched.values) else (False,):
+        units, responses = columns.responses_of_units(mismatched)
+        opens = np.flatnonzero(np.diff(units, prepend=-1))
+        prompts = columns.prompts.lengths[columns.units.groups]
+        counts = np.bincount(units)
+        tokens = np.add.reduceat(columns.responses.lengths[responses], opens)
+        if layout == "shared":
+            tokens = prompts + tokens
+        elif layout == "packed":
+            tokens = prompts * counts + tokens
+        else:
+            most = np.maximum.reduceat(columns.responses.lengths[responses], opens)
+            tokens = (prompts + most) * counts
+        longest = max(longest, int(tokens.max()))
+    return longest
 
 
 def split(

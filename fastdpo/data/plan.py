@@ -6,15 +6,17 @@ comparisons. How they are packed into rows of at most `max_tokens` changes neith
 a step nor, except in rounding, any number that comes out.
 """
 
-import itertools
+from __future__ import annotations
+
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import xxhash
 
 from ..config import TrainConfig
-from .groups import Group
+from .groups import Group, Groups
 from .packing import PackedRow, Part, Placed, pack, part_tokens, split
 from .ranks import TYPICAL, Work, spread
 
@@ -85,7 +87,7 @@ def epoch_plan(
     units: int | None = None,
     work: Work = TYPICAL,
     lockstep: bool = True,
-) -> list[Step]:
+) -> Plan:
     """The steps of an epoch of a run, of `units` (default: as the configuration says) each: the
     same for the same data, seed and step size.
     """
@@ -116,7 +118,7 @@ def make_plan(
     by_rows: bool = False,
     work: Work = TYPICAL,
     lockstep: bool = True,
-) -> list[Step]:
+) -> Plan:
     """The steps of one epoch. `seed=None` keeps the order of the data.
 
     Which units share a step depends on neither `world_size`, the budget, the layout, `work` nor
@@ -128,38 +130,78 @@ def make_plan(
     rows, and comparisons do so with `by_rows`; otherwise those of one prompt stay together.
     """
 
-    def packed(
-        units: Mapping[int, list[Placed]], mismatched: bool
+    columns = Groups.of(groups)
+    taken = _in_order(columns, seed, epoch, by_rows)
+    return Plan(groups, taken, units_per_step, max_tokens, layout, world_size, work, lockstep)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan(Sequence[Step]):
+    """The steps of an epoch, each of which is packed when it is asked for.
+
+    Attributes:
+        groups: what is trained on.
+        taken: the group of each unit and the unit's number in it, (U, 2) int64, as the epoch takes
+            them, `size` a step.
+    """
+
+    groups: Sequence[Group]
+    taken: np.ndarray
+    size: int
+    max_tokens: int
+    layout: str
+    world_size: int
+    work: Work
+    lockstep: bool
+
+    def __len__(self) -> int:
+        return -(-len(self.taken) // self.size)
+
+    @overload
+    def __getitem__(self, place: int) -> Step: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Step]: ...
+    def __getitem__(self, place: int | slice) -> Step | list[Step]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        start = range(len(self))[place] * self.size
+        taken = self.taken[start : start + self.size].tolist()
+        units: dict[int, list[Placed]] = {}
+        for number, (index, unit) in enumerate(taken):
+            units.setdefault(index, []).append((unit, number))
+        first = self._packed(units, True) if self.groups[0].mismatched else ()
+        return Step(self._packed(units, False), len(taken), first)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    def _packed(
+        self, units: Mapping[int, list[Placed]], mismatched: bool
     ) -> tuple[tuple[PackedRow, ...], ...]:
+        groups, max_tokens, layout = self.groups, self.max_tokens, self.layout
         pieces = [
             piece
             for index, placed in units.items()
             for piece in split(groups[index], index, placed, max_tokens, layout, mismatched)
         ]
-        if world_size == 1:
+        if self.world_size == 1:
             return (tuple(pack(groups, pieces, max_tokens, layout)),)
-        return spread(groups, pieces, max_tokens, layout, world_size, work, lockstep)
+        return spread(groups, pieces, max_tokens, layout, self.world_size, self.work, self.lockstep)
 
-    steps = []
-    for units, count in _cut_into_steps(_in_order(groups, seed, epoch, by_rows), units_per_step):
-        first = packed(units, True) if groups[0].mismatched else ()
-        steps.append(Step(packed(units, False), count, first))
-    return steps
+    def units_by_step(self) -> np.ndarray:
+        """The group and the number of every unit, in order within each step: (U, 2) int64."""
+        step = np.arange(len(self.taken)) // self.size
+        return self.taken[np.lexsort((self.taken[:, 1], self.taken[:, 0], step))]
 
 
-def plan_digest(groups: Sequence[Group], steps: Sequence[Step]) -> str:
+def plan_digest(groups: Sequence[Group], plan: Plan | None = None) -> str:
     """Names the tokens and which units share which step: what a resumed run must find unchanged.
 
     How a step is packed into rows is left out, so a run may be resumed with another budget.
     """
-    content = xxhash.xxh3_128()
-    for group in groups:
-        for response in range(len(group.responses)):
-            content.update(group.digest(response))
-    for step in steps:
-        rows = (row for rank in step.ranks for row in rank)
-        named = sorted((p.group, u) for row in rows for p in row for u in p.units)
-        content.update(np.array(named, np.int64).tobytes())
+    content = xxhash.xxh3_128(Groups.of(groups).digests.tobytes())
+    if plan is not None:
+        content.update(plan.units_by_step().tobytes())
     return content.hexdigest()
 
 
@@ -203,31 +245,15 @@ def _only(part: Part, missing: Collection[tuple[int, int]]) -> Part | None:
     return Part(part.group, left) if left else None
 
 
-def _in_order(
-    groups: Sequence[Group], seed: int | None, epoch: int, by_rows: bool
-) -> Iterator[tuple[int, int]]:
-    """The group and the number of every unit, as an epoch takes them."""
-    if seed is None and groups and (by_rows or groups[0].unit != "comparison"):
-        for _, index, unit in sorted(
-            (row, index, unit)
-            for index, group in enumerate(groups)
-            for unit, row in enumerate(group.rows_of_units())
-        ):
-            yield index, unit
-        return
-    order = np.arange(len(groups))
+def _in_order(groups: Groups, seed: int | None, epoch: int, by_rows: bool) -> np.ndarray:
+    """The group of every unit and its number there, (U, 2), as an epoch takes them."""
+    units = groups.units
     if seed is not None:
-        order = np.random.default_rng([seed, epoch]).permutation(len(groups))
-    for index in order.tolist():
-        yield from ((index, unit) for unit in range(groups[index].units))
-
-
-def _cut_into_steps(
-    units: Iterator[tuple[int, int]], size: int
-) -> Iterator[tuple[dict[int, list[Placed]], int]]:
-    """Yields, for each step, the units of each group with their places, and how many these are."""
-    while taken := list(itertools.islice(units, size)):
-        of_groups: dict[int, list[Placed]] = {}
-        for place, (index, unit) in enumerate(taken):
-            of_groups.setdefault(index, []).append((unit, place))
-        yield of_groups, len(taken)
+        rank = np.empty(len(groups), np.int64)
+        rank[np.random.default_rng([seed, epoch]).permutation(len(groups))] = np.arange(len(groups))
+        order = np.argsort(rank[units.groups], kind="stable")
+    elif by_rows or groups.unit != "comparison":
+        order = np.argsort(units.rows, kind="stable")
+    else:
+        order = np.arange(len(units))
+    return np.stack([units.groups[order], units.numbers[order]], axis=1)

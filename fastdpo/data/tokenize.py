@@ -21,7 +21,8 @@ from .columns import (
     row_kind,
 )
 from .convert import convert_rows
-from .encode import FEATURES, KEPT, Encoder
+from .encode import KEPT, Encoder
+from .encoded import FEATURES
 from .load import explain_disk
 from .messages import template_roles
 from .needs import COMPARISONS, Convert, Needs
@@ -39,6 +40,7 @@ COLUMNS = (
     "scores",
     "ranks",
     "logps",
+    "digests",
 )
 """Of a tokenised data set:
 
@@ -48,11 +50,13 @@ COLUMNS = (
 - `winners`, `losers`: lists of int32, indices into `response_ids`; `weights`: list of float32;
 - `labels`: one bool in a labelled row, else none;
 - `scores` (float64, the higher the better), `ranks` (int32, 0 the best, no number left out) and
-  `logps` (float64, nats, of the policy that made the responses): one a response, or none.
+  `logps` (float64, nats, of the policy that made the responses): one a response, or none;
+- `digests` (int64): two numbers, 128 bits, for the prompt and then for each response, see
+  `fastdpo.data.digests`.
 """
 # To be raised whenever the same arguments give other tokens than before: it is part of every
 # cache key.
-_VERSION = 4
+_VERSION = 5
 _BATCH_SIZE = 512
 
 

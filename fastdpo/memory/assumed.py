@@ -6,7 +6,7 @@ import numpy as np
 
 from ..config import TrainConfig
 from ..data.dataset import Data
-from ..data.groups import Group
+from ..data.groups import Group, Groups
 from ..data.plan import units_per_step
 from ..losses import TrainingLoss
 
@@ -36,7 +36,7 @@ def assumed_data(config: TrainConfig, loss: TrainingLoss) -> tuple[Data, str]:
         sizes = [min(_RESPONSES, count - start) for start in range(0, count, _RESPONSES)]
         groups = [_group(loss, prompt, response, size) for size in sizes]
     how = f"no data given: {what} of {length} tokens each are assumed, half of them the prompt's"
-    return Data(groups, [], config), how
+    return Data(Groups.of(groups), Groups.of([]), config), how
 
 
 def _group(loss: TrainingLoss, prompt: np.ndarray, response: np.ndarray, count: int) -> Group:

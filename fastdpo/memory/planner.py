@@ -7,7 +7,6 @@ the lengths count.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 
 from ..config import TrainConfig
 from ..data.dataset import Data, load_data, needs_reference
-from ..data.groups import Group, count_units
+from ..data.groups import Groups, count_units
 from ..data.packing import longest_unit
 from ..data.plan import epoch_plan, row_budget, units_per_step
 from ..devices import Device
@@ -87,7 +86,7 @@ class Planner:
     _rows: dict[tuple[int, int], _Rows] = field(default_factory=dict)
 
     @property
-    def groups(self) -> Sequence[Group]:
+    def groups(self) -> Groups:
         """What is trained on."""
         return self.data.train
 
@@ -241,16 +240,12 @@ def describe_data(planner: Planner) -> str:
     """Units of the loss, groups and lengths in one line."""
     if planner.assumed:
         return planner.assumed
-    lengths = [
-        len(group.prompt) + len(response)
-        for group in planner.groups
-        for response in group.responses
-    ]
+    lengths = planner.groups.sequence_lengths()
     unit, count = planner.loss.unit, count_units(planner.groups)
     where = f"in {len(planner.groups)} groups"
     if unit == "group":
         where = f"of {len(lengths)} responses in all"
     return (
         f"{count} {unit}s {where}; "
-        f"sequences of {math.floor(np.median(lengths))} tokens (median), {max(lengths)} (longest)"
+        f"sequences of {math.floor(np.median(lengths))} tokens (median), {lengths.max()} (longest)"
     )

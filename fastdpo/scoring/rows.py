@@ -91,7 +91,7 @@ def windows(
     for start in range(0, len(dataset), WINDOW):
         batch = _completed(plain[start : start + WINDOW])
         count = len(next(iter(batch.values())))
-        yield _group(encoder(batch, range(start, start + count)), encoder.max_length)
+        yield _group(encoder.encode(batch, range(start, start + count)), encoder.max_length)
 
 
 def _completed(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
@@ -107,29 +107,30 @@ def _completed(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
 
 
 def _group(
-    encoded: Mapping[str, Sequence[Any]], max_length: int | None
+    encoded: Sequence[Mapping[str, Any]], max_length: int | None
 ) -> tuple[list[Group], list[ScoredRow]]:
     groups: list[Group] = []
     by_prompt: dict[bytes, tuple[int, dict[bytes, int]]] = {}
     rows = []
-    for i, outcome in enumerate(encoded["outcome"]):
+    for row in encoded:
+        outcome = row["outcome"]
         if outcome != KEPT:
             long = f"the prompt alone reaches max_length, {max_length} tokens"
-            reason = long if outcome == PROMPT_TOO_LONG else str(encoded["reason"][i])
+            reason = long if outcome == PROMPT_TOO_LONG else str(row["reason"])
             rows.append(ScoredRow(reason=reason))
             continue
-        prompt = np.asarray(encoded["prompt_ids"][i], np.int32)
+        prompt = np.asarray(row["prompt_ids"], np.int32)
         index, known = by_prompt.setdefault(prompt.tobytes(), (len(groups), {}))
         if index == len(groups):
             groups.append(Group(prompt))
         places = []
-        for ids in encoded["response_ids"][i]:
+        for ids in row["response_ids"]:
             response = np.asarray(ids, np.int32)
             place = known.setdefault(response.tobytes(), len(known))
             if place == len(groups[index].responses):
                 groups[index].responses.append(response)
             places.append(place)
-        pairs = zip(encoded["winners"][i], encoded["losers"][i], strict=True)
-        label = next(iter(encoded["labels"][i]), None)
+        pairs = zip(row["winners"], row["losers"], strict=True)
+        label = next(iter(row["labels"]), None)
         rows.append(ScoredRow(index, tuple(places), tuple(pairs), label))
     return groups, rows

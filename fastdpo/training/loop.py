@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..config import TrainConfig
 from ..data.ahead import ahead
 from ..data.dataset import Data
-from ..data.plan import Step, epoch_plan, plan_digest
+from ..data.plan import Plan, epoch_plan, plan_digest
 from ..devices import peak_memory_mib
 from ..errors import ConfigError
 from ..model.head import base_causal_lm
@@ -102,7 +102,7 @@ class Trainer:
             require_one_row(epochs, data.train, objective.policy.layout.name, config)
         self.identity = identity | {"data": plan_digest(data.train, self.plan(0))}
 
-    def plan(self, epoch: int) -> list[Step]:
+    def plan(self, epoch: int) -> Plan:
         """The steps of an epoch."""
         return epoch_plan(
             self.config,

@@ -131,8 +131,10 @@ class _Filling:
             return tqdm(rows, total=total, desc="reference", unit="row", disable=hidden)
 
         scorer.model.eval()
+        train, evaluation = self.data.train, self.data.evaluation
+        both = train + evaluation
         report = fill_reference(
-            [*self.data.train, *self.data.evaluation],
+            both,
             scorer,
             store,
             max_tokens=reference_budget(self.max_tokens, scorer.device.type),
@@ -140,6 +142,7 @@ class _Filling:
             by_tokens=self.loss.by_tokens,
             world=self.world,
         )
+        both.hand_references(train, evaluation)
         logger.info(f"reference log-probabilities: {report}")
         return report
 

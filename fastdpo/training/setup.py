@@ -166,7 +166,7 @@ def load(
 
 def _digest(data: Data) -> str:
     """Names the tokens of all responses, of those that are evaluated on too."""
-    return plan_digest([*data.train, *(data.evaluation or ())], [])
+    return plan_digest(data.train + data.evaluation)
 
 
 def set_up(

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..data.ahead import ahead
 from ..data.batch import Batch, idle_batch, make_batch
-from ..data.groups import Group, count_units, step_constants
+from ..data.given import step_constants
+from ..data.groups import Group, count_units
 from ..data.packing import PackedRow, row_tokens, sequence_tokens
 from ..data.plan import Step, make_plan
 from ..losses import TrainingLoss

@@ -206,7 +206,7 @@ def make_update(
 
 
 def require_one_row(
-    epochs: Iterable[list[Step]], groups: Sequence[Group], layout: str, config: TrainConfig
+    epochs: Iterable[Sequence[Step]], groups: Sequence[Group], layout: str, config: TrainConfig
 ) -> None:
     """Raise ConfigError if a step of these epochs takes more than one row."""
     for epoch, steps in enumerate(epochs, 1):
