@@ -76,7 +76,9 @@ class DataKeys:
         "test", "Split to evaluate on, when evaluation is asked for.", NOT_BLANK
     )
     dataset_num_proc: int | None = key(
-        None, "Processes that tokenise the data; unset is one.", AT_LEAST_ONE
+        None,
+        "Processes that tokenise the data; unset is one for each core where rows are many.",
+        AT_LEAST_ONE,
     )
     max_length: int | None = key(
         1024,

@@ -44,7 +44,9 @@ _CHUNK = 1 << 24
 _UTF_16 = "the text is UTF-16; expected UTF-8"
 # How nesting ends; in a text, it only means that the slow reader reads the file.
 _DEEP = (b"]" * 64, b"}" * 64, b"]}" * 32, b"[" * 64)
-_NULL_ROW = re.compile(rb"(?:\A|\n)[ \t\r]*null")
+_NULL_ROW = re.compile(
+    rb"\n[ \t\r]*null"
+)  # an alternative to the first byte takes ten times as long
 
 
 def open_binary(path: Path) -> BinaryIO:
@@ -66,7 +68,7 @@ def may_fail_fast(path: Path) -> bool:
                 decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError:
                 return True
-            if any(run in chunk for run in _DEEP) or _NULL_ROW.search(chunk):
+            if any(run in chunk for run in _DEEP) or _NULL_ROW.search(b"\n" + chunk):
                 return True
             if not chunk:
                 return False

@@ -58,6 +58,11 @@ class Renderer:
         method = type(self.tokenizer).apply_chat_template
         return method is PreTrainedTokenizerBase.apply_chat_template
 
+    @functools.cached_property
+    def eos(self) -> str | None:
+        """What ends a response of plain text; the tokenizer looks it up at every call."""
+        return self.tokenizer.eos_token
+
     def render(self, row: Row) -> Rendered:
         """The row's texts, and what there is to note of it.
 
@@ -75,7 +80,7 @@ class Renderer:
         return Rendered(row, texts, row.notes | ignored | self._ends(shown, texts))
 
     def _end(self, response: str) -> str:
-        eos = self.tokenizer.eos_token
+        eos = self.eos
         if eos is None:
             raise ModelError(
                 "the tokenizer has no eos_token, which ends every response of plain text; set one, "
@@ -157,9 +162,9 @@ class Renderer:
 
     def _ends(self, row: Row, texts: list[Any]) -> set[str]:
         """Notes of responses that are nothing but their end, and of an end that is there twice."""
-        eos, notes = self.tokenizer.eos_token, set()
+        eos, notes = self.eos or "", set()
         for response in row.responses:
-            own = response.removesuffix(eos or "") if isinstance(response, str) else response
+            own = response.removesuffix(eos) if isinstance(response, str) else response
             if not says_something(own, ("content", *CALLS, *_THINKING)):
                 notes.add(EMPTY_RESPONSE)
         for text in texts[1:] if eos else ():

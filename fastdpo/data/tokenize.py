@@ -2,6 +2,8 @@
 
 import copy
 import json
+import multiprocessing
+import os
 from typing import Any
 
 import datasets
@@ -58,6 +60,8 @@ COLUMNS = (
 # cache key.
 _VERSION = 5
 _BATCH_SIZE = 512
+_ROWS_OF_A_PROCESS = 4096
+"""A process more for fewer rows than these is not worth its start."""
 
 
 def tokenize_dataset(
@@ -84,7 +88,7 @@ def tokenize_dataset(
         tokenizer: any transformers tokenizer, with a chat template where rows hold messages.
         max_length: tokens of a prompt and a response; None for no limit. Rows whose prompt alone
             reaches it are dropped, longer responses keep their start.
-        num_proc: processes to tokenise with.
+        num_proc: processes to tokenise with; None for as many as the rows keep busy.
         skip_bad_rows: drop and count rows that cannot be trained on instead of raising.
         max_comparisons_per_group: of a group's comparisons, keep at most so many, selected by
             `seed` and by what the row says.
@@ -155,12 +159,22 @@ def _encode(dataset: datasets.Dataset, encoder: Encoder, num_proc: int | None) -
             batched=True,
             batch_size=_BATCH_SIZE,
             with_indices=True,
-            num_proc=num_proc,
+            num_proc=num_proc or _processes(len(dataset)),
             remove_columns=dataset.column_names,
             features=FEATURES,
             new_fingerprint=_cache_key(dataset, encoder),
             desc=f"Tokenizing {encoder.source}",
         )
+
+
+def _processes(rows: int) -> int | None:
+    """Processes to tokenise so many rows with: all cores, where they are many, and where a new
+    process does not run the caller's script once more.
+    """
+    if multiprocessing.get_all_start_methods()[0] != "fork":
+        return None
+    count = min(len(os.sched_getaffinity(0)), rows // _ROWS_OF_A_PROCESS)
+    return count if count > 1 else None
 
 
 def _cache_key(dataset: datasets.Dataset, encoder: Encoder) -> str:
