@@ -16,6 +16,7 @@ from fastdpo.data.batch import make_batch
 from fastdpo.data.groups import Group, count_units
 from fastdpo.data.packing import LAYOUTS
 from fastdpo.data.plan import make_plan
+from fastdpo.data.ragged import Lists
 from fastdpo.devices import Device, named
 from fastdpo.losses import loss_of, make_loss
 from fastdpo.memory import components, estimate
@@ -195,10 +196,10 @@ def test_grpo_without_a_penalty_needs_the_reference_only_where_the_data_has_no_l
     made = planner(H100, loss_type=["grpo"])
     free = Planner(made.config, made.data, H100, made.autocast, made.model_config)
     free.loss = make_loss(["grpo"], beta=0.0)
-    for group in made.groups:
-        group.given["logp"] = [-1.0] * len(group.items)
+    items = made.groups.items
+    made.groups.given["logp"] = Lists(-np.ones(len(items.values)), items.ends)
     assert made.compares and not free.compares
-    free.data.train[0].given.clear()
+    made.groups.given.clear()
     other = Planner(made.config, made.data, H100, made.autocast, made.model_config)
     other.loss = free.loss
     assert other.compares

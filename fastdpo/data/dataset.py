@@ -51,7 +51,7 @@ def needs_reference(loss: TrainingLoss, data: Data) -> bool:
     """Whether reference log-probabilities are read: not where GRPO has no penalty, and the data the
     log-probabilities of the policy that sampled it.
     """
-    given = all("logp" in groups.given for groups in (data.train, data.evaluation) if groups)
+    given = all("logp" in Groups.of(each).given for each in (data.train, data.evaluation) if each)
     unread = loss.losses[0].kind == "tokens" and loss.options.get("beta") == 0 and given
     return loss.reference and not unread
 

@@ -88,7 +88,7 @@ class Planner:
     @property
     def groups(self) -> Groups:
         """What is trained on."""
-        return self.data.train
+        return Groups.of(self.data.train)
 
     @cached_property
     def loss(self) -> TrainingLoss:
