@@ -104,7 +104,9 @@ def test_mixed_rows_are_unpaired(tmp_path: Path, tokenizer: PreTrainedTokenizerB
     path = write(tmp_path / "rows.jsonl", [CHATS[0], PAIR, CHATS[1]])
     made = tokenize_rows(load_rows(path, "train"), tokenizer, **UNPAIR)
     pair = tokenize_rows([PAIR], tokenizer)[0]
-    assert made[1] | {"response_ids": []} == made[4] | {"response_ids": [], "labels": [True]}
+    own: dict[str, list] = {"response_ids": [], "digests": []}
+    assert made[1] | own == made[4] | own | {"labels": [True]}
+    assert made[1]["digests"][:2] == made[4]["digests"][:2] != made[1]["digests"][2:]
     assert [made[1]["response_ids"][0], made[4]["response_ids"][0]] == pair["response_ids"]
 
 

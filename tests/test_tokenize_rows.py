@@ -310,6 +310,7 @@ def test_the_dataset_is_what_the_contract_says(tokenizer: PreTrainedTokenizerBas
         "scores": List(Value("float64")),
         "ranks": integers,
         "logps": List(Value("float64")),
+        "digests": List(Value("int64")),
     }
     assert made.data.num_rows == len(made) == 2, "rows are read through an indices mapping"
     assert made[1]["prompt_ids"] == tokenizer("q")["input_ids"]
