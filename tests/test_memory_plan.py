@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from planned import FAMILIES, Real, plan_of
-from training import heard, run, settings
+from training import heard, metrics, run, settings
 from transformers import AutoConfig
 
 from bench.workloads import MODEL_CONFIGS
@@ -24,6 +24,7 @@ from fastdpo.memory import components, switches
 from fastdpo.memory import planner as planning
 from fastdpo.memory.report import as_json, as_text
 from fastdpo.memory.shapes import row_shape, step_shapes, weight_bytes
+from fastdpo.memory.spread import Spread
 from fastdpo.model.layout import beyond_positions
 from fastdpo.training.optimizer import make_optimizer
 
@@ -203,6 +204,26 @@ def test_the_report_says_what_json_says(planner):
         assert f"{found['total_bytes'] / GIB:.2f}" in text
         assert "does not fit" in text and "least that fits" in text
         assert "no data given: pairs of 2048 tokens each are assumed" in " ".join(text.split())
+
+
+def test_the_passes_through_the_head_are_those_of_the_run(llama, tokenizer, pairs_file, tmp_path):
+    """Tiles of 8 tokens of a vocabulary of 32768: every comparison is longer."""
+    model = llama(vocab_size=32768, hidden_size=32, intermediate_size=64)
+    keys = {"head_workspace_mib": 1, "max_steps": -1, "num_train_epochs": 1}
+    run(model, pairs_file, tmp_path / "run", **keys)
+    lines = [line for line in metrics(tmp_path / "run") if "head_passes" in line]
+    config = TrainConfig.from_dict(settings(model, pairs_file, tmp_path / "plan", **keys))
+    made = planning.make_planner(config, Device("this one", "cpu", 1 << 34))
+    found = json.loads(as_json(made))
+    # Each line is weighted by the step's tokens, which it does not name.
+    said = [line["head_passes"] for line in lines]
+    assert 6.5 < min(said) <= found["head_passes"] <= max(said) < 8
+    assert f"{found['head_passes']:.2f} times; 6 is the least" in as_text(made, 100)
+    larger = made.predict(replace(config, head_workspace_mib=64))
+    assert larger.head_passes == 6
+    assert made.predict(replace(config, use_peft=True)).head_passes == 4
+    together = made.over(Spread("fsdp", devices=2, local=2, replicas=1, vocabulary=True))
+    assert together.predict(config).head_passes is None
 
 
 def test_the_command(tiny_model, pairs_file, capsys):

@@ -18,7 +18,7 @@ from fastdpo.data.groups import Group
 from fastdpo.data.packing import Part
 from fastdpo.data.plan import make_plan
 from fastdpo.memory.shapes import row_shape
-from fastdpo.model.passes import mean_passes
+from fastdpo.model.passes import HeadCalls, mean_passes
 from fastdpo.model.scorer import TOKEN_STATS
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -113,12 +113,12 @@ def test_a_product_is_two_of_them():
     assert counter.get_total_flops() == 2 * 50 * VOCAB * WIDTH
 
 
-def scorer_of(trained=True, **options):
-    """What `mean_passes` reads of a scorer: a head whose tiles of 1 MiB have 64 tokens."""
+def calls_of(trained=True, **options):
+    """What is read of a scorer: a head whose tiles of 1 MiB have 64 tokens."""
     module = torch.nn.Linear(WIDTH, VOCAB).requires_grad_(trained)
     fixed = {"shares": None, "context": None, "autocast": None, "workspace_mib": 1}
     head = SimpleNamespace(module=module, weight=module.weight)
-    return SimpleNamespace(**fixed | {"head": head} | options)
+    return HeadCalls.of(SimpleNamespace(**fixed | {"head": head} | options))
 
 
 def batch_of(*lengths):
@@ -133,16 +133,16 @@ def test_a_run_reports_the_mean_over_its_tokens():
     loss = Loss.named("sigmoid", beta=0.1)
     batches = [batch_of(20, 30), batch_of(100, 50)]
     twice = 6 + 2 * 86 / 200
-    assert mean_passes(scorer_of(), batches, loss) == pytest.approx(twice)
-    assert mean_passes(scorer_of(), [*batches, idle_batch("shared")], loss) == pytest.approx(twice)
-    assert mean_passes(scorer_of(trained=False), batches, loss) == 4
-    assert mean_passes(scorer_of(workspace_mib=None), batches, loss) == 6
-    assert mean_passes(scorer_of(), [batch_of(20, 30, 10, 5)], loss) == 6
-    assert mean_passes(scorer_of(shares=object()), batches, loss) is None
-    assert mean_passes(scorer_of(), [idle_batch("shared")], loss) is None
+    assert mean_passes(calls_of(), batches, loss) == pytest.approx(twice)
+    assert mean_passes(calls_of(), [*batches, idle_batch("shared")], loss) == pytest.approx(twice)
+    assert mean_passes(calls_of(trained=False), batches, loss) == 4
+    assert mean_passes(calls_of(workspace_mib=None), batches, loss) == 6
+    assert mean_passes(calls_of(), [batch_of(20, 30, 10, 5)], loss) == 6
+    assert mean_passes(calls_of(shares=object()), batches, loss) is None
+    assert mean_passes(calls_of(), [idle_batch("shared")], loss) is None
     half = SimpleNamespace(part=lambda count: slice(0, count // 2))
-    assert mean_passes(scorer_of(context=half), batches[:1], loss) == 6
-    assert mean_passes(scorer_of(context=half), batches[1:], loss) == 8
+    assert mean_passes(calls_of(context=half), batches[:1], loss) == 6
+    assert mean_passes(calls_of(context=half), batches[1:], loss) == 8
 
 
 HEADS = {

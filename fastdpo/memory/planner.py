@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..config import TrainConfig
+from ..data.batch import make_batch
 from ..data.dataset import Data, load_data, needs_reference
 from ..data.groups import Groups, count_units
-from ..data.packing import longest_unit
+from ..data.packing import PackedRow, longest_unit
 from ..data.plan import epoch_plan, row_budget, units_per_step
 from ..devices import Device
 from ..losses import TrainingLoss, loss_of
@@ -26,6 +28,7 @@ from ..model.adapter import adopt_adapter
 from ..model.head import base_causal_lm
 from ..model.layout import expected_layout
 from ..model.load import load_model_config, load_tokenizer
+from ..model.passes import HeadCalls, mean_passes
 from ..model.precision import choose_precision
 from .assumed import assumed_data
 from .components import Run
@@ -46,6 +49,8 @@ from .shapes import (
 from .speed import Seconds, step_seconds
 from .spread import ONE, Spread
 
+_COUNTED_ROWS = 64
+"""Of the first steps, whose passes through the head are counted."""
 _SHAPING = ("dtype", "use_peft", "load_in_4bit", "use_bnb_nested_quant", "layer_tile_tokens")
 
 
@@ -57,6 +62,8 @@ class Prediction:
     estimate: Estimate
     seconds: Seconds | None
     max_tokens: int
+    head_passes: float | None
+    """Of the first rows of an epoch, see `fastdpo_kernels.head_passes`."""
 
 
 @dataclass
@@ -65,6 +72,8 @@ class _Rows:
 
     steps: list[list[RowShape]]
     mismatched: list[list[RowShape]]
+    first: list[PackedRow]
+    """The first `_COUNTED_ROWS` that are trained on."""
 
 
 @dataclass
@@ -122,7 +131,7 @@ class Planner:
             links = self.links
             waited = None if links is None else waits(run, self.device, links).waited
             seconds = None if waited is None else replace(seconds, waits=waited)
-        return Prediction(config, estimate(run), seconds, run.max_tokens)
+        return Prediction(config, estimate(run), seconds, run.max_tokens, self._passes(run))
 
     def run(self, config: TrainConfig) -> Run:
         """What is estimated of a configuration."""
@@ -140,7 +149,7 @@ class Planner:
             max_tokens=row_budget(config, self.device.kind),
             mismatched=_stretches(rows.mismatched, cp_size),
             spread=self.spread,
-            workspace_mib=self.device.workspace_mib,
+            workspace_mib=config.head_workspace_mib or self.device.workspace_mib,
         )
 
     def fits(self, prediction: Prediction) -> bool:
@@ -155,6 +164,25 @@ class Planner:
             self._models[key] = shape, probe_of(config, model, self.device.kind, self.autocast)
         return self._models[key]
 
+    def _passes(self, run: Run) -> float | None:
+        """None where the head stays sharded: its devices score their tokens together."""
+        if run.spread.vocabulary:
+            return None
+        calls = HeadCalls(
+            run.model.vocab,
+            run.model.hidden,
+            run.head_dtype,
+            torch.device(run.kind),
+            run.model.head_trained,
+            run.workspace_mib,
+            None if run.spread.cp_size == 1 else lambda count: -(-count // run.spread.cp_size),
+        )
+        rows = self._rows_of(run.config).first
+        batches = [
+            make_batch(self.groups, row, self.layout, prompt=self.loss.prompt) for row in rows
+        ]
+        return mean_passes(calls, batches, self.loss.loss)
+
     def steps(self, config: TrainConfig) -> list[list[RowShape]]:
         """The rows of every step of the first epoch, whole."""
         return self._rows_of(config).steps
@@ -166,9 +194,11 @@ class Planner:
             steps = epoch_plan(
                 config, self.groups, layout=self.layout, max_tokens=max_tokens, units=units
             )
+            first = islice((row for step in steps for row in step.ranks[0] if row), _COUNTED_ROWS)
             self._rows[max_tokens, units] = _Rows(
                 step_shapes(self.groups, steps, self.layout, prompt=self.loss.prompt),
                 mismatched_shapes(self.groups, steps, self.layout),
+                list(first),
             )
         return self._rows[max_tokens, units]
 

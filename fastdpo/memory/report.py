@@ -51,6 +51,7 @@ def _described(
         "total_bytes": estimate.peak + planner.device.overhead,
         "fits": planner.fits(prediction),
         "max_tokens_per_batch": prediction.max_tokens,
+        "head_passes": prediction.head_passes,
         "step_seconds": None if seconds is None else seconds.total,
         "scoring_seconds": None if seconds is None else seconds.scoring,
     }
@@ -135,6 +136,12 @@ def _verdict(facts: dict[str, Any]) -> list[str]:
         )
     else:
         lines.append("the time of a step is not known for this device")
+    if facts["head_passes"] is not None:
+        least = 6 if facts["head_passes"] >= 6 else 4
+        lines.append(
+            f"each scored token is multiplied with the head {facts['head_passes']:.2f} times; "
+            f"{least} is the least (head_passes)"
+        )
     if facts["fits"]:
         return lines
     if facts["least"] is None:

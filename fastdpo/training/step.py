@@ -19,7 +19,7 @@ from ..data.groups import Group, count_units
 from ..data.packing import PackedRow, row_tokens, sequence_tokens
 from ..data.plan import Step, make_plan
 from ..losses import TrainingLoss
-from ..model.passes import mean_passes
+from ..model.passes import HeadCalls, mean_passes
 from ..model.scorer import TOKEN_STATS, Scorer
 from ..parallel.world import ALONE, World
 from .accuracy import GroupRewards
@@ -89,7 +89,7 @@ class Objective:
             first,
             sum(sequence_tokens(groups, row) for row in rows),
             sum(row_tokens(groups, row, self.policy.layout.name) for row in rows),
-            mean_passes(self.policy, batches, self.loss.loss),
+            mean_passes(HeadCalls.of(self.policy), batches, self.loss.loss),
         )
 
     def _dealt(
