@@ -130,7 +130,7 @@ OWN_DEFAULTS: dict[str, Any] = {
     "logging_dir": None,
     "trackio_space_id": None,
     "trackio_bucket_id": None,
-    "report": False,
+    "report": True,
     "report_samples": 4,
     "disable_tqdm": None,
     "output_dir": "trainer_output",

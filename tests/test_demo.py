@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from collections import Counter
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import fastdpo.demo
-from fastdpo.demo.__main__ import demo_config, held_out_accuracies, main, summary
+from fastdpo.demo.__main__ import demo_config, held_out_accuracies, main, open_page, summary
 from fastdpo.demo.model import demo_model_path
 
 HERE = Path(fastdpo.demo.__file__).parent
@@ -169,6 +170,29 @@ def test_the_demo_runs_to_its_end(
     assert f"Held-out reward accuracy: {first:.2f} -> {last:.2f}" in printed
     assert printed.index("Before:") < printed.index("After:") < printed.index(str(output) + "\n")
     assert AutoModelForCausalLM.from_pretrained(output).config.hidden_size == 32
+    assert printed.endswith(f"Report: {output / 'report.html'}\n")
+    page = (output / "report.html").read_text(encoding="utf-8")
+    held_out = [escape(text) for text in texts("test.jsonl", "prompt")]
+    assert sum(prompt in page for prompt in held_out) == 4
+
+
+@pytest.mark.parametrize(
+    ("environment", "terminal", "opened"),
+    [({"DISPLAY": ":0"}, True, True), ({"DISPLAY": ":0"}, False, False), ({}, True, False)],
+)
+def test_a_browser_opens_where_somebody_looks_at_a_desktop(
+    environment, terminal, opened, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("sys.platform", "linux")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal, raising=False)
+    seen: list[str] = []
+    monkeypatch.setattr("webbrowser.open", seen.append)
+    open_page(tmp_path / "report.html")
+    assert seen == ([(tmp_path / "report.html").as_uri()] if opened else [])
 
 
 def test_the_summary_stands_without_evaluations() -> None:

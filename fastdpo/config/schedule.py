@@ -210,7 +210,7 @@ class LoggingKeys:
         None, "Bucket on the hub for the data of trackio_space_id; unset is named after the Space."
     )
     report: bool = key(
-        False, "Keep report.html in output_dir up to date while training, for a browser to follow."
+        True, "Keep report.html in output_dir up to date while training, for a browser to follow."
     )
     report_samples: int = key(
         4,

@@ -6,9 +6,11 @@ are those of `fastdpo train` (`--max_steps 10`, `--output_dir out`).
 """
 
 import json
+import os
 import sys
 import textwrap
 import time
+import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,6 +51,8 @@ def run(arguments: Sequence[str]) -> None:
     minutes = (time.perf_counter() - start) / 60
     after = answer(str(output_dir), PROMPT)
     print(summary(before, after, held_out_accuracies(output_dir), minutes, output_dir))
+    if config.report:
+        open_page(output_dir / "report.html")
 
 
 def demo_config(arguments: Sequence[str]) -> TrainConfig:
@@ -92,6 +96,17 @@ def held_out_accuracies(output_dir: Path) -> list[float]:
     lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     return [row[_ACCURACY] for row in rows if _ACCURACY in row]
+
+
+def open_page(path: Path) -> None:
+    """Say where a page is, and open it in the browser of the desktop that is looked at, if any."""
+    print(f"Report: {path}")
+    desktop = sys.platform in ("darwin", "win32") or os.environ.keys() & {
+        "DISPLAY",
+        "WAYLAND_DISPLAY",
+    }
+    if desktop and sys.stdout.isatty():
+        webbrowser.open(path.resolve().as_uri())
 
 
 def summary(
