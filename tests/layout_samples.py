@@ -198,6 +198,19 @@ DETECTED: dict[str, list[tuple[Row, Row]]] = {
             LONG,
         ),
     ],
+    "whole_messages": [
+        ({f"{side}_messages": talk for side, talk in WHOLE.items()}, WHOLE),
+        (
+            {
+                f"{side}_messages": [
+                    {**message, "content": [{"type": "text", "value": message["content"]}]}
+                    for message in [SYSTEM, *talk]
+                ]
+                for side, talk in WHOLE.items()
+            },
+            WITH_SYSTEM,
+        ),
+    ],
     "openai": [
         (
             {
@@ -310,6 +323,16 @@ DETECTED: dict[str, list[tuple[Row, Row]]] = {
             {"prompt": "Hi", "completion": BAD, "label": False},
         ),
     ],
+    "labelled_messages": [
+        (
+            {"messages": [user(ASKED), assistant(GOOD)], "label": True},
+            {"prompt": [user(ASKED)], "completion": [assistant(GOOD)], "label": True},
+        ),
+        (
+            {"messages": [SYSTEM, *HISTORY, user(ASKED), assistant(BAD)], "label": False},
+            {"prompt": LONG["prompt"], "completion": [assistant(BAD)], "label": False},
+        ),
+    ],
 }
 """Layouts that the columns tell: rows of one data set, and what is to be made of each."""
 
@@ -393,5 +416,13 @@ BAD_VALUES: dict[str, tuple[Row, str]] = {
     ),
     "arena_texts": ({"winner_tie": 1}, "winner_model_a: 2 of winner_model_a, winner_model_b"),
     "thumbs": ({"thumb": None}, "thumb: expected up or down (true or false, 1 or 0, +1 or -1)"),
+    "whole_messages": (
+        {"rejected_messages": 3},
+        "rejected_messages: expected a list of messages, found the number 3",
+    ),
+    "labelled_messages": (
+        {"messages": [user("Hi")]},
+        "messages: ends with a user message; expected the answer, the assistant's, at its end",
+    ),
 }
 """Of each layout that the columns tell: a change that spoils a row, and what is said of it."""

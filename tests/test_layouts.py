@@ -338,6 +338,21 @@ def test_words_for_a_thumb(
     assert_same_tokens(read, [expected], tokenizer)
 
 
+def test_a_labelled_conversation_of_sharegpt(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    talk = [human(ASKED), gpt(BAD)]
+    row = {"conversations": talk, "kto_tag": False, "system": "Be brief."}
+    asked = [{"role": "system", "content": "Be brief."}, user(ASKED)]
+    expected = {"prompt": asked, "completion": [assistant(BAD)], "label": False}
+    assert_same_tokens(load(tmp_path / "data.jsonl", [row]), [expected], tokenizer)
+
+
+def test_a_label_beside_a_conversation_without_an_answer_is_none(tmp_path: Path) -> None:
+    rows = [{"messages": [user(ASKED)], "label": True}]
+    assert "missing columns: found label, messages" in refusal(tmp_path / "a.jsonl", rows)
+
+
 def test_stars_are_no_thumbs(tmp_path: Path) -> None:
     rows = [{"prompt": ASKED, "response": GOOD, "rating": n} for n in (1, 5)]
     assert "missing columns: found prompt, rating, response" in refusal(tmp_path / "a.jsonl", rows)

@@ -17,6 +17,7 @@ LAYOUTS = (
     "axolotl",
     "swift",
     "swift_query",
+    "whole_messages",
     "openai",
     "stack",
     "ultrafeedback",
@@ -29,6 +30,7 @@ LAYOUTS = (
     "arena",
     "arena_texts",
     "thumbs",
+    "labelled_messages",
 )
 """The names of `fastdpo.data.layouts`, which reading a configuration does not import."""
 

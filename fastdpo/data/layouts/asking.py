@@ -87,6 +87,24 @@ def with_system(raw: Raw, names: Names, turns: list[Message]) -> list[Message]:
     )
 
 
+def split_answer(
+    turns: list[Message], field: str, what: str
+) -> tuple[list[Message], list[Message]]:
+    """A conversation that ends with an answer, as what was asked and the answer.
+
+    Raises:
+        BadRow: an end that is not the assistant's, or nothing before it.
+    """
+    if turns[-1]["role"] != "assistant":
+        raise BadRow(
+            f"{field}: ends with a {turns[-1]['role']} message; expected {what}, the assistant's, "
+            "at its end"
+        )
+    if len(turns) == 1:
+        raise BadRow(f"{field}: is an answer alone; expected what was asked before it")
+    return turns[:-1], turns[-1:]
+
+
 def extras(raw: Raw, names: Names) -> dict[str, Any]:
     """What goes on to the chat template."""
     kept = ("tools", "chat_template_kwargs")

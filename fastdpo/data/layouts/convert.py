@@ -40,6 +40,7 @@ _MADE: Mapping[Any, tuple[str, ...]] = {
     groups.completions: ("prompt", "responses"),
     groups.nectar: ("prompt", "responses"),
     groups.thumbs: ("prompt", "completion", "label"),
+    groups.labelled_messages: ("prompt", "completion", "label"),
 }
 _KINDS = {
     "comparisons": datasets.List(datasets.List(datasets.Value("int32"))),

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from ..columns import row_kinds
 from . import groups
 from .layout import Ambiguous, Found, Reading
-from .looks import TALK, USER, is_transcript, sides_of, with_shared
+from .looks import TALK, USER, asks, is_transcript, sides_of, with_shared
 from .sample import Sample
 from .values import as_conversation, parsed
 from .verdicts import is_thumb, word
@@ -22,8 +22,11 @@ _TWO = (
 _FROM_ZERO = (("response_0", "response_1"), ("answer_0", "answer_1"))
 _VERDICT = ("preference", "winner", "preferred", "better_response_id", "choice", "label", "better")
 _STRENGTH = ("preference_strength", "overall_preference")
-_THUMB = ("thumb", "thumbs", "feedback", "rating", "thumbs_up", "liked", "vote", "label")
+_THUMB = (
+    "thumb", "thumbs", "feedback", "rating", "thumbs_up", "liked", "vote", "label", "kto_tag"
+)  # fmt: skip
 _ANSWER = ("completion", "response", "answer", "output")
+_WORSE = ("rejected_response", "rejected_messages")
 
 
 def scored_pair(sample: Sample, forced: bool) -> Found:
@@ -195,15 +198,32 @@ def arena_texts(sample: Sample, forced: bool) -> Found:
 
 def thumbs(sample: Sample, forced: bool) -> Found:
     """An answer with a thumb up or down."""
-    answer, asker = sample.first_filled(*_ANSWER), _asker(sample)
-    column = sample.first_filled(*_THUMB)
-    if answer is None or asker is None or column is None or sides_of(sample):
+    answer, asker, column = sample.first_filled(*_ANSWER), _asker(sample), _thumb_column(sample)
+    if answer is None or asker is None or column is None:
         return None
-    values = sample.distinct(column)
-    if not values or not any(map(is_thumb, values)):
+    names = {**asker, "answer": answer, "thumb": column}
+    return Reading("thumbs", with_shared(sample, names), groups.thumbs)
+
+
+def labelled_messages(sample: Sample, forced: bool) -> Found:
+    """A conversation that ends with an answer, and a thumb up or down for it."""
+    talk, column = sample.first_filled(*TALK), _thumb_column(sample)
+    if talk is None or column is None or sample.first_filled("prompt", *_ANSWER, *_WORSE):
+        return None
+    turns = as_conversation(sample.value(talk))
+    if turns is None or (asks(turns[-1:]) and not forced):
+        return None
+    names = {"talk": talk, "thumb": column}
+    return Reading("labelled_messages", with_shared(sample, names), groups.labelled_messages)
+
+
+def _thumb_column(sample: Sample) -> str | None:
+    """The column of a thumb, where there is one and no pair."""
+    column = sample.first_filled(*_THUMB)
+    values = sample.distinct(column) if column is not None else None
+    if sides_of(sample) or not values or not any(map(is_thumb, values)):
         return None
     words = {word(value) for value in values}
     if all(said.lstrip("-").isdigit() for said in words) and not words <= {"0", "1", "-1"}:
         return None  # a scale
-    names = {**asker, "answer": answer, "thumb": column}
-    return Reading("thumbs", with_shared(sample, names), groups.thumbs)
+    return column

@@ -186,6 +186,14 @@ def swift_query(sample: Sample, forced: bool) -> Found:
     return Reading("swift_query", with_shared(sample, names, "history"), pairs.pair)
 
 
+def whole_messages(sample: Sample, forced: bool) -> Found:
+    """LLaMA-Factory's converted pairs: two whole conversations."""
+    sides = {"chosen": "chosen_messages", "rejected": "rejected_messages"}
+    if not all(map(sample.filled, sides.values())):
+        return None
+    return Reading("whole_messages", with_shared(sample, sides), pairs.whole)
+
+
 def openai(sample: Sample, forced: bool) -> Found:
     """OpenAI's files for preference fine-tuning."""
     if not {"input", "preferred_output", "non_preferred_output"} <= sample.names:

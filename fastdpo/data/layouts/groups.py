@@ -5,7 +5,7 @@ from typing import Any
 
 from ..messages import BadRow
 from ..prompts import split_implicit
-from .asking import Names, Raw, answers_after, extras, read_asked, with_system
+from .asking import Names, Raw, answers_after, extras, read_asked, split_answer, with_system
 from .values import (
     as_conversation,
     is_blank,
@@ -146,6 +146,14 @@ def scored_pair(raw: Raw, names: Names) -> Fields:
     else:
         prompt, responses = raw["prompt"], [sides["chosen"], sides["rejected"]]
     return {"prompt": prompt, "responses": responses, "scores": said, **extras(raw, names)}
+
+
+def labelled_messages(raw: Raw, names: Names) -> Fields:
+    """A conversation that ends with an answer, and a thumb up or down for it."""
+    label, field = thumb(raw.get(names["thumb"]), names["thumb"]), names["talk"]
+    turns = with_system(raw, names, read_messages(raw.get(field), field))
+    prompt, answer = split_answer(turns, field, "the answer")
+    return {"prompt": prompt, "completion": answer, "label": label, **extras(raw, names)}
 
 
 def thumbs(raw: Raw, names: Names) -> Fields:

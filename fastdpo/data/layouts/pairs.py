@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..messages import BadRow
-from .asking import Names, Raw, answers_after, extras, read_asked, with_system
+from .asking import Names, Raw, answers_after, extras, read_asked, split_answer, with_system
 from .values import (
     as_conversation,
     begins_with,
@@ -64,16 +64,9 @@ def swift(raw: Raw, names: Names) -> Fields:
     """A conversation that ends with the better answer, and the worse one beside it."""
     field = names["talk"]
     turns = with_system(raw, names, read_messages(raw.get(field), field))
-    if turns[-1]["role"] != "assistant":
-        raise BadRow(
-            f"{field}: ends with a {turns[-1]['role']} message; expected the better answer, the "
-            "assistant's, at its end"
-        )
-    asked = turns[:-1]
-    if not asked:
-        raise BadRow(f"{field}: is an answer alone; expected what was asked before it")
+    asked, chosen = split_answer(turns, field, "the better answer")
     (rejected,) = answers_after(asked, {names["rejected"]: raw.get(names["rejected"])}, field)
-    return {"prompt": asked, "chosen": turns[-1:], "rejected": rejected, **extras(raw, names)}
+    return {"prompt": asked, "chosen": chosen, "rejected": rejected, **extras(raw, names)}
 
 
 def swift_messages(raw: Raw, names: Names) -> Fields:

@@ -136,6 +136,13 @@ _ENTRIES: tuple[tuple[str, str, str, Any, Mapping[str, Any]], ...] = (
         {"query": _Q, "response": _GOOD, "rejected_response": _BAD},
     ),
     (
+        "whole_messages",
+        "LLaMA-Factory's v1 converters",
+        "chosen_messages, rejected_messages, [system], [tools]",
+        find_pairs.whole_messages,
+        {"chosen_messages": [_USER, _A], "rejected_messages": [_USER, _B]},
+    ),
+    (
         "openai",
         "OpenAI's preference fine-tuning",
         "input, preferred_output, non_preferred_output",
@@ -238,6 +245,13 @@ _ENTRIES: tuple[tuple[str, str, str, Any, Mapping[str, Any]], ...] = (
         "prompt, response or completion, thumb, feedback or rating",
         find_groups.thumbs,
         {"prompt": _Q, "response": _GOOD, "thumb": "up"},
+    ),
+    (
+        "labelled_messages",
+        "LLaMA-Factory's and ms-swift's sets for KTO",
+        "messages or conversations, [system], [tools], label or kto_tag",
+        find_groups.labelled_messages,
+        {"messages": [_USER, _A], "label": True},
     ),
 )
 LAYOUTS: Mapping[str, Layout] = {entry[0]: Layout(*entry) for entry in _ENTRIES}

@@ -125,7 +125,16 @@ def _read_message(value: Any, field: str) -> Message:
         present["role"] = "assistant" if role == _CALLS else role
     if "content" not in present and "value" in present:
         present["content"] = present.pop("value")
+    if isinstance(present.get("content"), list):
+        present["content"] = [_with_text(part) for part in present["content"]]
     return with_objects(present, field)
+
+
+def _with_text(part: Any) -> Any:
+    """A part of text whose text stands in `value`, as in LLaMA-Factory's v1 sets."""
+    if not isinstance(part, Mapping) or part.get("type") != "text" or part.get("text") is not None:
+        return part
+    return {"type": "text", "text": part.get("value")}
 
 
 def _of_sharegpt(message: Mapping[str, Any], field: str) -> Message:
