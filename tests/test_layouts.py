@@ -560,6 +560,35 @@ def test_the_line_shows_an_example(tmp_path: Path, caplog: pytest.LogCaptureFixt
     )
 
 
+def test_the_example_shows_the_text_of_parts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = [{"type": "text", "text": "It is "}, {"type": "text", "text": "42."}]
+    row = {"prompt": [user(ASKED)], "chosen": [assistant(parts)], "rejected": [assistant(BAD)]}
+    with caplog.at_level(logging.INFO):
+        load(tmp_path / "data.jsonl", [row])
+    assert "| chosen 'It is 42.' |" in caplog.text
+
+
+def test_all_cores_convert_where_rows_are_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int | None] = []
+    true = Dataset.map
+
+    def counted(self: Dataset, *args: Any, num_proc: int | None = None, **options: Any) -> Any:
+        seen.append(num_proc)
+        return true(self, *args, **options)
+
+    monkeypatch.setattr(Dataset, "map", counted)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(3))
+    monkeypatch.setattr("fastdpo.data.processes._ROWS_OF_A_PROCESS", 512)
+    row = {"question": ASKED, **SIDES_OF_TEXT}
+    for count, num_proc in ((513, None), (1500, None), (1600, None), (513, 2), (500, 2)):
+        load(tmp_path / "data.jsonl", [row | {"question": str(count)}] * count, num_proc=num_proc)
+    assert seen == [None, 2, 3, 2, None]
+
+
 SIDES_OF_TEXT = {"chosen": GOOD, "rejected": BAD}
 
 

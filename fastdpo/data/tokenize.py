@@ -2,8 +2,6 @@
 
 import copy
 import json
-import multiprocessing
-import os
 from typing import Any
 
 import datasets
@@ -29,6 +27,7 @@ from .load import explain_disk
 from .messages import template_roles
 from .needs import COMPARISONS, Convert, Needs
 from .notes import EMPTY_PROMPT
+from .processes import processes_for
 from .prompts import repeats_prompt
 from .report import TokenizeReport, make_report
 
@@ -60,8 +59,6 @@ COLUMNS = (
 # cache key.
 _VERSION = 5
 _BATCH_SIZE = 512
-_ROWS_OF_A_PROCESS = 4096
-"""A process more for fewer rows than these is not worth its start."""
 
 
 def tokenize_dataset(
@@ -159,22 +156,12 @@ def _encode(dataset: datasets.Dataset, encoder: Encoder, num_proc: int | None) -
             batched=True,
             batch_size=_BATCH_SIZE,
             with_indices=True,
-            num_proc=num_proc or _processes(len(dataset)),
+            num_proc=processes_for(len(dataset), num_proc),
             remove_columns=dataset.column_names,
             features=FEATURES,
             new_fingerprint=_cache_key(dataset, encoder),
             desc=f"Tokenizing {encoder.source}",
         )
-
-
-def _processes(rows: int) -> int | None:
-    """Processes to tokenise so many rows with: all cores, where they are many, and where a new
-    process does not run the caller's script once more.
-    """
-    if multiprocessing.get_all_start_methods()[0] != "fork":
-        return None
-    count = min(len(os.sched_getaffinity(0)), rows // _ROWS_OF_A_PROCESS)
-    return count if count > 1 else None
 
 
 def _cache_key(dataset: datasets.Dataset, encoder: Encoder) -> str:

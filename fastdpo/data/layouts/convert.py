@@ -10,7 +10,8 @@ import datasets
 import xxhash
 
 from ..columns import FIELDS, LINE_COLUMN, PROBLEM_COLUMN, may_hold_prompt
-from ..messages import BadRow, unreadable
+from ..messages import BadRow, plain_message, unreadable
+from ..processes import processes_for
 from ..readers import stored
 from . import groups, mapping, pairs
 from .layout import Reading
@@ -19,7 +20,7 @@ from .recognise import recognise
 logger = logging.getLogger(__name__)
 
 # To be raised whenever the same rows are read as others than before.
-_VERSION = 1
+_VERSION = 2
 _BATCH = 512
 _SHOWN = 40
 _SIDES = ("chosen", "rejected")
@@ -132,7 +133,7 @@ def _map(
         convert,
         batched=True,
         batch_size=_BATCH,
-        num_proc=num_proc if len(dataset) > _BATCH else None,
+        num_proc=processes_for(len(dataset), num_proc if len(dataset) > _BATCH else 1),
         remove_columns=dataset.column_names,
         features=convert.features,
         new_fingerprint=xxhash.xxh3_128_hexdigest(json.dumps(key).encode()),
@@ -194,9 +195,10 @@ def _example(made: datasets.Dataset) -> str | None:
 def _text(value: Any, last: bool) -> str:
     if isinstance(value, list) and value:
         message = value[-1 if last else 0]
-        content = message.get("content") if isinstance(message, Mapping) else message
-        calls = message.get("tool_calls") if isinstance(message, Mapping) else None
-        return str(content or calls or "")
+        if not isinstance(message, Mapping):
+            return str(message)
+        shown = plain_message(message)
+        return str(shown.get("content") or shown.get("tool_calls") or "")
     return str(value)
 
 
