@@ -19,7 +19,10 @@ NAMES |= {other: name for name, other in NAMES.items()}
 
 
 class Mutant(NamedTuple):
-    """One changed place: from `start` to `stop` of a file's source comes `text`."""
+    """One changed place: from `start` to `stop` of a file's source comes `text`.
+
+    `imported` says that it is run when the file is imported: it stands in no function's body.
+    """
 
     file: str
     line: int
@@ -28,6 +31,7 @@ class Mutant(NamedTuple):
     stop: int
     text: str
     what: str
+    imported: bool
 
 
 def mutants(file: Path) -> list[Mutant]:
@@ -36,14 +40,21 @@ def mutants(file: Path) -> list[Mutant]:
     starts = [0]
     for line in source.encode().splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
-    found = []
-    for node, new in _changes(ast.parse(source)):
+    found, tree = [], ast.parse(source)
+    bodies = [
+        range(node.body[0].lineno, node.end_lineno + 1)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+    for node, new in _changes(tree):
         start = starts[node.lineno - 1] + node.col_offset
         stop = starts[node.end_lineno - 1] + node.end_col_offset
         old = source.encode()[start:stop].decode()
         text = f"({ast.unparse(new)})" if isinstance(new, ast.expr) else ast.unparse(new)
         what = f"{' '.join(old.split())[:60]} -> {' '.join(text.split())[:60]}"
-        found.append(Mutant(str(file), node.lineno, node.end_lineno, start, stop, text, what))
+        imported = not any(node.lineno in body for body in bodies)
+        place = (str(file), node.lineno, node.end_lineno, start, stop)
+        found.append(Mutant(*place, text, what, imported))
     return found
 
 
@@ -57,6 +68,8 @@ def _changes(tree: ast.AST) -> Iterator[tuple[Any, ast.AST]]:
                 yield node, ast.Pass()
             continue
         for name, value in ast.iter_fields(node):
+            if isinstance(node, ast.keyword) and node.arg == "stacklevel":
+                continue  # of a warning: which line it names
             if name not in ("annotation", "returns", "decorator_list", "type_comment"):
                 todo += [v for v in (value if isinstance(value, list) else [value])
                          if isinstance(v, ast.AST)]  # fmt: skip
@@ -85,7 +98,7 @@ def _of(node: Any) -> Iterator[tuple[Any, ast.AST]]:
             copy.func.attr = NAMES[node.func.attr]
             yield node, copy
         for index, keyword in enumerate(node.keywords):
-            if keyword.arg is not None:
+            if keyword.arg not in (None, "stacklevel"):
                 fewer = deepcopy(node)
                 del fewer.keywords[index]
                 yield node, fewer

@@ -134,16 +134,18 @@ def import_all_but_the_kernels() -> None:
 
 
 def tests_of(mutant: Mutant, known: dict[str, Any]) -> list[str]:
-    """The tests that run a line of a mutant, fastest first; of an import, those of the file."""
+    """The tests that run a line of a mutant, fastest first; those of the file for what is run when
+    it is imported.
+    """
     file = mutant.file.partition("/fastdpo_kernels/")[2]
     apart = [tests for part, tests in APART.items() if part in file]
     if apart:
         return apart[:1]
     lines = range(mutant.line, mutant.last + 1)
     names = {name for n in lines for name in known["lines"].get(f"{file}:{n}", ())}
-    if IMPORT in names:
+    if mutant.imported:
         of_file = [found for line, found in known["lines"].items() if line.startswith(f"{file}:")]
-        names = {name for found in of_file for name in found} - {IMPORT} or known["seconds"]
+        names = {name for found in of_file for name in found} - {IMPORT} or set(known["seconds"])
     return sorted(names, key=lambda name: known["seconds"][name])
 
 

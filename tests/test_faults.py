@@ -47,9 +47,21 @@ def test_tests_of_a_fault_are_those_that_run_its_line_or_its_import() -> None:
     lines = {"a.py:1": [IMPORT], "a.py:2": ["slow", "fast"], "b.py:2": ["other"]}
     known = {"lines": lines, "seconds": {"slow": 2, "fast": 1, "other": 0}}
     folder = f"{PACKAGE}/a.py"
-    assert mutants.tests_of(Mutant(folder, 1, 1, 0, 0, "", ""), known) == ["fast", "slow"]
-    assert mutants.tests_of(Mutant(folder, 2, 2, 0, 0, "", ""), known) == ["fast", "slow"]
-    assert mutants.tests_of(Mutant(folder, 3, 3, 0, 0, "", ""), known) == []
+    for line, imported, expected in (
+        (1, True, ["fast", "slow"]),
+        (2, False, ["fast", "slow"]),
+        (3, False, []),
+        (3, True, ["fast", "slow"]),
+    ):
+        mutant = Mutant(folder, line, line, 0, 0, "", "", imported)
+        assert mutants.tests_of(mutant, known) == expected
+
+
+def test_what_is_run_at_an_import_stands_in_no_function(tmp_path: Path) -> None:
+    file = tmp_path / "source.py"
+    file.write_text("A = (\n    2,\n)\n\n\ndef f(\n    a=3,\n):\n    warn(a, 4, stacklevel=5)\n")
+    found = {m.what.split()[0]: m.imported for m in mutants.mutants(file)}
+    assert found == {"2": True, "3": True, "warn(a,": False, "4": False}
 
 
 def test_the_tests_of_the_kernels_are_found_by_their_imports() -> None:
