@@ -1,5 +1,5 @@
 """The command line: `fastdpo train | precompute | pairs | check | score | sample | chat
-| merge | plan | report | bench | doctor`.
+| merge | rounds | plan | report | bench | doctor`.
 
 What a user got wrong is one line on stderr and exit code 2, never a traceback. As in a shell, an
 interrupted run is 130, and 141 one whose output nobody reads any more. Nothing heavy is imported
@@ -42,6 +42,7 @@ Commands:
   sample        answers of a model, to one prompt or to those of a file
   chat          talk to a model
   merge         add an adapter to its base's weights
+  rounds        sample, judge and train, again and again
   plan          what a run would need of a GPU's memory, before anything runs
   report        a run, or several beside each other, as a page for the browser
   bench         compare with other trainers and heads, on this machine
@@ -302,6 +303,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], Callable[[], str] | N
     "chat": _elsewhere(".generation.chat"),
     "merge": _elsewhere(".generation.merge"),
     "plan": (_plan, _plan_usage),
+    "rounds": _elsewhere(".rounds.command"),
     "report": _elsewhere(".report.command"),
     "bench": (_bench, None),
     "doctor": (_doctor, lambda: DOCTOR_USAGE),

@@ -27,6 +27,7 @@ GROUPS = {
     "logging": "Logging",
     "saving": "Saving",
     "hub": "Hub",
+    "rounds": "Rounds (of `fastdpo rounds` alone)",
 }
 """Section names in the order in which help, YAML and tables show them, with their headings."""
 

@@ -5,6 +5,8 @@ from dataclasses import Field, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import Self
+
 from ..errors import ConfigError
 from .checks import check_together, idle_settings
 from .files import Given, read_yaml
@@ -64,7 +66,7 @@ class TrainConfig(Keys):
             self._set(loss_type=["kto"], origins={**self.origins, "loss_type": KTO_ORIGIN})
 
     @classmethod
-    def parse(cls, arguments: Sequence[str]) -> "TrainConfig":
+    def parse(cls, arguments: Sequence[str]) -> Self:
         """Read `config.yaml --beta 0.2 --max_steps 50`; the file is optional and flags win over it.
 
         Raises:
@@ -79,17 +81,17 @@ class TrainConfig(Keys):
         return cls._build({**(read_yaml(words[0]) if words else {}), **given})
 
     @classmethod
-    def load(cls, path: str | Path) -> "TrainConfig":
+    def load(cls, path: str | Path) -> Self:
         """Read a YAML file, such as one that `save` wrote."""
         return cls._build(read_yaml(path))
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], place: str = "configuration") -> "TrainConfig":
+    def from_dict(cls, values: Mapping[str, Any], place: str = "configuration") -> Self:
         """Check `values` as `parse` does, unknown keys included; `place` names them in errors."""
         return cls._build({name: Given(value, place) for name, value in values.items()})
 
     @classmethod
-    def _build(cls, given: Mapping[str, Given]) -> "TrainConfig":
+    def _build(cls, given: Mapping[str, Given]) -> Self:
         own = cls.key_fields()
         for name, entry in given.items():
             if name not in own:
@@ -126,7 +128,7 @@ class TrainConfig(Keys):
                 raise unfit(rule.expected, item)
         return value
 
-    def choose(self, reason: str, **values: Any) -> "TrainConfig":
+    def choose(self, reason: str, **values: Any) -> Self:
         """A copy with `values` that were decided at start-up; `reason` becomes their origin."""
         return replace(self, **values, origins={**self.origins, **dict.fromkeys(values, reason)})
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import GenerationConfig, set_seed
 
 from ..config import TrainConfig
 from ..data.messages import Text
@@ -125,6 +125,27 @@ class Sampler:
             **options,
         )
         answers = [self._answer(row) for row in output[:, longest:].tolist()]
+        return [answers[start : start + number] for start in range(0, len(answers), number)]
+
+    @torch.no_grad()
+    def generate_continuously(
+        self, prompts: Sequence[list[int]], how: Sampling, number: int = 1
+    ) -> list[list[Answer]]:
+        """As `generate`, by transformers' continuous batching: without padding, and the place of an
+        answer that has ended goes to the next one.
+        """
+        inputs = [prompt for prompt in prompts for _ in range(number)]
+        found = self.model.generate_batch(
+            inputs,
+            generation_config=GenerationConfig(
+                eos_token_id=sorted(self.ends) or None,
+                pad_token_id=self.tokenizer.pad_token_id or 0,
+                **how.arguments(),
+            ),
+            warmup=False,
+        )
+        by_number = sorted(found.values(), key=lambda one: int(one.request_id.split("_")[-1]))
+        answers = [self._answer(list(one.generated_tokens)) for one in by_number]
         return [answers[start : start + number] for start in range(0, len(answers), number)]
 
     def _answer(self, ids: list[int]) -> Answer:

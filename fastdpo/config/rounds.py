@@ -1,0 +1,144 @@
+"""The keys of `fastdpo rounds`, beside those of a run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .declare import (
+    AT_LEAST_ONE,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Rule,
+    key,
+    one_of,
+    section,
+)
+from .train import TrainConfig
+
+JUDGES = ("exact", "math", "row", "self")
+"""Judges that need no file, model or endpoint."""
+
+
+@section("rounds")
+class RoundKeys:
+    """Sampling, judging and the order of rounds."""
+
+    rounds: int = key(3, "Rounds: each samples, scores and trains.", AT_LEAST_ONE)
+    prompts_per_round: int | None = key(
+        None,
+        "Prompts of a round, taken in turn from the data set; unset takes all of them.",
+        AT_LEAST_ONE,
+    )
+    num_generations: int = key(8, "Answers to each prompt in a round.", AT_LEAST_ONE)
+    temperature: float = key(1.0, "That logits are divided by; 0 is greedy.", NOT_NEGATIVE)
+    top_p: float = key(
+        1.0,
+        "The share of probability that is drawn from.",
+        Rule("above 0, at most 1", lambda v: 0 < v <= 1),
+    )
+    top_k: int = key(0, "The number of tokens that is drawn from; 0 for all.", NOT_NEGATIVE)
+    generation_batch_size: int = key(8, "Prompts that are answered at a time.", AT_LEAST_ONE)
+    engine: str = key(
+        "transformers",
+        "What samples: transformers' generate, its continuous batching, or vLLM or SGLang where "
+        "they are installed.",
+        one_of("transformers", "continuous", "vllm", "sglang"),
+    )
+    mask_truncated_completions: bool = key(
+        True, "Answers that max_completion_length cut off are scored but not trained on."
+    )
+    judge: str | None = key(
+        None,
+        "What scores answers: FILE.py:FUNCTION of prompt, response and row; exact or math, against "
+        "the row's answer; row, the row's own answer is the better one (SPIN); self, the policy's "
+        "implicit reward; model:PATH, a reward model; or the URL of an OpenAI-compatible endpoint.",
+    )
+    judge_answer: str = key("answer", "The column that exact and math compare with.")
+    judge_model: str | None = key(
+        None,
+        "The model to ask for at the endpoint; of self, the model that rewards are measured from.",
+    )
+    judge_mode: str = key(
+        "absolute",
+        "Whether the endpoint scores each answer, or compares two, asked in both orders.",
+        one_of("absolute", "pairwise"),
+    )
+    judge_rubric: str | None = key(
+        None, "A text file: what the endpoint is to judge by.", path=True
+    )
+    judge_max_tokens: int | None = key(
+        None,
+        "Tokens that the endpoint may use in all rounds together; unset is no limit.",
+        AT_LEAST_ONE,
+    )
+    reference: str = key(
+        "start",
+        "The reference of a round: the model that the first round started from, or the one that "
+        "this round starts from.",
+        one_of("start", "previous"),
+    )
+    eval_prompts: int = key(
+        64, "Held-out prompts that are answered and judged before the first round and after each."
+    )
+    take_worse_rounds: bool = key(
+        True, "Whether a round counts whose model has a lower held-out score than the one before."
+    )
+    max_kl: float | None = key(
+        None,
+        "Nats a token from the start, on held-out answers; a round that goes farther is the last.",
+        POSITIVE,
+    )
+    max_repetition: float = key(
+        0.5,
+        "Share of repeated 4-grams in held-out answers above which a round is named.",
+        FRACTION,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundsConfig(RoundKeys, TrainConfig):
+    """The configuration of `fastdpo rounds`: the keys of a run, and those of the rounds.
+
+    Raises:
+        ConfigError: as `TrainConfig`; a key of a run that the rounds set themselves.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("model_name_or_path", "dataset_name", "judge")
+        for name in SET_BY_ROUNDS:
+            if name in self.origins:
+                raise self.error(name, f"fastdpo rounds sets it in each round{SET_BY_ROUNDS[name]}")
+        judge = str(self.judge)
+        file, _, function = judge.rpartition(":")
+        known = judge in JUDGES or judge.startswith(("model:", "http://", "https://"))
+        if not known and not (file.endswith(".py") and function.isidentifier()):
+            raise self.error(
+                "judge",
+                f"expected FILE.py:FUNCTION, {', '.join(JUDGES)}, model:PATH or a URL, got {judge}",
+            )
+        if not known and not Path(file).expanduser().is_file():
+            raise self.error("judge", f"no file {file}")
+        if judge != "row" and self.num_generations < 2:
+            raise self.error(
+                "num_generations", "expected at least 2: answers are compared with each other"
+            )
+
+    def of_round(self, **values: Any) -> TrainConfig:
+        """The configuration of a round's training, with `values` for what the round sets."""
+        names = TrainConfig.key_fields()
+        given = {name: getattr(self, name) for name in names} | values
+        origins = {name: place for name, place in self.origins.items() if name in names}
+        return TrainConfig(**given, origins={**origins, **dict.fromkeys(values, "fastdpo rounds")})
+
+
+SET_BY_ROUNDS = {
+    "ref_model_name_or_path": " (reference: start or previous)",
+    "resume_from_checkpoint": "; start the same command again to go on",
+    "overwrite_output_dir": "; start the same command again to go on",
+    "push_to_hub": "; upload the last round's model",
+    "eval_strategy": " (eval_prompts)",
+    "do_eval": " (eval_prompts)",
+}
+"""Keys of a run that a round has its own values for, with what there is in their place."""

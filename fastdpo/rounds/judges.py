@@ -1,0 +1,249 @@
+"""What scores answers. A failure is None, and is counted; it is never taken for a score."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ..config.rounds import RoundsConfig
+from ..data.messages import Text
+from ..errors import ConfigError, DataError, FastDPOError, one_line
+from ..model.paths import run_device
+from ..scoring.reward import RewardModel as Implied
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt with its answers, and the row that it stands in."""
+
+    prompt: Text
+    answers: Sequence[str]
+    row: Row
+
+
+class Judge(Protocol):
+    """Scores the answers to a prompt, the higher the better."""
+
+    failures: dict[str, int]
+    """How many answers could not be scored, by reason."""
+
+    def __call__(self, questions: Sequence[Question]) -> list[list[float | None]]:
+        """A score for each answer, None where there is none."""
+
+
+@dataclass
+class OfEach:
+    """A judge that scores one answer at a time."""
+
+    score: Callable[[Text, str, Row], float]
+    name: str
+    failures: dict[str, int] = field(default_factory=dict)
+
+    def __call__(self, questions: Sequence[Question]) -> list[list[float | None]]:
+        return [[self._one(q, answer) for answer in q.answers] for q in questions]
+
+    def _one(self, question: Question, answer: str) -> float | None:
+        try:
+            found = self.score(question.prompt, answer, question.row)
+        except FastDPOError:
+            raise
+        except Exception as error:
+            raise FastDPOError(
+                f"judge: {self.name} raised {type(error).__name__} ({one_line(error)}) on the "
+                f"answer {answer[:60]!r}; what was sampled is kept, and the same command goes on"
+            ) from error
+        if isinstance(found, bool | int | float) and math.isfinite(found):
+            return float(found)
+        fail(self.failures, f"{self.name} returned {found!r:.40}")
+        return None
+
+
+class NoScores:
+    """No judge: the row's own answer is the better one, whatever is sampled (SPIN)."""
+
+    def __init__(self) -> None:
+        self.failures: dict[str, int] = {}
+
+    def __call__(self, questions: Sequence[Question]) -> list[list[float | None]]:
+        return [[None] * len(question.answers) for question in questions]
+
+
+def fail(failures: dict[str, int], reason: str) -> None:
+    """Count an answer without a score."""
+    failures[reason] = failures.get(reason, 0) + 1
+
+
+def from_file(name: str) -> Judge:
+    """FILE.py:FUNCTION.
+
+    Raises:
+        ConfigError: a file that cannot be run, or that has no such function.
+    """
+    file, _, function = name.rpartition(":")
+    spec = importlib.util.spec_from_file_location("fastdpo_judge", Path(file).expanduser())
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"judge: {file}: {type(error).__name__}: {one_line(error)}") from None
+    score = getattr(module, function, None)
+    if not callable(score):
+        raise ConfigError(f"judge: {file} has no function {function}")
+    return OfEach(score, function)
+
+
+# Against the row's own answer
+
+_NUMBER = re.compile(r"[-−]?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+)?%?")
+_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+
+
+def exact(column: str) -> Judge:
+    """1 where an answer is the row's, white space and case aside, and 0 elsewhere."""
+
+    def score(prompt: Text, answer: str, row: Row) -> float:
+        return float(_plain(answer) == _plain(_expected(row, column)))
+
+    return OfEach(score, "exact")
+
+
+def checked_number(column: str) -> Judge:
+    """1 where the number that an answer comes to is the row's, and 0 elsewhere: what stands in its
+    last \\boxed{}, after its last ####, or else its last number.
+    """
+
+    def score(prompt: Text, answer: str, row: Row) -> float:
+        expected = final_number(_expected(row, column))
+        if expected is None:
+            raise DataError(f"{column}: {_expected(row, column)[:60]!r} holds no number")
+        found = final_number(answer)
+        return float(
+            found is not None and math.isclose(found, expected, rel_tol=1e-6, abs_tol=1e-9)
+        )
+
+    return OfEach(score, "math")
+
+
+def final_number(text: str) -> float | None:
+    """The number that a text comes to; None where it has none."""
+    if boxed := _BOXED.findall(text):
+        text = boxed[-1].replace("\\frac{", "").replace("}{", "/")
+    elif "####" in text:
+        text = text.rpartition("####")[2]
+    numbers = _NUMBER.findall(text)
+    if not numbers:
+        return None
+    value = numbers[-1].replace(",", "").replace("$", "").replace("−", "-").replace(" ", "")
+    percent = value.endswith("%")
+    top, _, bottom = value.removesuffix("%").partition("/")
+    if bottom and float(bottom) == 0:
+        return None
+    return float(top) / float(bottom or 1) / (100 if percent else 1)
+
+
+def _expected(row: Row, column: str) -> str:
+    if row.get(column) is None:
+        raise DataError(f"judge: the rows have no column {column} to compare with (judge_answer)")
+    return str(row[column])
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+# Models
+
+
+class RewardModel:
+    """A sequence classifier of one number, over prompt and answer as its chat template writes
+    them, in batches of like length.
+    """
+
+    def __init__(self, path: str, config: RoundsConfig, *, batch_size: int = 8) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        self.failures: dict[str, int] = {}
+        self.device, self.batch_size = run_device(config), batch_size
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            model = AutoModelForSequenceClassification.from_pretrained(path)
+        except Exception as error:
+            raise ConfigError(f"judge: {path}: cannot be loaded ({one_line(error)})") from None
+        if model.config.num_labels != 1:
+            raise ConfigError(
+                f"judge: {path} has {model.config.num_labels} labels; expected a reward model, of 1"
+            )
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
+        self.pad: int = model.config.pad_token_id
+        self.model = model.to(self.device).eval()
+
+    def __call__(self, questions: Sequence[Question]) -> list[list[float | None]]:
+        tokens = [self._encode(q.prompt, answer) for q in questions for answer in q.answers]
+        scores: list[float | None] = [None] * len(tokens)
+        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+        for start in range(0, len(order), self.batch_size):
+            some = order[start : start + self.batch_size]
+            for index, value in zip(some, self._rewards([tokens[i] for i in some]), strict=True):
+                if math.isfinite(value):
+                    scores[index] = value
+                else:
+                    fail(self.failures, "the reward model gave no finite number")
+        rest = iter(scores)
+        return [[next(rest) for _ in q.answers] for q in questions]
+
+    @torch.no_grad()
+    def _rewards(self, rows: Sequence[list[int]]) -> list[float]:
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [self.pad] * (longest - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        out = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
+        return [float(value) for value in out.logits[:, 0].float().cpu()]
+
+    def _encode(self, prompt: Text, answer: str) -> list[int]:
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt + answer)["input_ids"])
+        talk = [*prompt, {"role": "assistant", "content": answer}]
+        if self.tokenizer.chat_template is None:
+            raise DataError("judge: the reward model has no chat template; expected text prompts")
+        return list(self.tokenizer.apply_chat_template(talk, return_dict=True)["input_ids"])
+
+
+class Implicit:
+    """The policy as its own judge: β (log π(y|x) − log π_ref(y|x)), measured from what the model
+    was before it was trained on preferences.
+    """
+
+    def __init__(self, config: RoundsConfig) -> None:
+        if config.judge_model is None:
+            raise ConfigError(
+                "judge_model: expected the model that the policy was before it was trained on "
+                "preferences: its implicit reward is measured from it (judge: self)"
+            )
+        keys = {name: getattr(config, name) for name in ("dtype", "use_cpu", "bf16", "max_length")}
+        self.reward = Implied(
+            str(config.model_name_or_path), config.judge_model, config.beta, **keys
+        )
+        self.failures: dict[str, int] = {}
+
+    def __call__(self, questions: Sequence[Question]) -> list[list[float | None]]:
+        prompts = [q.prompt for q in questions for _ in q.answers]
+        rest = iter(
+            self.reward(prompts, [_as_completion(q, a) for q in questions for a in q.answers])
+        )
+        return [[next(rest) for _ in q.answers] for q in questions]
+
+
+def _as_completion(question: Question, answer: str) -> Any:
+    text = isinstance(question.prompt, str)
+    return answer if text else [{"role": "assistant", "content": answer}]
