@@ -16,7 +16,6 @@ Rows go to bench/results/check.jsonl.
 import itertools
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
