@@ -64,24 +64,29 @@ def faults(rng: random.Random) -> Iterator[dict[str, Any]]:
     held, rows = rows[:100], rows[100:]
     number = round(_SHARE * len(rows))
     exact = [_respaced(row, rng) for row in rng.sample(rows, number)]
-    turned = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]}
-              for row in rng.sample(rows, number)]  # fmt: skip
-    drawn = rng.sample(rows, 4 * number)
-    near = [_reworded(row, rng, 1 + place % 8) for place, row in enumerate(drawn)]
-    alike = [similarity(_whole(a), _whole(b)) >= SAME for a, b in zip(drawn, near, strict=True)]
+    turned = [
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+        for row in rng.sample(rows, number)
+    ]
     test = [*held, *(_respaced(row, rng) for row in rng.sample(rows, 50))]
     leaked = range(len(held) + 1, len(test) + 1)
-    parts = [rows, exact, turned, near]
-    planted = dict(zip(("exact", "turned", "near"), _places(parts)[1:], strict=True))
-    found = _found([row for part in parts for row in part], test)
-    yield _judged("exact_duplicate", found, planted["exact"])
-    turned_rows = {row for row in found.get("contradiction", ()) if row > len(rows)}
-    yield _judged("contradiction", {"contradiction": turned_rows}, planted["turned"])
-    same = [row for row, is_same in zip(planted["near"], alike, strict=True) if is_same]
-    yield {**_judged("near_duplicate", found, same), "reworded": len(near)}
+    found = _found([*rows, *exact, *turned], test)
+    added = range(len(rows) + 1, len(rows) + 2 * number + 1)
+    yield _judged("exact_duplicate", found, added[:number])
+    found["contradiction"] &= {*added}  # what they contradict is named too
+    yield _judged("contradiction", found, added[number:])
     yield _judged("shared_prompt", found, leaked)
+    drawn = rng.sample(rows, 4 * number)
+    near = [_reworded(row, rng, 1 + place % 8) for place, row in enumerate(drawn)]
+    same = [
+        len(rows) + 1 + place
+        for place, (a, b) in enumerate(zip(drawn, near, strict=True))
+        if similarity(_whole(a), _whole(b)) >= SAME
+    ]
     test = [*held, *({**row, "prompt": _words(row["prompt"], rng, 1)} for row in drawn[:50])]
-    yield _judged("near_shared_prompt", _found(rows, test), leaked)
+    found = _found([*rows, *near], test)
+    yield {**_judged("near_duplicate", found, same), "reworded": len(near)}
+    yield _judged("near_shared_prompt", found, leaked)
     for share in (0.5, 0.6, 0.75):
         biased = [_longer_first(row, rng.random() < share) for row in rows]
         checked = check(datasets.Dataset.from_list(biased), "pairs")
@@ -101,12 +106,6 @@ def _judged(name: str, found: dict[str, set[int]], planted: Iterable[int]) -> di
     wanted, got = set(planted), found.get(name, set())
     right = len(wanted & got)
     return {"fault": name, "planted": len(wanted), "found": len(got), "right": right}
-
-
-def _places(parts: Sequence[Sequence[Row]]) -> list[range]:
-    """The numbers of each part's rows, from 1."""
-    ends = list(itertools.accumulate(map(len, parts), initial=1))
-    return [range(start, end) for start, end in itertools.pairwise(ends)]
 
 
 def _respaced(row: Row, rng: random.Random) -> Row:
@@ -184,9 +183,11 @@ def labels(rows: list[Row], rng: random.Random, scratch: Path, **keys: Any) -> d
     margins = {
         "logp": sides[0][0] - sides[1][0],
         "logp_per_token": sides[0][0] / sides[0][1] - sides[1][0] / sides[1][1],
-        "reward": np.zeros(len(rows)),
     }
-    for half in (0, 1):
+    halves = (0, 1) if keys["num_train_epochs"] else ()
+    if halves:
+        margins["reward"] = np.zeros(len(rows))
+    for half in halves:
         path = scratch / f"half{half}"
         part = TrainConfig(
             **{**vars_of(base), **keys, "output_dir": str(path), "overwrite_output_dir": True}
@@ -215,6 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("part", choices=("faults", "speed", "labels"))
     parser.add_argument("--repetitions", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=100_000, help="of speed, and most of labels")
+    parser.add_argument("--epochs", type=float, default=2.0, help="of labels; 0 trains nothing")
     parser.add_argument("--data", choices=("demo", "gsm8k"), default="demo", help="of labels")
     options = parser.parse_args(arguments)
     results = record.Results("check", options)
@@ -231,7 +233,7 @@ def _part(options: Namespace, rng: random.Random) -> Iterator[dict[str, Any]]:
             found = seconds(make(options.pairs, rng))
             yield {"rows": make.__name__, "pairs": options.pairs, **found}
     else:
-        rows, keys = single_pairs(), {"learning_rate": 1e-5, "num_train_epochs": 2.0}
+        rows, keys = single_pairs(), {"learning_rate": 1e-5, "num_train_epochs": options.epochs}
         if options.data == "demo":
             rows = [r for name in ("train", "test") for r in read_rows(_DEMO / f"{name}.jsonl")]
         keys |= {"gradient_checkpointing": False, "save_strategy": "no", "report": False}
