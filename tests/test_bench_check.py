@@ -94,10 +94,14 @@ def test_pages_sum_over_repetitions(tmp_path):
             {**fault, **counted, "right": 13},
             {**fault, "fault": "length_bias", "longer_wins": 0.75, "warned": True},
             {**speed, "seconds": 104.37, "cpu_seconds": 34.88},
-            {**labels, "auc": {"logp": 1.0, "reward": 0.95}, "options": {"epochs": 2.0}},
+            {**labels, "auc": {"logp": 0.5, "reward": 0.5}, "command": "an earlier one"},
+            {**labels, "auc": {"logp": 1.0, "reward": 0.95}},
+            {**labels, "auc": {"logp": 0.75}},
         ],
     )
     assert "| 40 | 0.7000 | 0.8750 |" in faults_block(tmp_path)
     assert "longer response wins 75% in 1 of 1 sets" in faults_block(tmp_path)
     assert "| mixed | 100000 | 34.9 | 104 |" in speed_block(tmp_path)
     assert "| 271 | 27 | 1.00 |  | 0.950 |" in labels_block(tmp_path)
+    assert "| 271 | 27 | 0.750 |  |  |" in labels_block(tmp_path)
+    assert "0.500" not in labels_block(tmp_path)

@@ -69,26 +69,29 @@ def speed_block(folder: Path) -> str:
 
 def labels_block(folder: Path) -> str:
     """The area under the curve of each measure, for each set of pairs."""
-    rows = _newest(folder, "labels")
-    if not rows:
+    cases: dict[tuple[str, bool], list[Row]] = {}
+    for row in read(folder, "check.jsonl"):
+        if row["part"] == "labels":
+            case = cases.setdefault((row["data"], "reward" in row["auc"]), [])
+            if case and case[0]["command"] != row["command"]:
+                case.clear()
+            case.append(row)
+    if not cases:
         return NOTHING
-    cases: dict[tuple[str, int, float], list[Row]] = {}
-    for row in rows:
-        key = (row["data"], row["pairs"], row["options"]["epochs"])
-        cases.setdefault(key, []).append(row)
     lines = [
         [
             _DATA[data],
-            str(pairs),
+            str(own[0]["pairs"]),
             str(own[0]["swapped"]),
             *(
                 spread([row["auc"][name] for row in own if name in row["auc"]], 3)
                 for name in _MEASURES
             ),
         ]
-        for (data, pairs, _), own in cases.items()
+        for (data, _), own in cases.items()
     ]
     columns = ("pairs of", "pairs", "swapped", *_MEASURES.values())
+    rows = [row for own in cases.values() for row in own]
     return "\n\n".join([markdown(columns, lines), *origins(rows)])
 
 

@@ -28,7 +28,7 @@ FORMS: Mapping[str, re.Pattern[str]] = {
         re.IGNORECASE,
     ),
 }
-_PARTS: Mapping[str, tuple[str, ...]] = {
+PARTS: Mapping[str, tuple[str, ...]] = {
     "an apology": ("sorry", "apolog"),
     "a refusal": ("i'm ", "i am ", "i can", "i won't", "as an ai"),
 }
@@ -68,7 +68,7 @@ def format_bias(texts: Texts) -> Iterator[Finding]:
     if not len(better) or not len(worse):
         return
     for form, pattern in FORMS.items():
-        parts = _PARTS.get(form, ())
+        parts = PARTS.get(form, ())
         has = np.array(
             [holds(text, parts) and pattern.search(text) is not None for text in texts.responses],
             bool,
