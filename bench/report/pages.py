@@ -18,6 +18,7 @@ from pathlib import Path
 from ..cli import Parser
 from .balance import balance_block
 from .cards import cards_block
+from .checks import faults_block, labels_block, speed_block
 from .convergence import convergence_block, convergence_chart, convergence_table
 from .heads import head_tables, heads_all_block, heads_block, heads_chart
 from .losses import demo_block, forms_block, kto_tokens_block, score_block
@@ -35,6 +36,7 @@ PAGES = (
     "README.md",
     "docs/benchmarks.md",
     "docs/cards.md",
+    "docs/checks.md",
     "docs/devices.md",
     "docs/losses.md",
     "docs/memory.md",
@@ -57,6 +59,9 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "forms": forms_block,
     "kto-tokens": kto_tokens_block,
     "score": score_block,
+    "check-faults": faults_block,
+    "check-labels": labels_block,
+    "check-speed": speed_block,
     "memory": memory_block,
     "balance": balance_block,
     "cards": cards_block,
