@@ -27,6 +27,7 @@ from .ranks import context_block, hosts_block
 from .robustness import kill_block, kill_devices_block, soak_block
 from .rows import first, flat, newest_runs, origins
 from .scaling import scaling_block
+from .start import start_block
 from .summary import summary_block, tokens_block
 from .tables import NOTHING
 from .trainers import gaps_block, losses_block, trainer_tables, trainers_block, trainers_chart
@@ -37,6 +38,7 @@ PAGES = (
     "docs/benchmarks.md",
     "docs/cards.md",
     "docs/checks.md",
+    "docs/data.md",
     "docs/devices.md",
     "docs/losses.md",
     "docs/memory.md",
@@ -62,6 +64,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "check-faults": faults_block,
     "check-labels": labels_block,
     "check-speed": speed_block,
+    "start": start_block,
     "memory": memory_block,
     "balance": balance_block,
     "cards": cards_block,
