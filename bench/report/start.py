@@ -36,6 +36,6 @@ def start_block(folder: Path) -> str:
             plans = [row["plan_s"] for row in own if "plan_s" in row]
             gib = [row["resident_mib"] / 1024 for row in own]
             figures = (spread(whole, 3), spread(cores, 3), spread(plans, 2) if plans else "")
-            lines.append([words, str(own[0]["pairs"]), *figures, spread(gib, 2)])
+            lines.append([words, str(own[0]["options"]["pairs"]), *figures, spread(gib, 2)])
     columns = ("", "pairs", "seconds", "processor seconds", "of which the plan", "resident, GiB")
     return "\n\n".join([markdown(columns, lines), *origins(rows)])
