@@ -7,6 +7,7 @@
   fastdpo bench memory --model_config llama-3.1-8b --lora     the longest pair that trains
   fastdpo bench gaps --model_config qwen2.5-1.5b              how long the GPU waits between steps
   fastdpo bench score                           N-best groups scored, beside padded batches
+  fastdpo bench check faults                    planted faults that fastdpo check finds
   fastdpo bench balance                         how evenly work is spread over 8, 64, 512 ranks
   fastdpo bench hosts                           two hosts, made of network namespaces
   fastdpo bench scaling                         1, 2 and 4 processes: time, bytes, memory
@@ -32,6 +33,7 @@ COMMANDS = {
     "memory": ".trainers.memory",
     "gaps": ".trainers.gaps",
     "score": ".score",
+    "check": ".check",
     "balance": ".balance",
     "hosts": ".hosts",
     "scaling": ".scaling.run",

@@ -1,6 +1,7 @@
 """How long a run takes from its rows to its first step, the model aside.
 
     python -m bench.start --pairs 100000
+    python -m bench.start --pairs 1000000 --without trl
 
 Writes GSM8K pairs, each question with its number before it so that no two prompts are equal, and
 measures in processes of their own, in turns: TRL's preparation of the rows; the first start, from
@@ -34,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=100_000)
     parser.add_argument("--repetitions", type=int, default=1)
+    parser.add_argument("--without", choices=("trl",), help="leave out TRL's preparation")
     parser.add_argument("--kind", choices=("trl", "ours"), help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -50,6 +52,8 @@ def main() -> None:
             file = Path(folder) / "pairs.jsonl"
             write_rows(file, itertools.islice(numbered(pairs), options.pairs))
             for start, kind in (("trl", "trl"), ("first", "ours"), ("cached", "ours")):
+                if start == options.without:
+                    continue
                 row = {"start": start, "repetition": repetition, **measured(kind, file)}
                 print(results.add(**row))
 

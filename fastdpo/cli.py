@@ -297,7 +297,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], Callable[[], str] | N
         _key_usage("precompute", "compute and cache the reference's log-probabilities"),
     ),
     "pairs": _elsewhere(".logs.command"),
-    "check": _elsewhere(".checks.command"),
+    "check": _elsewhere(".scoring.check_command"),
     "score": _elsewhere(".scoring.command"),
     "sample": _elsewhere(".generation.sample"),
     "chat": _elsewhere(".generation.chat"),

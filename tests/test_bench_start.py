@@ -8,6 +8,7 @@ import pytest
 
 from bench import start
 from bench.jsonl import read_rows, write_rows
+from bench.report.start import start_block
 
 PAIRS = [{"prompt": "What color is the sky?", "chosen": "Blue.", "rejected": "Green."}]
 
@@ -22,7 +23,9 @@ def test_a_row_for_each_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
     def measured(kind: str, file: Path) -> dict[str, Any]:
         asked.append((kind, len(read_rows(file))))
-        return {"groups_s": 1.0}
+        laps = ("rows", "tokens") if kind == "trl" else ("groups", "plan", "step")
+        seconds = {f"{lap}{unit}": 0.5 for lap in laps for unit in ("_s", "_cpu_s")}
+        return seconds | {"resident_mib": 512}
 
     monkeypatch.setenv("FASTDPO_RESULTS", str(tmp_path))
     monkeypatch.setattr(start.data, "gsm8k_pairs", lambda: PAIRS)
@@ -33,6 +36,12 @@ def test_a_row_for_each_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert [row["start"] for row in rows] == ["trl", "first", "cached"]
     assert asked == [("trl", 5), ("ours", 5), ("ours", 5)]
     assert all(row["options"]["pairs"] == 5 and row["device"] for row in rows)
+    monkeypatch.setattr("sys.argv", ["start", "--pairs", "5", "--without", "trl"])
+    start.main()
+    assert asked[3:] == [("ours", 5), ("ours", 5)]
+    page = start_block(tmp_path)
+    assert "| first start | 5 | 1.50 (1.50–1.50) | 1.50 (1.50–1.50) | 0.50" in page
+    assert "| TRL's preparation | 5 | 1.00 | 1.00 |  | 0.50 |" in page
 
 
 def test_a_start_is_measured_from_rows_to_a_step(datasets_cache: Path, tmp_path: Path) -> None:

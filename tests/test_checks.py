@@ -7,8 +7,9 @@ import datasets
 import pytest
 
 from fastdpo.checks.check import QUICK_ROWS, check, check_quickly
-from fastdpo.checks.formats import FORMS
+from fastdpo.checks.formats import FORMS, PARTS
 from fastdpo.checks.near import SAME, clusters, matches, similarity
+from fastdpo.checks.texts import holds, words_alone
 from fastdpo.cli import main
 from fastdpo.errors import DataError
 
@@ -83,6 +84,40 @@ def test_prompts_that_are_evaluated_on_too():
     assert names["shared_prompt"].rows == (6,) and "row 9" in names["shared_prompt"].examples[0][1]
     assert names["near_shared_prompt"].rows == (7,)
     assert matches(["a b c"], ["a b c", "x y z"]) == {0: 0}
+
+
+@pytest.mark.parametrize("beside", ["", " é"])
+def test_words_are_the_same_in_every_alphabet(beside):
+    text = "It's  SNAKE_case,\tno: 3.5%\n--done" + beside
+    assert words_alone(text) == ("it s snake case no 3 5 done" + beside)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("Dear {name}", "{{ name }}", "to [Insert here]", "[your mail]", "[NAME]", "[Company]"),
+        *("[date]", "[placeholder 1]", "<Insert>", "<your name>", "Lorem ipsum", "TODO: this"),
+        *("As an AI language model", "as an ai LANGUAGE model"),
+    ],
+)
+def test_placeholders_are_found_whatever_their_case(text):
+    rows = pairs(20)
+    rows[3] = rows[3] | {"chosen": text}
+    assert found(rows)["templated"].rows == (4,)
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        *(("an apology", text) for text in ("SORRY for it", "I apologize", "I Apologise")),
+        *(("a refusal", f"Well, {text}") for text in (
+            "I'm unable", "I am sorry", "I AM not able", "I cannot help", "I can't answer",
+            "i won't provide it", "as an ai", "As an AI, no",
+        )),
+    ],
+)  # fmt: skip
+def test_what_is_looked_for_first_is_in_every_match(form, text):
+    assert FORMS[form].search(text) and holds(text, PARTS[form])
 
 
 @pytest.mark.parametrize(

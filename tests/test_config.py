@@ -67,6 +67,7 @@ OWN_DEFAULTS: dict[str, Any] = {
     "layout": None,
     "columns": None,
     "skip_bad_rows": False,
+    "check_data": True,
     "max_comparisons_per_group": None,
     "convert": None,
     "shuffle": None,

@@ -37,6 +37,7 @@ NOT_IN_TRL = {
     "ref_model_name_or_path",
     "eval_dataset_name",
     "skip_bad_rows",
+    "check_data",
     "max_comparisons_per_group",
     "convert",
     "layout",

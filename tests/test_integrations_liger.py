@@ -277,3 +277,18 @@ def test_a_loss_sees_averages_of_responses_of_one_token(monkeypatch):
     ):
         torch.testing.assert_close(getattr(averaged, name), getattr(summed, name) / count)
     assert (averaged.chosen_lengths == 1).all() and (averaged.rejected_lengths == 1).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sppo_hard_in_fp32_is_near_fp64(seed):
+    """Its target 1/(2β) is large beside what the log-ratios add to it."""
+    found, gradients = called(
+        LinearDPOLoss(beta=0.1, loss_type="sppo_hard"), batch(seed=seed, rows=16)
+    )
+    exact, exact_gradients = called(
+        LinearDPOLoss(beta=0.1, loss_type="sppo_hard"),
+        batch(seed=seed, rows=16, dtype=torch.float64),
+    )
+    assert abs(found["loss"].double() / exact["loss"] - 1) < 1e-6
+    for gradient, other in zip(gradients, exact_gradients, strict=True):
+        assert (gradient.double() - other).norm() < 1e-6 * other.norm()

@@ -1,5 +1,6 @@
 """Every registered loss against its paper's formula, written with probabilities in fp64."""
 
+import inspect
 import itertools
 import math
 from dataclasses import replace
@@ -287,3 +288,37 @@ def test_the_first_loss_is_unknown_without_a_reference() -> None:
 
 def test_every_loss_names_its_equation_and_its_paper() -> None:
     assert all(loss.equation and loss.paper for loss in LOSSES.values())
+
+
+DEFAULTS = {
+    "discopop_tau": 0.05,
+    "desirable_weight": 1.0,
+    "undesirable_weight": 1.0,
+    "epsilon": 0.2,
+    "epsilon_high": None,
+    "importance_sampling_level": "token",
+    "max_completion_length": 1024,
+    "label_smoothing": 0.0,
+    "cpo_alpha": 1.0,
+    "alpha": 0.0,
+    "simpo_gamma": 0.5,
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_options_that_are_left_out_have_these_values(name):
+    loss = LOSSES[name]
+    for function in filter(None, (loss.function, loss.terms, loss.metrics)):
+        for option in inspect.signature(function).parameters.values():
+            if option.default is not option.empty:
+                assert option.default == DEFAULTS[option.name], (function, option.name)
+
+
+@pytest.mark.parametrize(("name", "averaged"), [("cpo", False), ("simpo", True)])
+def test_what_is_reported_without_a_reference(name, averaged):
+    found, p, alpha = LOSSES[name].measure(pairs(), **OPTIONS), pairs(), OPTIONS["alpha"]
+    for side in ("chosen", "rejected"):
+        logps = getattr(p, f"{side}_averages" if averaged else f"{side}_logps")
+        rewards = BETA * (1 - torch.exp(logps) ** -alpha) / alpha
+        torch.testing.assert_close(found[f"rewards/{side}"], rewards)
+        torch.testing.assert_close(found[f"logps/{side}"], logps)

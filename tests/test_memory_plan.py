@@ -219,11 +219,10 @@ def test_the_passes_through_the_head_are_those_of_the_run(llama, tokenizer, pair
     said = [line["head_passes"] for line in lines]
     assert 6.5 < min(said) <= found["head_passes"] <= max(said) < 8
     assert f"{found['head_passes']:.2f} times; 6 is the least" in as_text(made, 100)
-    larger = made.predict(replace(config, head_workspace_mib=64))
-    assert larger.head_passes == 6
-    assert made.predict(replace(config, use_peft=True)).head_passes == 4
+    assert made.head_passes(replace(config, head_workspace_mib=64)) == 6
+    assert made.head_passes(replace(config, use_peft=True)) == 4
     together = made.over(Spread("fsdp", devices=2, local=2, replicas=1, vocabulary=True))
-    assert together.predict(config).head_passes is None
+    assert together.head_passes(config) is None
 
 
 def test_the_command(tiny_model, pairs_file, capsys):

@@ -470,6 +470,7 @@ def test_every_key_is_sorted_by_what_a_resumed_run_does_with_it():
         "run_name",
         "report",
         "report_samples",
+        "check_data",
         "disable_tqdm",
         "dataset_streaming",
         "output_dir",

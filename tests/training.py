@@ -16,8 +16,8 @@ from fastdpo.training.run import precompute
 
 
 def settings(model: Path, data: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    """A short run in fp32 with a noticeable learning rate and no report; its reference cache lies
-    beside its output.
+    """A short run in fp32 with a noticeable learning rate, without report and checks of the data;
+    its reference cache lies beside its output.
     """
     return {
         "model_name_or_path": str(model),
@@ -34,6 +34,7 @@ def settings(model: Path, data: Path, output: Path, **changes: Any) -> dict[str,
         "save_strategy": "no",
         "disable_tqdm": True,
         "report": False,
+        "check_data": False,
         **changes,
     }
 

@@ -205,6 +205,11 @@ def content(file: Path) -> Any:
     if file.name == "trainer_state.json":
         state = json.loads(file.read_text(encoding="utf-8"))
         return state | {"pending": _untimed(state.get("pending", {}))}
+    if file.name in ("report.json", "data_checks.json"):
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        return [facts.get(name) for name in ("total_steps", "lengths", "samples", "findings")]
+    if file.name == "report.html":  # of what the other files hold, with the time of its making
+        return None
     if file.name.startswith("shard-"):  # torch's headers come in any order
         return {name: tensor.numpy().tobytes() for name, tensor in load_file(file).items()}
     return file.read_bytes()

@@ -18,6 +18,7 @@ from pathlib import Path
 from ..cli import Parser
 from .balance import balance_block
 from .cards import cards_block
+from .checks import faults_block, labels_block, speed_block
 from .convergence import convergence_block, convergence_chart, convergence_table
 from .heads import head_tables, heads_all_block, heads_block, heads_chart
 from .losses import demo_block, forms_block, kto_tokens_block, score_block
@@ -26,6 +27,7 @@ from .ranks import context_block, hosts_block
 from .robustness import kill_block, kill_devices_block, soak_block
 from .rows import first, flat, newest_runs, origins
 from .scaling import scaling_block
+from .start import start_block
 from .summary import summary_block, tokens_block
 from .tables import NOTHING
 from .trainers import gaps_block, losses_block, trainer_tables, trainers_block, trainers_chart
@@ -35,6 +37,8 @@ PAGES = (
     "README.md",
     "docs/benchmarks.md",
     "docs/cards.md",
+    "docs/checks.md",
+    "docs/data.md",
     "docs/devices.md",
     "docs/losses.md",
     "docs/memory.md",
@@ -57,6 +61,10 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "forms": forms_block,
     "kto-tokens": kto_tokens_block,
     "score": score_block,
+    "check-faults": faults_block,
+    "check-labels": labels_block,
+    "check-speed": speed_block,
+    "start": start_block,
     "memory": memory_block,
     "balance": balance_block,
     "cards": cards_block,

@@ -74,6 +74,7 @@ def check(
     tokenizer: Any = None,
     max_length: int | None = None,
     num_proc: int | None = None,
+    also: Iterable[Finding] = (),
 ) -> Checked:
     """Every check that needs no model.
 
@@ -84,13 +85,14 @@ def check(
         tokenizer: lengths are in tokens and truncation is looked at, if it is given.
         max_length: tokens of prompt and response.
         num_proc: processes to tokenise with.
+        also: what was found in another way.
 
     Raises:
         DataError: columns of no layout.
     """
     start = time.perf_counter()
     texts = read_texts(dataset, source)
-    findings = list(_all(_THOROUGH, texts))
+    findings = [*_all(_THOROUGH, texts), *also]
     if test is not None:
         findings += shared_prompts(texts, read_texts(*test))
     if tokenizer is None:

@@ -1,13 +1,13 @@
 """Rows that say the same, and rows that contradict each other."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 import xxhash
 
 from .findings import Finding, of_rows
 from .near import clusters
-from .texts import Texts, plain, words_alone
+from .texts import Texts, words_alone
 
 
 def exact_duplicates(texts: Texts) -> Iterator[Finding]:
@@ -48,11 +48,12 @@ def contradictions(texts: Texts) -> Iterator[Finding]:
     """Pairs of one prompt that are stated both ways round; punctuation and case do not count."""
     stated: dict[bytes, int] = {}
     found = []
+    prompts = [words_alone(prompt) for prompt in texts.prompts]
+    asked = Counter(prompts[row] for row, _, _ in texts.pairs.tolist())
     for row, winner, loser in texts.pairs.tolist():
-        parts = [
-            words_alone(text)
-            for text in (texts.prompts[row], texts.responses[winner], texts.responses[loser])
-        ]
+        if asked[prompts[row]] == 1:
+            continue
+        parts = [prompts[row], *(words_alone(texts.responses[i]) for i in (winner, loser))]
         if parts[1] == parts[2]:
             continue
         other = stated.get(_digest([parts[0], parts[2], parts[1]]))
@@ -68,7 +69,7 @@ def repeated_responses(texts: Texts) -> Iterator[Finding]:
     better, _ = texts.compared
     prompts: dict[str, set[int]] = defaultdict(set)
     for place in better.tolist():
-        prompts[plain(texts.responses[place])].add(texts.row_of(place))
+        prompts[texts.plain_responses[place]].add(texts.row_of(place))
     found = [
         (min(rows), f"{len(rows)} times: {text}")
         for text, rows in prompts.items()
@@ -81,8 +82,8 @@ def repeated_responses(texts: Texts) -> Iterator[Finding]:
 
 def row_texts(texts: Texts, place: int) -> list[str]:
     """A row's prompt and responses, without case and white space."""
-    responses = texts.responses[texts.first[place] : texts.first[place + 1]]
-    return [plain(texts.prompts[place]), *map(plain, responses)]
+    responses = texts.plain_responses[texts.first[place] : texts.first[place + 1]]
+    return [texts.plain_prompts[place], *responses]
 
 
 def _digest(parts: Sequence[str]) -> bytes:

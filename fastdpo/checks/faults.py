@@ -1,16 +1,21 @@
 """Responses and prompts that are wrong by themselves."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from .findings import Finding, of_rows
-from .texts import Texts, plain
+from .texts import Texts, holds
 
 TEMPLATED = re.compile(
     r"\{\{?\s*[A-Za-z_][\w. ]{0,40}\}?\}|\[(?:insert|your|name|company|date|placeholder)[^\]\n]*\]|"
     r"<(?:insert|your)[^>\n]*>|lorem ipsum|\bTODO\b|as an AI language model",
     re.IGNORECASE,
 )
+_TEMPLATES = (
+    *("{", "<insert", "<your", "lorem ipsum", "todo", "as an ai language model"),
+    *(f"[{word}" for word in ("insert", "your", "name", "company", "date", "placeholder")),
+)
+"""One of these, in lower case, is in every text that matches."""
 SPECIAL = re.compile(
     r"<\|[a-z0-9_▁|-]{2,40}\|>|</?s>|<(?:bos|eos|pad|unk)>|\[/?INST\]|<</?SYS>>|"
     r"<(?:start|end)_of_turn>|<｜[^｜\n]{1,40}｜>"
@@ -49,7 +54,7 @@ def identical_responses(texts: Texts) -> Iterator[Finding]:
     found = [
         (texts.rows[row], texts.responses[winner])
         for row, winner, loser in texts.pairs.tolist()
-        if plain(texts.responses[winner]) == plain(texts.responses[loser])
+        if texts.plain_responses[winner] == texts.plain_responses[loser]
     ]
     text = "rows compare two responses that are the same but for white space and case"
     yield from of_rows("identical_responses", "error", found, len(texts.rows), text)
@@ -57,9 +62,8 @@ def identical_responses(texts: Texts) -> Iterator[Finding]:
 
 def templated_texts(texts: Texts) -> Iterator[Finding]:
     """Placeholders that nobody filled in, and stock phrases of other models."""
-    yield from _matching(
-        texts, "templated", TEMPLATED, "rows with a placeholder or a stock phrase of a model's"
-    )
+    text = "rows with a placeholder or a stock phrase of a model's"
+    yield from _matching(texts, "templated", TEMPLATED, text, _TEMPLATES)
 
 
 def special_tokens(texts: Texts) -> Iterator[Finding]:
@@ -83,11 +87,16 @@ def clipped_responses(texts: Texts) -> Iterator[Finding]:
 
 
 def _matching(
-    texts: Texts, name: str, pattern: re.Pattern[str], text: str, prompts: bool = False
+    texts: Texts,
+    name: str,
+    pattern: re.Pattern[str],
+    text: str,
+    parts: Sequence[str] = (),
+    prompts: bool = False,
 ) -> Iterator[Finding]:
     found = []
     for place, response in enumerate(texts.responses):
-        if match := pattern.search(response):
+        if (match := pattern.search(response) if holds(response, parts) else None) is not None:
             found.append((texts.row_of(place), match[0]))
     for row, prompt in zip(texts.rows, texts.prompts, strict=True) if prompts else ():
         if match := pattern.search(prompt):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from .findings import Finding
-from .texts import Texts
+from .texts import Texts, holds
 
 EMOJI = "[\U0001f300-\U0001faff\u2600-\u27bf]"
 FORMS: Mapping[str, re.Pattern[str]] = {
@@ -28,6 +28,13 @@ FORMS: Mapping[str, re.Pattern[str]] = {
         re.IGNORECASE,
     ),
 }
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "an apology": ("sorry", "apolog"),
+    "a refusal": ("i'm ", "i am ", "i can", "i won't", "as an ai"),
+}
+"""One of these, in lower case, is in every text that matches: looked for first, where the pattern
+is slow.
+"""
 _UNLIKELY = 4.0  # standard deviations
 _DIFFERENT = 0.05  # share of the pairs
 _OPENING = 3  # words
@@ -61,7 +68,11 @@ def format_bias(texts: Texts) -> Iterator[Finding]:
     if not len(better) or not len(worse):
         return
     for form, pattern in FORMS.items():
-        has = np.array([pattern.search(text) is not None for text in texts.responses], bool)
+        parts = PARTS.get(form, ())
+        has = np.array(
+            [holds(text, parts) and pattern.search(text) is not None for text in texts.responses],
+            bool,
+        )
         yield from _bias("format_bias", form, has[better], has[worse], bool(len(texts.pairs)))
 
 

@@ -86,22 +86,24 @@ def clusters(texts: Sequence[str]) -> np.ndarray:
             place = parent[place]
         return place
 
-    for first, other in _candidates(signatures(texts)).tolist():
+    pairs, alike = _candidates(signatures(texts))
+    for (first, other), share in zip(pairs.tolist(), alike.tolist(), strict=True):
         a, b = root(first), root(other)
-        if a != b and similarity(texts[first], texts[other]) >= SAME:
+        if a != b and _is_same(texts[first], texts[other], share):
             parent[max(a, b)] = min(a, b)
     return np.array([root(place) for place in range(len(texts))], np.int64)
 
 
 def matches(texts: Sequence[str], others: Sequence[str]) -> dict[int, int]:
     """Of each text that is nearly the same as one of the others: which."""
-    both = signatures([*others, *texts])
+    pairs, alike = _candidates(signatures([*others, *texts]))
     found: dict[int, int] = {}
-    for first, place in _candidates(both).tolist():
+    for (first, place), share in zip(pairs.tolist(), alike.tolist(), strict=True):
         mine = place - len(others)
         new = first < len(others) <= place and mine not in found
-        if new and similarity(others[first], texts[mine]) >= SAME:
+        if new and _is_same(others[first], texts[mine], share):
             found[mine] = first
+    return found
     return found
 
 
@@ -111,9 +113,15 @@ def similarity(one: str, other: str) -> float:
     return len(a & b) / len(a | b)
 
 
-def _candidates(signs: np.ndarray) -> np.ndarray:
+def _is_same(one: str, other: str, alike: float) -> bool:
+    """Whether two texts are nearly the same; counted only where their signatures leave a doubt."""
+    return alike >= SAME + _DOUBT or similarity(one, other) >= SAME
+
+
+def _candidates(signs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pairs (first, other), (C, 2), that share a band, each text with the first of its bucket, and
-    may be as similar as they should be by all of their signatures.
+    may be as similar as they should be by all of their signatures; and the share of those that
+    agree, (C,).
     """
     found = [np.zeros((0, 2), np.int64)]
     width = _PERMUTATIONS // _BANDS
@@ -125,8 +133,7 @@ def _candidates(signs: np.ndarray) -> np.ndarray:
         others = np.flatnonzero(leader != np.arange(len(leader)))
         found.append(np.stack([leader[others], others], 1))
     pairs = np.unique(np.concatenate(found), axis=0)
-    alike = [
-        (signs[some[:, 0]] == signs[some[:, 1]]).mean(1) >= SAME - _DOUBT
-        for some in np.array_split(pairs, len(pairs) // 100_000 + 1)
-    ]
-    return pairs[np.concatenate(alike)]
+    parts = np.array_split(pairs, len(pairs) // 100_000 + 1)
+    alike = np.concatenate([(signs[a[:, 0]] == signs[a[:, 1]]).mean(1) for a in parts])
+    kept = alike >= SAME - _DOUBT
+    return pairs[kept], alike[kept]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from .findings import Finding, of_rows
 from .near import matches
-from .texts import Texts, plain
+from .texts import Texts
 
 
 def shared_prompts(train: Texts, test: Texts, near: bool = True) -> Iterator[Finding]:
@@ -12,11 +12,11 @@ def shared_prompts(train: Texts, test: Texts, near: bool = True) -> Iterator[Fin
     also those that share four fifths of their three-word phrases.
     """
     known: dict[str, int] = {}
-    for row, prompt in zip(train.rows, train.prompts, strict=True):
-        known.setdefault(plain(prompt), row)
+    for row, prompt in zip(train.rows, train.plain_prompts, strict=True):
+        known.setdefault(prompt, row)
     found, rest = [], []
     for place, (row, prompt) in enumerate(zip(test.rows, test.prompts, strict=True)):
-        earlier = known.get(plain(prompt))
+        earlier = known.get(test.plain_prompts[place])
         if earlier is None:
             rest.append(place)
         else:

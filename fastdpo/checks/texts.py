@@ -2,8 +2,9 @@
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import datasets
@@ -49,6 +50,16 @@ class Texts:
         if len(self.pairs):
             return self.pairs[:, 1], self.pairs[:, 2]
         return np.flatnonzero(self.labels == 1), np.flatnonzero(self.labels == 0)
+
+    @cached_property
+    def plain_prompts(self) -> list[str]:
+        """The prompts without case and white space, see `plain`."""
+        return [plain(text) for text in self.prompts]
+
+    @cached_property
+    def plain_responses(self) -> list[str]:
+        """The same of the responses."""
+        return [plain(text) for text in self.responses]
 
     def row_of(self, response: int) -> int:
         """The number of the row that a response stands in."""
@@ -123,6 +134,7 @@ def _content(message: Mapping[str, Any]) -> str:
 
 
 _NOT_WORDS = re.compile(r"[\W_]+")
+_ASCII_WORDS = str.maketrans({chr(i): " " for i in range(128) if not chr(i).isalnum()})
 
 
 def plain(text: str) -> str:
@@ -132,4 +144,16 @@ def plain(text: str) -> str:
 
 def words_alone(text: str) -> str:
     """A text's words and numbers, without case and punctuation."""
+    if text.isascii():  # nine times faster
+        return " ".join(text.lower().translate(_ASCII_WORDS).split())
     return _NOT_WORDS.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
+
+
+def holds(text: str, parts: Sequence[str]) -> bool:
+    """Whether one of these parts, which are in lower case, is in a text; true where there are no
+    parts.
+    """
+    if not parts:
+        return True
+    lower = text.lower()
+    return any(part in lower for part in parts)

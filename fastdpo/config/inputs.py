@@ -117,6 +117,11 @@ class OwnKeys:
     skip_bad_rows: bool = key(
         False, "Drop and count rows that cannot be used, instead of stopping at the first."
     )
+    check_data: bool = key(
+        True,
+        "Look at the rows before the first step, as fastdpo check does but shortly: a few lines, "
+        "and data_checks.json in output_dir.",
+    )
     max_comparisons_per_group: int | None = key(
         None,
         "Sample at most this many comparisons for a prompt with scored responses; unset takes all.",

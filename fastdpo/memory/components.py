@@ -43,7 +43,7 @@ class Run:
     spread: Spread = ONE
     """How the model lies over devices; the rows are those of one of them."""
     workspace_mib: int | None = None
-    """Of the head; None for what it takes by itself."""
+    """Of the head, where the configuration leaves it to the device."""
 
     @property
     def first(self) -> Sequence[Sequence[RowShape]]:
@@ -277,7 +277,7 @@ def head_workspace(run: Run, row: RowShape, *, measures: bool = True) -> Workspa
         run.model.hidden,
         run.head_dtype,
         torch.device(run.kind),
-        workspace_mib=run.workspace_mib,
+        workspace_mib=run.config.head_workspace_mib or run.workspace_mib,
         outputs=run.outputs if measures else (),
         softcap=run.model.softcap,
     )

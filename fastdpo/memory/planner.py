@@ -62,8 +62,6 @@ class Prediction:
     estimate: Estimate
     seconds: Seconds | None
     max_tokens: int
-    head_passes: float | None
-    """Of the first rows of an epoch, see `fastdpo_kernels.head_passes`."""
 
 
 @dataclass
@@ -131,7 +129,7 @@ class Planner:
             links = self.links
             waited = None if links is None else waits(run, self.device, links).waited
             seconds = None if waited is None else replace(seconds, waits=waited)
-        return Prediction(config, estimate(run), seconds, run.max_tokens, self._passes(run))
+        return Prediction(config, estimate(run), seconds, run.max_tokens)
 
     def run(self, config: TrainConfig) -> Run:
         """What is estimated of a configuration."""
@@ -149,7 +147,7 @@ class Planner:
             max_tokens=row_budget(config, self.device.kind),
             mismatched=_stretches(rows.mismatched, cp_size),
             spread=self.spread,
-            workspace_mib=config.head_workspace_mib or self.device.workspace_mib,
+            workspace_mib=self.device.workspace_mib,
         )
 
     def fits(self, prediction: Prediction) -> bool:
@@ -164,8 +162,11 @@ class Planner:
             self._models[key] = shape, probe_of(config, model, self.device.kind, self.autocast)
         return self._models[key]
 
-    def _passes(self, run: Run) -> float | None:
-        """None where the head stays sharded: its devices score their tokens together."""
+    def head_passes(self, config: TrainConfig) -> float | None:
+        """Of the first rows of an epoch, see `fastdpo_kernels.head_passes`; None where the head
+        stays sharded: its devices score their tokens together.
+        """
+        run = self.run(config)
         if run.spread.vocabulary:
             return None
         calls = HeadCalls(
@@ -174,7 +175,7 @@ class Planner:
             run.head_dtype,
             torch.device(run.kind),
             run.model.head_trained,
-            run.workspace_mib,
+            config.head_workspace_mib or run.workspace_mib,
             None if run.spread.cp_size == 1 else lambda count: -(-count // run.spread.cp_size),
         )
         rows = self._rows_of(run.config).first

@@ -27,6 +27,7 @@ def as_dict(planner: Planner) -> dict[str, Any]:
         "device": {"name": device.name, "bytes": device.memory, "budget": device.budget},
         "data": describe_data(planner),
         "layout": planner.layout,
+        "head_passes": planner.head_passes(planner.config),
         **_described(planner, now),
         "switches": [
             {"name": switch.name, "same_numbers": switch.exact, **_described(planner, other, now)}
@@ -51,7 +52,6 @@ def _described(
         "total_bytes": estimate.peak + planner.device.overhead,
         "fits": planner.fits(prediction),
         "max_tokens_per_batch": prediction.max_tokens,
-        "head_passes": prediction.head_passes,
         "step_seconds": None if seconds is None else seconds.total,
         "scoring_seconds": None if seconds is None else seconds.scoring,
     }

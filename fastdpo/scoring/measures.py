@@ -42,10 +42,13 @@ def label_accuracy(values: Iterable[Values], labels: Iterable[bool | None]) -> d
     good = np.array([label for _, label in kept], bool)
     if good.all() or not good.any():
         return {}
-    return {name: _area(np.array([v[name][0] for v, _ in kept]), good) for name in kept[0][0]}
+    return {name: area(np.array([v[name][0] for v, _ in kept]), good) for name in kept[0][0]}
 
 
-def _area(values: np.ndarray, good: np.ndarray) -> float:
+def area(values: np.ndarray, good: np.ndarray) -> float:
+    """The area under the ROC curve: how often one of the good has the higher value (N,) than one of
+    the others, a tie one half.
+    """
     _, place, count = np.unique(values, return_inverse=True, return_counts=True)
     rank = np.cumsum(count) - (count - 1) / 2
     positive = int(good.sum())

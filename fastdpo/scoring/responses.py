@@ -26,6 +26,7 @@ from ..model.place import find_model
 from ..model.precision import choose_precision
 from ..model.scorer import Scorer
 from ..training.online import OnlineReference
+from .measures import Values
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,23 @@ class GroupScores:
     logps: np.ndarray
     tokens: np.ndarray
     ref_logps: np.ndarray | None = None
+
+    def of(self, places: Sequence[int]) -> "GroupScores":
+        """Those of the responses at these places."""
+        kept = list(places)
+        reference = None if self.ref_logps is None else self.ref_logps[kept]
+        return GroupScores(self.logps[kept], self.tokens[kept], reference)
+
+    def values(self, beta: float) -> Values:
+        """What the responses are compared by: `reward` with a reference, `logp`, and
+        `logp_per_token`.
+        """
+        values = {}
+        if self.ref_logps is not None:
+            values["reward"] = beta * (self.logps - self.ref_logps)
+        values["logp"] = self.logps
+        values["logp_per_token"] = self.logps / np.maximum(self.tokens, 1)
+        return values
 
 
 @dataclass

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 from tqdm import tqdm
 
 from ..config import TrainConfig
@@ -170,10 +169,10 @@ def _score(
         for groups, some in windows(readable, encoder):
             found = scorer(groups)
             rows += some
-            scores += [None if row.reason else _of_row(found[row.group], row) for row in some]
+            scores += [None if row.reason else found[row.group].of(row.places) for row in some]
             bar.update(len(some))
     seconds = time.perf_counter() - start
-    values = [None if one is None else _values(one, scorer.config.beta) for one in scores]
+    values = [None if one is None else one.values(scorer.config.beta) for one in scores]
     columns = _columns(encoder.kind, rows, scores, values)
     tokens = sum(int(one.tokens.sum()) for one in scores if one is not None)
     summary = {
@@ -192,21 +191,6 @@ def _score(
     for column, items in columns.items():
         kept = kept.add_column(column, items)
     return ScoreResult(columns, summary, kept)
-
-
-def _of_row(scores: GroupScores, row: ScoredRow) -> GroupScores:
-    places = list(row.places)
-    reference = None if scores.ref_logps is None else scores.ref_logps[places]
-    return GroupScores(scores.logps[places], scores.tokens[places], reference)
-
-
-def _values(scores: GroupScores, beta: float) -> Values:
-    values = {}
-    if scores.ref_logps is not None:
-        values["reward"] = beta * (scores.logps - scores.ref_logps)
-    values["logp"] = scores.logps
-    values["logp_per_token"] = scores.logps / np.maximum(scores.tokens, 1)
-    return values
 
 
 def _columns(

@@ -18,7 +18,7 @@ from ..config import TrainConfig
 from ..errors import CheckpointError, ConfigError, some
 from ..model.save import whole_state
 from ..parallel.world import ALONE, World
-from ..report.runs import FACTS, REPORT
+from ..report.runs import CHECKS, FACTS, REPORT
 from . import checkpoint
 from .changes import deciding, stopping
 from .occupied import check_output
@@ -27,7 +27,7 @@ STATE = "trainer_state.json"
 CONFIG = "training_config.yaml"
 METRICS = "metrics.jsonl"
 TRACE = "trace.json"
-_LOGS = (STATE, CONFIG, METRICS, TRACE, FACTS, REPORT)
+_LOGS = (STATE, CONFIG, METRICS, TRACE, CHECKS, FACTS, REPORT)
 _WEIGHTS = ".safetensors"
 _WRITTEN = (
     *_LOGS,
@@ -49,10 +49,17 @@ _WRITTEN = (
 
 
 class Output:
-    """The output directory of the run that holds its lock."""
+    """The output directory of the run that holds its lock.
+
+    Attributes:
+        path: of the directory.
+        config: of the run.
+        checks: what was found in its data, to be written with the rest; None where nothing is.
+    """
 
     def __init__(self, path: Path, config: TrainConfig) -> None:
         self.path, self.config = path, config
+        self.checks: dict[str, Any] | None = None
         self._state = _read(path / STATE)
         self._begun = False
         self._place = _place(path)
@@ -129,6 +136,8 @@ class Output:
                 self._record(False, 0, set(_LOGS))
         self._begun = True
         self.save_config(config)
+        if self.checks is not None:
+            files.write_text(self.path / CHECKS, json.dumps(self.checks))
 
     def save_config(self, config: TrainConfig) -> None:
         """Write the configuration as it is now."""

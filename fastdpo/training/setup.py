@@ -44,6 +44,7 @@ from .arrangement import arranged, spread_over
 from .card import model_card
 from .changes import check_keys
 from .checkpoint import read_state
+from .data_checks import check_data
 from .loop import Trainer
 from .optimizer import optimizer_path
 from .output import Output
@@ -197,6 +198,8 @@ def set_up(
     loaded = load(config, given, bf16, world)
     config, policy, data, loss = loaded.config, loaded.policy, loaded.data, loaded.loss
     world = loaded.world
+    if config.check_data and world.first:
+        output.checks = check_data(config, given.rows, given.eval_rows)
     if start is not None:
         check_keys(start, state, config)
     reference, digests = make_reference(config, policy, data, loss, loaded.max_tokens, world)

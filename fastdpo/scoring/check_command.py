@@ -3,22 +3,25 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import datasets
 
 from .. import terminal
 from ..arguments import own_flags
+from ..checks.check import Checked, check
+from ..checks.findings import Finding
+from ..checks.show import describe
 from ..config import TrainConfig
 from ..data.load import load_rows
+from ..data.write import writer_of
 from ..files import write_text
-from .check import Checked, check
 
 USAGE = """\
 fastdpo check: what is wrong with a data set, and what a model may learn from it by mistake
 
   fastdpo check pairs.jsonl
   fastdpo check pairs.jsonl --test test.jsonl --model_name_or_path Qwen/Qwen3-0.6B --max_length 1024
+  fastdpo check pairs.jsonl --model_name_or_path out --ref_model_name_or_path MODEL --label_errors
   fastdpo check config.yaml --json
 
 Looks for rows that cannot be read, empty, identical, clipped, templated and special texts, exact
@@ -28,12 +31,16 @@ its tokens and truncation is looked at. Takes the keys of fastdpo train; a file 
 
   --test FILE         rows to evaluate on; else eval_dataset_name, or the split dataset_test_split
                       where eval_strategy says that it is evaluated on
+  --label_errors      score all pairs with the model and name those that it would turn round: by
+                      implicit reward, where it is an adapter or ref_model_name_or_path is given,
+                      else by log-probability a token
+  --suspects FILE     the same, and write all pairs, the likeliest errors first: .jsonl, .jsonl.gz
+                      or .parquet
   -o, --output FILE   write what was found as JSON, with every row's number
   --json              print that instead of a table
 
 Near duplicates and languages need pip install 'fastdpo[check]'.
 """
-_MARKS = {"error": "!!", "warning": " !", "note": "  "}
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -42,22 +49,44 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
         FastDPOError: data that cannot be read, or keys that are wrong.
     """
-    values = {"output": "a file", "test": "a file"}
-    words, given, switches = own_flags(arguments, values, ("json",), "fastdpo check --help")
+    values = dict.fromkeys(("output", "test", "suspects"), "a file")
+    usage = "fastdpo check --help"
+    words, given, switches = own_flags(arguments, values, ("json", "label_errors"), usage)
     if words and not words[0].startswith("-") and Path(words[0]).suffix not in (".yaml", ".yml"):
         words[:1] = ["--dataset_name", words[0]]
     config = TrainConfig.parse(words)
     config.require("dataset_name")
+    suspects = Path(given["suspects"]) if "suspects" in given else None
+    judged = "label_errors" in switches or suspects is not None
+    if judged:
+        config.require("model_name_or_path")
+    if suspects is not None:
+        writer_of(suspects)  # a name of no kind is an error before anything is read
     with terminal.heard("json" not in switches), terminal.progress_bars(config.disable_tqdm):
-        found = check_config(config, given.get("test"))
+        found = check_config(config, given.get("test"), judged, suspects)
     text = json.dumps(found.as_dict(), indent=2, ensure_ascii=False)
     if "output" in given:
         write_text(Path(given["output"]), text + "\n")
     print(text if "json" in switches else describe(found))
 
 
-def check_config(config: TrainConfig, test: str | None = None) -> Checked:
-    """The checks of the data that a configuration names."""
+def check_config(
+    config: TrainConfig,
+    test: str | None = None,
+    judged: bool = False,
+    suspects: Path | None = None,
+) -> Checked:
+    """The checks of the data that a configuration names.
+
+    Args:
+        config: keys of the data, and of the model where there is one.
+        test: rows to evaluate on, in place of those that the configuration names.
+        judged: whether its model scores every pair.
+        suspects: where all pairs go, in the order of that.
+
+    Raises:
+        FastDPOError: data or a model that cannot be read.
+    """
     name = str(config.dataset_name)
     source = (test, "train") if test is not None else None
     if source is None and config.evaluates:
@@ -67,13 +96,23 @@ def check_config(config: TrainConfig, test: str | None = None) -> Checked:
         from ..model.load import load_tokenizer
 
         tokenizer = load_tokenizer(config)
+    dataset = _load(config, name, config.dataset_train_split)
+    also: list[Finding] = []
+    if judged:
+        from .suspects import judge
+
+        verdicts = judge(config, dataset, name)
+        also += verdicts.findings()
+        if suspects is not None:
+            verdicts.write(suspects)
     return check(
-        _load(config, name, config.dataset_train_split),
+        dataset,
         name,
         None if source is None else (_load(config, *source), source[0]),
         tokenizer,
         config.max_length,
         config.dataset_num_proc,
+        also,
     )
 
 
@@ -87,43 +126,3 @@ def _load(config: TrainConfig, name: str, split: str) -> datasets.Dataset:
         layout=config.layout,
         columns=config.columns,
     )
-
-
-def describe(found: Checked) -> str:
-    """What was found, as lines for a terminal."""
-    said = found.summary
-    part = "" if said["read"] == said["rows"] else f", of which {said['read']} were read"
-    lines = [
-        f"{said['source']}: {said['rows']} rows{part}: {said['responses']} responses, "
-        f"{said['pairs']} pairs, in {said['seconds']:.1f} s"
-    ]
-    lines += _length_table(found.lengths)
-    for finding in found.findings:
-        count = f"{finding.count} " if finding.rows else ""
-        lines.append(f"{_MARKS[finding.level]} {count}{finding.text}")
-        lines += [f"       row {row}: {text}" for row, text in finding.examples[:3]]
-    grave = f"{said['error']} errors, {said['warning']} warnings"
-    lines.append("nothing was found" if not found.findings else f"{grave}, {said['note']} notes")
-    return "\n".join(lines)
-
-
-def brief(found: Checked) -> list[str]:
-    """The same in a line each, errors and warnings alone."""
-    return [
-        f"{finding.count} {finding.text}" if finding.rows else finding.text
-        for finding in found.findings
-        if finding.level != "note"
-    ]
-
-
-def _length_table(lengths: dict[str, Any]) -> list[str]:
-    names = [name for name in ("prompt", "chosen", "rejected") if name in lengths]
-    if not names:
-        return []
-    head = "".join(f"{title:>9}" for title in ("least", "median", "90 %", "99 %", "most", "mean"))
-    lines = [f"{lengths['unit']:10}{head}"]
-    for name in names:
-        part = lengths[name]
-        numbers = "".join(f"{value:9.0f}" for value in [*part["quantiles"], part["mean"]])
-        lines.append(f"{name:10}{numbers}")
-    return lines
