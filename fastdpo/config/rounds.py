@@ -10,6 +10,7 @@ from .declare import (
     NOT_NEGATIVE,
     POSITIVE,
     Rule,
+    default_of,
     key,
     one_of,
     section,
@@ -105,11 +106,11 @@ class RoundsConfig(RoundKeys, TrainConfig):
     """
 
     def __post_init__(self) -> None:
+        for name, declared in self.key_fields().items():
+            if name in SET_BY_ROUNDS and getattr(self, name) != default_of(declared):
+                raise self.error(name, f"fastdpo rounds sets it in each round{SET_BY_ROUNDS[name]}")
         super().__post_init__()
         self.require("model_name_or_path", "dataset_name", "judge")
-        for name in SET_BY_ROUNDS:
-            if name in self.origins:
-                raise self.error(name, f"fastdpo rounds sets it in each round{SET_BY_ROUNDS[name]}")
         judge = str(self.judge)
         file, _, function = judge.rpartition(":")
         known = judge in JUDGES or judge.startswith(("model:", "http://", "https://"))

@@ -18,11 +18,8 @@ scores. What was done stays in output_dir, and the same command goes on where th
 """
 
 
-def _usage() -> str:
-    own = {
-        n: f for n, f in RoundsConfig.key_fields().items() if n in RoundKeys.__dataclass_fields__
-    }
-    return f"{USAGE}\n{key_help(own)}\n\nAll keys of fastdpo train are taken too.\n"
+_OWN = {n: f for n, f in RoundsConfig.key_fields().items() if n in RoundKeys.__dataclass_fields__}
+USAGE += f"\n{key_help(_OWN)}\n\nAll keys of fastdpo train are taken too (fastdpo train --help).\n"
 
 
 def run(arguments: Sequence[str]) -> None:

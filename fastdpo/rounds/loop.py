@@ -247,9 +247,9 @@ class _Rounds:
         failures = dict(judge.failures)
         del judge
         free()
-        made = samples.add_column("scores", scores).add_column(
-            "failures", [json.dumps(failures)] * len(samples)
-        )
+        made = samples.add_column(
+            "scores", scores, feature=datasets.List(datasets.Value("float64"))
+        ).add_column("failures", [json.dumps(failures)] * len(samples))
         with files.atomic_file(file) as temporary:
             made.to_parquet(str(temporary))
         return made, failures
@@ -265,7 +265,7 @@ class _Rounds:
             "dataset_name": str(folder / "train.parquet"),
             "dataset_train_split": "train",
             "dataset_config": None,
-            "datasets": None,
+            "datasets": [],
             "layout": None,
             "columns": None,
             "eval_dataset_name": None,
@@ -324,7 +324,7 @@ class _Rounds:
             "model_name_or_path": self.policy,
             "ref_model_name_or_path": None if self.policy == self.start else self.start,
             "dataset_name": None,
-            "datasets": None,
+            "datasets": [],
         }
         with withheld():
             made = score(self.config.of_round(**values), rows)
@@ -399,7 +399,5 @@ def _describe(line: dict[str, Any]) -> str:
             f"{line['rows']} rows of {line['prompts']} prompts{describe(line['left_out'])}"
         )
     parts.append(f"{line['tokens']:.0f} tokens an answer")
-    if failed := line["failures"]:
-        count = failed if isinstance(failed, int) else sum(failed.values())
-        parts.append(f"{count} answers without a score")
+    parts += [f"{count} answers: {reason}" for reason, count in line.get("failures", {}).items()]
     return ", ".join(parts) + "".join(f"; {said}" for said in line.get("said", ()))

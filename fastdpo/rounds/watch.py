@@ -21,7 +21,7 @@ class Watched:
         repetition: the share of an answer's 4-grams of words that stand in it before.
         kl: log π(y|x) − log π_start(y|x) of the model's own answers over their tokens, nats a
             token: an estimate of the divergence from the start where the temperature is 1.
-        failures: answers without a score.
+        unscored: held-out answers without a score.
     """
 
     score: float | None
@@ -30,7 +30,7 @@ class Watched:
     complete: float
     repetition: float
     kl: float
-    failures: int
+    unscored: int
 
     def as_dict(self) -> dict[str, Any]:
         """As plain types."""
@@ -64,7 +64,7 @@ def watched(
         complete=float(np.mean(complete)),
         repetition=float(np.mean([repetition(text) for text in answers])),
         kl=float(np.sum(gains) / max(1, np.sum(tokens))),
-        failures=len(scores) - len(known),
+        unscored=len(scores) - len(known),
     )
 
 

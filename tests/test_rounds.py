@@ -1,0 +1,257 @@
+"""Rounds: sample, judge, train, again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from training import assert_same_weights
+
+from fastdpo.cli import main
+from fastdpo.config.rounds import RoundsConfig
+from fastdpo.errors import ConfigError, DataError, FastDPOError
+from fastdpo.rounds import loop
+from fastdpo.rounds.loop import LOG, rounds
+
+PROMPTS = [{"prompt": f"yes no {'big ' * (i % 3)}", "answer": str(i)} for i in range(10)]
+JUDGE = "def score(prompt, response, row):\n    return -len(response)\n"
+
+
+@pytest.fixture
+def settings(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    (tmp_path / "judge.py").write_text(JUDGE)
+    return {
+        "model_name_or_path": str(tiny_model),
+        "dataset_name": str(tmp_path / "prompts.jsonl"),
+        "judge": f"{tmp_path}/judge.py:score",
+        "output_dir": str(tmp_path / "out"),
+        "reference_cache_dir": str(tmp_path / "reference"),
+        "rounds": 2,
+        "num_generations": 3,
+        "generation_batch_size": 3,
+        "max_completion_length": 6,
+        "mask_truncated_completions": False,
+        "eval_prompts": 3,
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "report": False,
+        "check_data": False,
+        "disable_tqdm": True,
+    }
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    return list(datasets.Dataset.from_parquet(str(file)))
+
+
+def test_each_round_trains_the_model_of_the_one_before(settings, tmp_path):
+    result = rounds(RoundsConfig(**settings))
+    out = tmp_path / "out"
+    assert result.model == str(out / "round-2" / "model")
+    assert [line["round"] for line in result.rounds] == [0, 1, 2] and lines(out) == result.rounds
+    for number, before in ((1, settings["model_name_or_path"]), (2, str(out / "round-1/model"))):
+        folder = out / f"round-{number}"
+        config = json.loads(json.dumps((folder / "model/training_config.yaml").read_text()))
+        assert f"model_name_or_path: {before}" in config
+        reference = "null" if number == 1 else settings["model_name_or_path"]
+        assert f"ref_model_name_or_path: {reference}" in config
+        scored = rows_of(folder / "scored.parquet")
+        assert len(scored) == 7 and all(len(row["responses"]) == 3 for row in scored)
+        assert all(row["scores"] == [-len(text) for text in row["responses"]] for row in scored)
+        for row in rows_of(folder / "train.parquet"):
+            assert len(row["chosen"]) < len(row["rejected"])
+        line = result.rounds[number]
+        assert line["taken"] and set(line["seconds"]) == {
+            "sampling", "scoring", "training", "watching",
+        }  # fmt: skip
+    held_out = {row["row"] for row in rows_of(out / "round-0" / "held-out.parquet")}
+    trained = {row["row"] for row in rows_of(out / "round-1" / "scored.parquet")}
+    assert held_out.isdisjoint(trained) and len(held_out | trained) == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "columns"),
+    [
+        ({"loss_type": ["sppo"]}, {"prompt", "responses", "scores"}),
+        ({"loss_type": ["grpo"], "reference": "previous"}, {"prompt", "responses", "scores"}),
+        ({"judge": "row", "num_generations": 1}, {"prompt", "chosen", "rejected"}),
+        ({"loss_type": ["listwise"]}, {"prompt", "responses", "scores"}),
+    ],
+    ids=["sppo", "grpo", "spin", "listwise"],
+)
+def test_rows_are_those_that_the_loss_needs(settings, tmp_path, changes, columns):
+    result = rounds(RoundsConfig(**settings | {"rounds": 1} | changes))
+    made = rows_of(tmp_path / "out" / "round-1" / "train.parquet")
+    assert set(made[0]) == columns
+    if changes.get("judge") == "row":
+        assert {row["chosen"] for row in made} <= {row["answer"] for row in PROMPTS}
+        assert result.rounds[1]["score"] is None
+    if changes.get("reference") == "previous":
+        config = (tmp_path / "out/round-1/model/training_config.yaml").read_text()
+        assert "ref_model_name_or_path: null" in config
+
+
+def test_the_same_command_goes_on_where_the_last_one_ended(settings, tmp_path, monkeypatch):
+    """Broken off at every batch and every stage, the rounds end as undisturbed ones."""
+    whole = rounds(RoundsConfig(**settings | {"output_dir": str(tmp_path / "whole")}))
+    true, left = loop.files.write_text, {"count": 0}
+
+    def broken(path: Path, text: str) -> None:
+        left["count"] -= "model" not in path.parts
+        if left["count"] < 0:
+            raise KeyboardInterrupt
+        true(path, text)
+
+    for count in range(60):
+        left["count"] = 3 + count % 2
+        with monkeypatch.context() as patched:
+            patched.setattr(loop.files, "write_text", broken)
+            try:
+                again = rounds(RoundsConfig(**settings))
+                break
+            except KeyboardInterrupt:
+                continue
+    timed = ("seconds",)
+    for one, other in zip(whole.rounds, again.rounds, strict=True):
+        assert {k: v for k, v in one.items() if k not in timed} == {
+            k: v for k, v in other.items() if k not in timed
+        }
+    assert count > 3
+    assert_same_weights(tmp_path / "whole/round-2/model", tmp_path / "out/round-2/model")
+
+
+def test_a_killed_process_goes_on(settings, tmp_path):
+    """As a shell would start it, killed while it samples the second round."""
+    (tmp_path / "judge.py").write_text(
+        "import os, pathlib, signal\n"
+        f"out = pathlib.Path({str(tmp_path / 'out')!r})\n"
+        "def score(prompt, response, row):\n"
+        "    if (out / 'round-1/model').exists() and not (out / '../killed').exists():\n"
+        "        (out / '../killed').write_text('')\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return -len(response)\n"
+    )
+    words = [sys.executable, "-m", "fastdpo", "rounds"]
+    for name, value in settings.items():
+        words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    killed = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"model: {tmp_path}/out/round-2/model"
+    whole = rounds(
+        RoundsConfig(
+            **settings
+            | {"output_dir": str(tmp_path / "whole"), "judge": f"{tmp_path}/judge.py:score"}
+        )
+    )
+    assert [line["score"] for line in whole.rounds] == [
+        line["score"] for line in lines(tmp_path / "out")
+    ]
+
+
+def test_a_round_that_is_worse_is_named_and_if_asked_not_taken(settings, tmp_path):
+    (tmp_path / "judge.py").write_text(
+        "import pathlib\n"
+        f"out = pathlib.Path({str(tmp_path / 'out')!r})\n"
+        "def score(prompt, response, row):\n"
+        "    trained = len(list(out.glob('round-*/model/model.safetensors')))\n"
+        "    return -len(response) - 1000 * trained\n"
+    )
+    result = rounds(RoundsConfig(**settings | {"take_worse_rounds": False}))
+    assert result.model == settings["model_name_or_path"]
+    for line in result.rounds[1:]:
+        assert not line["taken"] and line["said"][-1] == "not taken"
+        assert line["said"][0].startswith("held-out score fell from ")
+    kept = settings | {"output_dir": str(tmp_path / "out2"), "rounds": 1}
+    assert rounds(RoundsConfig(**kept)).rounds[1]["taken"]
+
+
+def test_a_round_too_far_from_the_start_is_the_last(settings):
+    keys = {"max_kl": 1e-9, "learning_rate": 0.05, "rounds": 3}
+    result = rounds(RoundsConfig(**settings | keys))
+    assert (
+        len(result.rounds) == 2 and "above max_kl: the last round" in result.rounds[1]["said"][-1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("judge", "said"),
+    [
+        ("def score(p, r, row):\n    return 1 / 0\n", "judge: score raised ZeroDivisionError"),
+        ("raise OSError('no')\n", "judge.py: OSError: no"),
+        ("scores = 1\n", "judge.py has no function score"),
+        (
+            "def score(p, r, row):\n    return float('nan')\n",
+            "no prompt makes a row to train on: 7",
+        ),
+    ],
+)
+def test_a_judge_that_fails_is_one_line_and_costs_no_sample(settings, tmp_path, judge, said):
+    (tmp_path / "judge.py").write_text(judge)
+    with pytest.raises(FastDPOError) as caught:
+        rounds(RoundsConfig(**settings))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    (tmp_path / "judge.py").write_text(JUDGE)
+    if "nan" not in judge:
+        assert len(rounds(RoundsConfig(**settings)).rounds) == 3
+
+
+def test_scores_that_are_no_numbers_are_counted(settings, tmp_path):
+    (tmp_path / "judge.py").write_text(
+        "def score(p, r, row):\n    return None if int(row['answer']) % 3 else -len(r)\n"
+    )
+    line = rounds(RoundsConfig(**settings | {"rounds": 1})).rounds[1]
+    assert line["failures"].keys() == {"score returned None"}
+    assert line["left_out"].keys() == {"with fewer than two answers that are whole and scored"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"judge": "nobody"},
+            "judge: expected FILE.py:FUNCTION, exact, math, row, self, model:PATH",
+        ),
+        ({"judge": "none.py:score"}, "judge: no file none.py"),
+        ({"num_generations": 1}, "num_generations: expected at least 2"),
+        ({"do_eval": True}, "do_eval: fastdpo rounds sets it in each round (eval_prompts)"),
+        ({"engine": "magic"}, "engine: expected one of transformers, continuous, vllm, sglang"),
+        ({"top_p": 0.0}, "top_p: expected above 0, at most 1"),
+    ],
+)
+def test_wrong_keys_cost_one_line(settings, changes, said):
+    with pytest.raises(ConfigError) as caught:
+        RoundsConfig.from_dict(settings | changes, "rounds.yaml")
+    assert said in str(caught.value)
+
+
+def test_other_faults_before_the_first_answer(settings, tmp_path, capsys):
+    with pytest.raises(DataError, match="no room for an answer"):
+        rounds(RoundsConfig(**settings | {"max_length": 2}))
+    with pytest.raises(ConfigError, match="beta: differs from the rounds in"):
+        rounds(RoundsConfig(**settings | {"max_length": 2, "beta": 0.7}))
+    with pytest.raises(ConfigError, match="pip install vllm"):
+        rounds(RoundsConfig(**settings | {"engine": "vllm", "output_dir": str(tmp_path / "v")}))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("x")
+    with pytest.raises(ConfigError, match="holds other files"):
+        rounds(RoundsConfig(**settings | {"output_dir": str(tmp_path / "full")}))
+    assert main(["rounds", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--num_generations" in shown and "--judge " in shown
