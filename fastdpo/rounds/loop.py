@@ -33,6 +33,7 @@ from ..errors import ConfigError, DataError
 from ..hub import reached
 from ..scoring.score import score
 from ..terminal import progress_bars, withheld
+from ..training.output import METRICS
 from ..training.run import train
 from .engines import Engine, free, load_engine
 from .judges import Judge, Question
@@ -128,7 +129,7 @@ class _Rounds:
         made = make_rows(self.config, _as_scored(some, scored))
         datasets.Dataset.from_list(made.rows).to_parquet(str(folder / "train.parquet"))
         with _timed(times, "training"):
-            metrics = self._train(folder)
+            self._train(folder)
         line: dict[str, Any] = {
             "round": number,
             "model": f"round-{number}/model",
@@ -137,7 +138,7 @@ class _Rounds:
             "left_out": made.left_out,
             "failures": failures,
             **_distribution(scored),
-            "loss": metrics.get("loss"),
+            "loss": _last_loss(folder / "model" / METRICS),
         }
         with _timed(times, "watching"):
             line |= self._watch(number)
@@ -257,7 +258,7 @@ class _Rounds:
     def _judge(self) -> Judge:
         return load_judge(self._now(), self.folder)
 
-    def _train(self, folder: Path) -> dict[str, float]:
+    def _train(self, folder: Path) -> None:
         """Train the policy on the round's rows; go on where that was broken off."""
         output = folder / "model"
         values: dict[str, Any] = {
@@ -283,7 +284,7 @@ class _Rounds:
             values["ref_model_name_or_path"] = self.policy
         if (output / "trainer_state.json").exists():
             values["resume_from_checkpoint"] = True
-        return train(self.config.of_round(**values)).metrics
+        train(self.config.of_round(**values))
 
     def _watch(self, number: int) -> dict[str, Any]:
         """The held-out figures of a model; those of the start are compared with themselves."""
@@ -384,6 +385,11 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _last_loss(file: Path) -> float | None:
+    """The last loss that a run logged."""
+    return next((line["loss"] for line in reversed(_read_lines(file)) if "loss" in line), None)
 
 
 def _describe(line: dict[str, Any]) -> str:
