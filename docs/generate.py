@@ -18,6 +18,7 @@ from fastdpo_kernels import LOSSES
 
 from fastdpo.config import TrainConfig
 from fastdpo.config.declare import GROUPS, default_of
+from fastdpo.config.rounds import RoundsConfig
 from fastdpo.config.values import show
 from fastdpo.data.layouts import LAYOUTS
 from fastdpo.training import changes
@@ -84,7 +85,8 @@ def block(name: str) -> str:
         return ", ".join(f"`{key}`" for key in LISTS[name]) + ".\n"
     if name not in GROUPS:
         raise KeyError(f"keys:{name}: expected one of {', '.join([*GROUPS, *LISTS])}")
-    own = {key: item for key, item in KEYS.items() if item.metadata["group"] == name}
+    keys = RoundsConfig.key_fields()
+    own = {key: item for key, item in keys.items() if item.metadata["group"] == name}
     rows = [f"| `{key}` | {_default(item)} | {_meaning(item)} |" for key, item in own.items()]
     return "\n".join(["| key | default | meaning |", "|---|---|---|", *rows]) + "\n"
 

@@ -35,6 +35,7 @@ from fastdpo.cli import COMMANDS
 from fastdpo.config.datasets import ENTRY
 from fastdpo.config.declare import GROUPS
 from fastdpo.config.peers import PEER_KEYS
+from fastdpo.config.rounds import RoundsConfig
 from fastdpo.data.columns import FIELDS
 from fastdpo.data.grouping import make_groups
 from fastdpo.data.groups import count_units
@@ -134,7 +135,8 @@ def is_our_command(words: list[str]) -> bool:
         rest = without_own_flags(command, rest)
         rest = rest[rest[:1] != [] and not rest[0].endswith(".yaml") and rest[0][0] != "-" :]
     if "--help" not in rest and command not in WITHOUT_KEYS:
-        TrainConfig.parse([word for word in rest if word != "--json"])
+        kind = RoundsConfig if command == "rounds" and rest else TrainConfig
+        kind.parse([word for word in rest if word != "--json"])
     return True
 
 
@@ -164,9 +166,10 @@ def without_own_flags(command: str, words: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_can_be_typed(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (config,) = blocks("README.md", "yaml")
+    (config,) = blocks("docs/rounds.md" if page == "docs/rounds.md" else "README.md", "yaml")
     (tmp_path / "config.yaml").write_text(config)
     monkeypatch.chdir(tmp_path)
+    write_judge(page)
     lines = [line for block in blocks(page, "sh") for line in block.splitlines() if line]
     lines += [span for span in spans(page) if re.match(r"(fastdpo|make|python -m) [\w-]", span)]
     for line in lines:
@@ -174,15 +177,26 @@ def test_commands_can_be_typed(page: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_configurations_shown_are_valid(page: str) -> None:
+def test_configurations_shown_are_valid(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    kind = RoundsConfig if page == "docs/rounds.md" else TrainConfig
+    write_judge(page)
     for block in blocks(page, "yaml"):
-        config = TrainConfig.from_dict(yaml.safe_load(block))
+        config = kind.from_dict(yaml.safe_load(block))
         assert config.model_name_or_path == MODEL
+
+
+def write_judge(page: str) -> None:
+    """The Python of the page of rounds in the file that its configuration names."""
+    if page == "docs/rounds.md":
+        Path("score.py").write_text(blocks(page, "python")[0])
 
 
 def known_names() -> set[str]:
     """Every name with an underscore in it that a page may use."""
-    keys = TrainConfig.key_fields()
+    keys = RoundsConfig.key_fields()
     choices = [choice for item in keys.values() for choice in item.metadata["choices"] or ()]
     calls = (linear_logprob, linear_dpo_loss, linear_loss, linear_cross_entropy, train)
     arguments = [name for call in calls for name in inspect.signature(call).parameters]
@@ -204,7 +218,7 @@ def known_names() -> set[str]:
 @pytest.mark.parametrize("page", sorted({"README.md", *DOCS} - {"docs/benchmarks.md"}))
 def test_names_exist(page: str) -> None:
     """Where a page speaks of keys; the flags of `fastdpo bench` are others."""
-    keys, known = set(TrainConfig.key_fields()), known_names()
+    keys, known = set(RoundsConfig.key_fields()), known_names()
     for span in spans(page):
         flags = re.findall(r"(?<!\S)--(?:no_)?(\w+)", span)
         setting = re.match(r"(\w+): \S", span)

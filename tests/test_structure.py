@@ -20,6 +20,7 @@ LAYERS = (
     ("reference", "hub", "memory"),
     ("training",),
     ("scoring", "generation"),
+    ("rounds",),
     ("doctor", "demo"),
     ("cli", "__main__"),
 )

@@ -1,0 +1,264 @@
+"""Judges of rounds, what is made of their scores, and what is watched."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from fastdpo.config.rounds import RoundsConfig
+from fastdpo.errors import ConfigError, DataError, FastDPOError
+from fastdpo.rounds import endpoint
+from fastdpo.rounds.endpoint import Endpoint
+from fastdpo.rounds.judges import Question, RewardModel, checked_number, exact, final_number
+from fastdpo.rounds.pairing import Scored, make_rows
+from fastdpo.rounds.watch import repetition, watched
+
+ASKED = [{"role": "user", "content": "What is 12 + 30?"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("It is 42.", 42),
+        ("1,234.5 apples", 1234.5),
+        ("12 of them, so \\boxed{7} remain of 9", 7),
+        ("\\boxed{\\frac{1}{4}}", 0.25),
+        ("First 3, then 4.\n#### 7\n", 7),
+        ("minus: -8", -8),
+        ("$1,000", 1000),
+        ("3 / 4 of it", 0.75),
+        ("1/0", None),
+        ("25%", 0.25),
+        ("none", None),
+    ],
+)
+def test_the_number_that_a_text_comes_to(text, number):
+    assert final_number(text) == number
+
+
+def test_answers_are_compared_with_the_rows_own():
+    question = Question(ASKED, ["42", "So  it is\n#### 42.0", "41", "who knows"], {"answer": "42"})
+    assert exact("answer")([question]) == [[1, 0, 0, 0]]
+    assert checked_number("answer")([question]) == [[1, 1, 0, 0]]
+    assert exact("answer")([Question("q", [" Yes \n"], {"answer": "yes"})]) == [[1]]
+    with pytest.raises(DataError, match="no column gold"):
+        exact("gold")([question])
+    with pytest.raises(DataError, match="holds no number"):
+        checked_number("answer")([Question(ASKED, ["4"], {"answer": "four"})])
+
+
+def test_a_reward_model_scores_each_answer_as_alone(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), num_attention_heads=2, num_labels=1, pad_token_id=0, **sizes
+    )
+    model = LlamaForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    judge = RewardModel(str(tmp_path), RoundsConfigStub, batch_size=3)
+    answers = ["yes", "no no no no", "big yes big no big", "small", "yes no"]
+    found = judge([Question("one two", answers[:4], {}), Question("far", answers[4:], {})])
+    texts = [f"one two{answer}" for answer in answers[:4]] + [f"far{answers[4]}"]
+    with torch.no_grad():
+        alone = [
+            float(model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0, 0])
+            for text in texts
+        ]
+    assert [value for row in found for value in row] == pytest.approx(alone, rel=1e-4)
+    config.num_labels = 3
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="has 3 labels; expected a reward model"):
+        RewardModel(str(tmp_path), RoundsConfigStub)
+
+
+RoundsConfigStub: Any = SimpleNamespace(use_cpu=True)
+
+
+# An endpoint
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """An OpenAI-compatible endpoint that says what `answers` makes of a request."""
+    seen: list[dict[str, Any]] = []
+    state = SimpleNamespace(seen=seen, answers=lambda text: "Score: 5", status=[], refuse=False)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append(body | {"authorization": self.headers.get("Authorization")})
+            status = state.status.pop(0) if state.status else 200
+            said = state.answers(body["messages"][0]["content"])
+            message = {"content": None, "refusal": "no"} if state.refuse else {"content": said}
+            answer = {"choices": [{"message": message}], "usage": {"total_tokens": 10}}
+            data = json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args):
+            pass
+
+    made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    state.url = f"http://127.0.0.1:{made.server_port}/v1"
+    monkeypatch.setattr(endpoint, "_WAIT", 0.01)
+    yield state
+    made.shutdown()
+    made.server_close()
+
+
+def judge(server, folder, **keys):
+    fixed = {"judge": server.url, "judge_model": "m", "judge_mode": "absolute"}
+    fixed |= {"judge_rubric": None, "judge_max_tokens": None}
+    return Endpoint(SimpleNamespace(**fixed | keys), folder)
+
+
+def test_scores_are_read_kept_and_not_asked_for_twice(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    server.answers = lambda text: (
+        "Good.\n**Score: 7/10**" if "[Answer]\nyes" in text else "Score: 2.5"
+    )
+    question = Question(ASKED, ["yes", "no"], {})
+    assert judge(server, tmp_path)([question, question]) == [[0.7, 0.25]] * 2
+    assert len(server.seen) == 2 and server.seen[0]["authorization"] == "Bearer secret"
+    assert server.seen[0]["model"] == "m" and server.seen[0]["temperature"] == 0
+    assert "What is 12 + 30?" in server.seen[0]["messages"][0]["content"]
+    again = judge(server, tmp_path)
+    assert again([question]) == [[0.7, 0.25]] and len(server.seen) == 2 and again.spent == 20
+    with (tmp_path / "judge.jsonl").open("a") as file:
+        file.write('{"key": "cut o')
+    assert judge(server, tmp_path)([question]) == [[0.7, 0.25]]
+    assert "secret" not in (tmp_path / "judge.jsonl").read_text()
+
+
+def test_pairs_are_asked_about_in_both_orders(server, tmp_path):
+    """The judge likes "good", and the first one of two others."""
+
+    def better(text: str) -> str:
+        first = text.partition("[Answer A]\n")[2].partition("\n")[0]
+        second = text.partition("[Answer B]\n")[2].partition("\n")[0]
+        if "good" in (first, second):
+            return f"Better: {'A' if first == 'good' else 'B'}"
+        return "Better: A"
+
+    server.answers = better
+    made = judge(server, tmp_path, judge_mode="pairwise")
+    assert made([Question("q", ["bad", "good", "worse"], {})]) == [[0.25, 1.0, 0.25]]
+    assert (made.comparisons, made.disagreements) == (3, 1) and len(server.seen) == 6
+
+
+def test_refusals_and_answers_without_a_verdict_are_counted(server, tmp_path):
+    server.answers = lambda text: "I like it." if "[Answer]\na" in text else "Score: 11"
+    made = judge(server, tmp_path)
+    assert made([Question("q", ["a", "b"], {})]) == [[None, None]]
+    assert made.failures == {
+        "the endpoint's answer holds no verdict": 1,
+        "the endpoint's score is not from 0 to 10": 1,
+    }
+    server.refuse = True
+    assert made([Question("q", ["c"], {})]) == [[None]]
+    assert made.failures["the endpoint refused"] == 1
+
+
+def test_an_endpoint_that_fails_for_a_while_is_asked_again(server, tmp_path):
+    server.status = [503, 429, 500]
+    assert judge(server, tmp_path)([Question("q", ["a"], {})]) == [[0.5]]
+    assert len(server.seen) == 4
+
+
+def test_an_endpoint_that_is_down_is_one_line_and_keeps_what_was_said(server, tmp_path):
+    made = judge(server, tmp_path)
+    made([Question("q", ["a"], {})])
+    server.status = [401]
+    with pytest.raises(FastDPOError, match="401 Unauthorized; what was judged is kept"):
+        made([Question("q", ["b"], {})])
+    server.status = [503] * 9
+    with pytest.raises(FastDPOError, match="503 Service Unavailable"):
+        made([Question("q", ["b"], {})])
+    assert judge(server, tmp_path).spent == 10
+
+
+def test_tokens_have_a_limit(server, tmp_path):
+    made = judge(server, tmp_path, judge_max_tokens=10)
+    made([Question("q", ["a"], {})])
+    with pytest.raises(FastDPOError, match="10 tokens were used, judge_max_tokens is 10; raise it"):
+        made([Question("q", ["b"], {})])
+
+
+# Rows
+
+
+def scored(answers, scores, complete=None, **more) -> Scored:
+    return Scored(ASKED, answers, scores, complete or [True] * len(answers), **more)
+
+
+def config(**keys: Any) -> RoundsConfig:
+    fixed = {"model_name_or_path": "m", "dataset_name": "d.jsonl", "judge": "exact"}
+    return RoundsConfig(**fixed | keys)
+
+
+def test_the_best_answer_against_the_worst():
+    made = make_rows(config(), [scored(["a", "b", "c", "d"], [1, 3, None, 2])])
+    (row,) = made.rows
+    assert row["chosen"][0]["content"] == "b" and row["rejected"][0]["content"] == "a"
+
+
+def test_what_cannot_be_learnt_from_is_counted():
+    cases = [
+        scored(["a", "b"], [1, 1]),
+        scored(["a", "b"], [1, None]),
+        scored(["a", "b", "c"], [3, 2, 1], [False, True, True]),
+        scored(["a", " ", "c"], [3, 0, 1]),
+    ]
+    made = make_rows(config(), cases)
+    assert [row["chosen"][0]["content"] for row in made.rows] == ["b", "a"]
+    assert made.left_out == {
+        "whose answers all have the same score": 1,
+        "with fewer than two answers that are whole and scored": 1,
+    }
+    kept = make_rows(config(mask_truncated_completions=False), cases[2:3])
+    assert kept.rows[0]["chosen"][0]["content"] == "a"
+    with pytest.raises(DataError, match="no prompt makes a row to train on: 1 whose answers all"):
+        make_rows(config(), cases[:1])
+
+
+def test_losses_of_scores_have_all_answers_equal_ones_too():
+    for loss in ("grpo", "sppo", "listwise"):
+        made = make_rows(config(loss_type=[loss]), [scored(["a", "b", "b"], [1, 1, 1])])
+        assert made.rows[0]["scores"] == [1, 1, 1] and len(made.rows[0]["responses"]) == 3
+
+
+def test_spin_sets_the_rows_own_answer_against_every_other():
+    own = [{"role": "assistant", "content": "mine"}]
+    cases = [
+        scored(["a", "mine", "a", "b"], [None] * 4, own=own),
+        scored(["mine"], [None], own="mine"),
+    ]
+    made = make_rows(config(judge="row", loss_type=["spin"]), cases)
+    assert [row["rejected"][0]["content"] for row in made.rows] == ["a", "b"]
+    assert all(row["chosen"] == own for row in made.rows)
+    assert made.left_out == {"whose answers are all cut off, or the row's own": 1}
+
+
+def test_what_is_watched():
+    found = watched(
+        ["a b c d a b c d", "x"], [True, False], [1.0, None], [0.0, 5.0], [8, 2], [2.0, -1.0]
+    )
+    assert found.as_dict() == {
+        "score": 1.0,
+        "win_rate": 1.0,
+        "tokens": 5.0,
+        "complete": 0.5,
+        "repetition": pytest.approx(0.1),
+        "kl": pytest.approx(0.1),
+        "unscored": 1,
+    }
+    assert repetition("a b c d e") == 0 and repetition("") == 0
