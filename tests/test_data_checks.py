@@ -49,7 +49,7 @@ def test_a_run_begins_with_what_the_checks_find(go, given):
     expected = check_quickly(datasets.Dataset.from_list(FAULTY), "rows").as_dict()
     assert written["findings"] == expected["findings"] and written["lengths"] == expected["lengths"]
     assert lines == [
-        "checks: 14 rows: 1 errors, 1 warnings; fastdpo check looks at more",
+        "checks: 14 rows: 1 error, 1 warning; fastdpo check looks at more",
         "checks: 2 rows contradict another one: of one prompt, the same two responses the other "
         "way round",
         "checks: 1 rows repeat an earlier one",
@@ -88,7 +88,7 @@ def test_layouts_and_mixtures_are_read_as_the_run_reads_them(go, tmp_path):
         for row in FAULTY
     ]  # fmt: skip
     lines, _, _ = go(alpaca)
-    assert lines[0].startswith("checks: 14 rows: 1 errors")
+    assert lines[0].startswith("checks: 14 rows: 1 error,")
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     parts = [{"path": str(tmp_path / "pairs.jsonl")}, {"path": str(other)}]

@@ -48,7 +48,8 @@ def check_data(
     said = found.summary
     part = "" if said["read"] == said["rows"] else f", of which {said['read']} were looked at"
     lines = brief(found)
-    what = f"{said['error']} errors, {said['warning']} warnings" if lines else "nothing was found"
+    counts = [f"{said[level]} {level}{'s' * (said[level] != 1)}" for level in ("error", "warning")]
+    what = ", ".join(counts) if lines else "nothing was found"
     more = f" ({len(lines) - LINES} more in data_checks.json)" if len(lines) > LINES else ""
     logger.info(f"checks: {said['rows']} rows{part}: {what}{more}; fastdpo check looks at more")
     for line in lines[:LINES]:
