@@ -12,10 +12,10 @@ import datasets
 import pytest
 from training import assert_same_weights
 
+from fastdpo import files
 from fastdpo.cli import main
 from fastdpo.config.rounds import RoundsConfig
 from fastdpo.errors import ConfigError, DataError, FastDPOError
-from fastdpo.rounds import loop
 from fastdpo.rounds.loop import LOG, rounds
 
 PROMPTS = [{"prompt": f"yes no {'big ' * (i % 3)}", "answer": str(i)} for i in range(10)]
@@ -108,7 +108,7 @@ def test_rows_are_those_that_the_loss_needs(settings, tmp_path, changes, columns
 def test_the_same_command_goes_on_where_the_last_one_ended(settings, tmp_path, monkeypatch):
     """Broken off at every batch and every stage, the rounds end as undisturbed ones."""
     whole = rounds(RoundsConfig(**settings | {"output_dir": str(tmp_path / "whole")}))
-    true, left = loop.files.write_text, {"count": 0}
+    true, left = files.write_text, {"count": 0}
 
     def broken(path: Path, text: str) -> None:
         left["count"] -= "model" not in path.parts
@@ -119,7 +119,7 @@ def test_the_same_command_goes_on_where_the_last_one_ended(settings, tmp_path, m
     for count in range(60):
         left["count"] = 3 + count % 2
         with monkeypatch.context() as patched:
-            patched.setattr(loop.files, "write_text", broken)
+            patched.setattr(files, "write_text", broken)
             try:
                 again = rounds(RoundsConfig(**settings))
                 break

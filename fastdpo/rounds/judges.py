@@ -17,6 +17,7 @@ from ..data.messages import Text
 from ..errors import ConfigError, DataError, FastDPOError, one_line
 from ..model.paths import run_device
 from ..scoring.reward import RewardModel as Implied
+from .prompts import as_completion
 
 Row = Mapping[str, Any]
 
@@ -239,11 +240,6 @@ class Implicit:
     def __call__(self, questions: Sequence[Question]) -> list[list[float | None]]:
         prompts = [q.prompt for q in questions for _ in q.answers]
         rest = iter(
-            self.reward(prompts, [_as_completion(q, a) for q in questions for a in q.answers])
+            self.reward(prompts, [as_completion(q.prompt, a) for q in questions for a in q.answers])
         )
         return [[next(rest) for _ in q.answers] for q in questions]
-
-
-def _as_completion(question: Question, answer: str) -> Any:
-    text = isinstance(question.prompt, str)
-    return answer if text else [{"role": "assistant", "content": answer}]

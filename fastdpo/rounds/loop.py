@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,23 +23,19 @@ from typing import Any
 
 import datasets
 import numpy as np
-import xxhash
-from tqdm import tqdm
 
 from .. import files
 from ..config.rounds import RoundsConfig
-from ..errors import ConfigError, DataError
+from ..data.write import writer_of
+from ..errors import ConfigError
 from ..hub import reached
-from ..scoring.score import score
-from ..terminal import progress_bars, withheld
+from ..terminal import progress_bars
 from ..training.output import METRICS
 from ..training.run import train
-from .engines import Engine, free, load_engine
-from .judges import Judge, Question
 from .pairing import Scored, describe, make_rows
 from .prompts import Prompts, load_prompts
-from .verdict import load_judge
-from .watch import Watched, watched
+from .stages import gains, judged, sample
+from .watch import watched
 
 logger = logging.getLogger(__name__)
 
@@ -122,12 +117,15 @@ class _Rounds:
         folder.mkdir(exist_ok=True)
         times: dict[str, float] = {}
         some = self.prompts.of_round(number, self.config.prompts_per_round)
+        config = self._with(self.policy)
         with _timed(times, "sampling"):
-            samples = self._samples(folder, some, self.config.num_generations, number)
+            file, count = folder / "samples.parquet", self.config.num_generations
+            samples = sample(config, file, some, count, number)
         with _timed(times, "scoring"):
-            scored, failures = self._scored(folder, some, samples)
+            file = folder / "scored.parquet"
+            scored, failures = judged(config, file, some, samples, self.folder)
         made = make_rows(self.config, _as_scored(some, scored))
-        datasets.Dataset.from_list(made.rows).to_parquet(str(folder / "train.parquet"))
+        writer_of(folder / "train.parquet")(datasets.Dataset.from_list(made.rows))
         with _timed(times, "training"):
             self._train(folder)
         line: dict[str, Any] = {
@@ -172,92 +170,6 @@ class _Rounds:
             self.policy = str(self.folder / line["model"])
         logger.info(_describe(line))
 
-    # Stages
-
-    def _samples(
-        self, folder: Path, prompts: Prompts, number: int, seed: int, name: str = "samples"
-    ) -> datasets.Dataset:
-        """The prompts' answers, in their order."""
-        file = folder / f"{name}.parquet"
-        if file.exists():
-            return datasets.Dataset.from_parquet(str(file))
-        parts = folder / f"{name}-parts"
-        parts.mkdir(exist_ok=True)
-        engine: Engine = load_engine(self._now())
-        tokens = [engine.encode(prompt) for prompt in prompts.texts]
-        room = self.config.max_length
-        for index, ids in enumerate(tokens):
-            if room is not None and len(ids) >= room:
-                raise DataError(
-                    f"{prompts.where(index)}: the prompt has {len(ids)} tokens and max_length is "
-                    f"{room}: no room for an answer"
-                )
-        order = sorted(range(len(tokens)), key=lambda i: (len(tokens[i]), i))
-        size = self.config.generation_batch_size
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
-        for place, some in enumerate(tqdm(batches, "sampling", disable=self.config.disable_tqdm)):
-            part = parts / f"{place:06d}.json"
-            if part.exists():
-                continue
-            found = engine.answer(
-                [tokens[i] for i in some], number, _seed(self.config.seed, seed, name, place)
-            )
-            made = {
-                index: [[answer.text, answer.complete] for answer in answers]
-                for index, answers in zip(some, found, strict=True)
-            }
-            files.write_text(part, json.dumps(made, ensure_ascii=False))
-        del engine
-        free()
-        every: dict[int, list[Any]] = {}
-        for part in sorted(parts.glob("*.json")):
-            every |= {int(i): answers for i, answers in files.read_json(part).items()}
-        rows = [
-            {
-                "prompt": json.dumps(prompts.texts[i], ensure_ascii=False),
-                "row": prompts.numbers[i],
-                "responses": [text for text, _ in every[i]],
-                "complete": [whole for _, whole in every[i]],
-            }
-            for i in range(len(prompts))
-        ]
-        made = datasets.Dataset.from_list(rows)
-        with files.atomic_file(file) as temporary:
-            made.to_parquet(str(temporary))
-        shutil.rmtree(parts)
-        return made
-
-    def _scored(
-        self, folder: Path, prompts: Prompts, samples: datasets.Dataset, name: str = "scored"
-    ) -> tuple[datasets.Dataset, dict[str, int]]:
-        """The samples with the judge's scores, and what could not be scored, by reason."""
-        file = folder / f"{name}.parquet"
-        if file.exists():
-            made = datasets.Dataset.from_parquet(str(file))
-            return made, json.loads(made[0]["failures"])
-        judge = self._judge()
-        scores: list[list[float | None]] = []
-        size = self.config.generation_batch_size
-        rows = list(samples)
-        for start in tqdm(range(0, len(rows), size), "judging", disable=self.config.disable_tqdm):
-            questions = [
-                Question(prompts.texts[i], rows[i]["responses"], prompts.rows[i])
-                for i in range(start, min(start + size, len(rows)))
-            ]
-            scores += judge(questions)
-        failures = dict(judge.failures)
-        del judge
-        free()
-        made = samples.add_column(
-            "scores", scores, feature=datasets.List(datasets.Value("float64"))
-        ).add_column("failures", [json.dumps(failures)] * len(samples))
-        with files.atomic_file(file) as temporary:
-            made.to_parquet(str(temporary))
-        return made, failures
-
-    def _judge(self) -> Judge:
-        return load_judge(self._now(), self.folder)
-
     def _train(self, folder: Path) -> None:
         """Train the policy on the round's rows; go on where that was broken off."""
         output = folder / "model"
@@ -287,66 +199,25 @@ class _Rounds:
         train(self.config.of_round(**values))
 
     def _watch(self, number: int) -> dict[str, Any]:
-        """The held-out figures of a model; those of the start are compared with themselves."""
-        folder = self.folder / f"round-{number}"
+        """The held-out figures of the round's model, or of the start."""
+        folder, held_out = self.folder / f"round-{number}", self.prompts.held_out
         folder.mkdir(exist_ok=True)
-        held_out = self.prompts.held_out
-        trained = self.policy
-        if number:
-            self.policy = str(folder / "model")
-        try:
-            samples = self._samples(folder, held_out, 1, 0, "held-out-samples")
-            scored, _ = self._scored(folder, held_out, samples, "held-out")
-            start = datasets.Dataset.from_parquet(str(self.folder / _START / "held-out.parquet"))
-            logps = self._logps(folder, held_out, scored)
-        finally:
-            self.policy = trained
-        found: Watched = watched(
+        config = self._with(str(folder / "model") if number else self.start)
+        samples = sample(config, folder / "held-out-samples.parquet", held_out, 1, 0)
+        scored, _ = judged(config, folder / "held-out.parquet", held_out, samples, self.folder)
+        of_start = datasets.Dataset.from_parquet(str(self.folder / _START / "held-out.parquet"))
+        logps = gains(config, folder / "held-out-logps.json", held_out, scored, self.start)
+        return watched(
             [row["responses"][0] for row in scored],
             [row["complete"][0] for row in scored],
             [row["scores"][0] for row in scored],
-            [row["scores"][0] for row in start],
+            [row["scores"][0] for row in of_start],
             logps["tokens"],
             logps["gains"],
-        )
-        return found.as_dict()
+        ).as_dict()
 
-    def _logps(self, folder: Path, held_out: Prompts, scored: datasets.Dataset) -> dict[str, Any]:
-        """Tokens of the held-out answers, and how much likelier they are than at the start."""
-        file = folder / "held-out-logps.json"
-        if file.exists():
-            found: dict[str, Any] = files.read_json(file)
-            return found
-        rows = [
-            {"prompt": prompt, "responses": [_completion(prompt, row["responses"][0])]}
-            for prompt, row in zip(held_out.texts, scored, strict=True)
-        ]
-        values: dict[str, Any] = {
-            "model_name_or_path": self.policy,
-            "ref_model_name_or_path": None if self.policy == self.start else self.start,
-            "dataset_name": None,
-            "datasets": [],
-        }
-        with withheld():
-            made = score(self.config.of_round(**values), rows)
-        tokens = [each[0] if each else 0 for each in made.columns["response_tokens"]]
-        gains = [0.0] * len(tokens)
-        if self.policy != self.start:
-            pairs = zip(
-                made.columns["response_logps"], made.columns["response_ref_logps"], strict=True
-            )
-            gains = [mine[0] - theirs[0] if mine else 0.0 for mine, theirs in pairs]
-        found = {"tokens": tokens, "gains": gains}
-        files.write_text(file, json.dumps(found))
-        return found
-
-    def _now(self) -> RoundsConfig:
-        """The configuration with the round's policy."""
-        return self.config.choose("the round before", model_name_or_path=self.policy)
-
-
-def _completion(prompt: Any, text: str) -> Any:
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+    def _with(self, model: str) -> RoundsConfig:
+        return self.config.choose("the round before", model_name_or_path=model)
 
 
 def _as_scored(prompts: Prompts, scored: datasets.Dataset) -> list[Scored]:
@@ -362,10 +233,6 @@ def _distribution(scored: datasets.Dataset) -> dict[str, Any]:
     if not known:
         return {"scores": None}
     return {"scores": [float(q) for q in np.quantile(known, (0, 0.25, 0.5, 0.75, 1))]}
-
-
-def _seed(*parts: Any) -> int:
-    return int(xxhash.xxh32_intdigest(json.dumps(parts).encode()))
 
 
 class _timed:

@@ -10,6 +10,7 @@ from ..config.rounds import RoundsConfig
 from ..data.messages import Text
 from ..errors import DataError
 from ..losses import loss_of
+from .prompts import as_completion
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,13 @@ def _of_own(one: Scored, config: RoundsConfig) -> list[dict[str, Any]] | str:
     if not kept:
         return "whose answers are all cut off, or the row's own"
     return [
-        {"prompt": one.prompt, "chosen": _own(one), "rejected": _completion(one, text)}
+        {"prompt": one.prompt, "chosen": _own(one), "rejected": as_completion(one.prompt, text)}
         for text in dict.fromkeys(kept)
     ]
 
 
 def _own(one: Scored) -> Any:
-    return one.own if not isinstance(one.own, str) else _completion(one, one.own)
+    return one.own if not isinstance(one.own, str) else as_completion(one.prompt, one.own)
 
 
 def _plain(answer: Any) -> str:
@@ -95,7 +96,7 @@ def _of_scores(one: Scored, config: RoundsConfig, groups: bool) -> list[dict[str
         return "with fewer than two answers that are whole and scored"
     scores = [score for _, score in pairs]
     if groups:  # equal ones too: they count in the means of a loss, and their prompt in its KL
-        texts = [_completion(one, text) for text, _ in pairs]
+        texts = [as_completion(one.prompt, text) for text, _ in pairs]
         return [{"prompt": one.prompt, "responses": texts, "scores": scores}]
     if max(scores) == min(scores):
         return "whose answers all have the same score"
@@ -104,8 +105,8 @@ def _of_scores(one: Scored, config: RoundsConfig, groups: bool) -> list[dict[str
     return [
         {
             "prompt": one.prompt,
-            "chosen": _completion(one, best),
-            "rejected": _completion(one, worst),
+            "chosen": as_completion(one.prompt, best),
+            "rejected": as_completion(one.prompt, worst),
         }
     ]
 
@@ -117,10 +118,6 @@ def _answers(one: Scored, config: RoundsConfig) -> list[tuple[str, bool]]:
         for text, whole in zip(one.answers, one.complete, strict=True)
         if text.strip() and (whole or not config.mask_truncated_completions)
     ]
-
-
-def _completion(one: Scored, text: str) -> Any:
-    return text if isinstance(one.prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def describe(left_out: Mapping[str, int]) -> str:

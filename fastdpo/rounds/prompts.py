@@ -100,3 +100,8 @@ def load_prompts(config: RoundsConfig) -> Prompts:
                     "answer or response beside the prompt (judge: row)"
                 )
     return made
+
+
+def as_completion(prompt: Text, text: str) -> Any:
+    """An answer of the type of its prompt: text, or messages."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
