@@ -14,12 +14,14 @@ CHECK = ["py3langid>=0.3", "rensa>=0.5"]
 DEMO = ["gguf>=0.17"]
 GPU = ['liger-kernel>=0.8.5; platform_system == "Linux"']
 MEMORY = ["bitsandbytes>=0.50", "torchao>=0.18"]
+ROUNDS = ["math-verify>=0.8"]
 
 TEST = [
     *CHECK,
     *DEMO,
     *GPU,
     *MEMORY,
+    *ROUNDS,
     "hatchling>=1.27",
     "hypothesis>=6.100",
     "kernels>=0.17",
@@ -68,6 +70,7 @@ setup(
         "flash": ["flash-attn"],
         "gpu": GPU,
         "memory": MEMORY,
+        "rounds": ROUNDS,
         "test": TEST,
         "dev": [*TEST, "mypy>=1.15", "ruff>=0.9", "types-PyYAML", "uv"],
     },

@@ -26,8 +26,8 @@ def sampler(path: Path) -> Sampler:
 def test_batches_of_any_size_give_the_likeliest_answers_of_the_model_alone(tiny_model):
     one, how = sampler(tiny_model), Sampling(max_new_tokens=6, temperature=0)
     prompts = ["the cat ", "a small dog saw the old hills and ", "one "]
-    together = dict(one.sample(prompts, how, batch_size=3))
-    apart = dict(one.sample(prompts, how, batch_size=1))
+    together = dict(one.sample([one.encode(p) for p in prompts], how, batch_size=3))
+    apart = dict(one.sample([one.encode(p) for p in prompts], how, batch_size=1))
     assert together == apart
     ids = one.tokenizer(prompts[0], return_tensors="pt")["input_ids"]
     for _ in range(6):
@@ -39,9 +39,9 @@ def test_batches_of_any_size_give_the_likeliest_answers_of_the_model_alone(tiny_
 
 def test_the_seed_decides_what_is_drawn(tiny_model):
     one, how = sampler(tiny_model), Sampling(max_new_tokens=8)
-    first = dict(one.sample(["the cat "], how, 3, seed=1))
-    assert dict(one.sample(["the cat "], how, 3, seed=1)) == first
-    assert dict(one.sample(["the cat "], how, 3, seed=2)) != first
+    first = dict(one.sample([one.encode("the cat ")], how, 3, seed=1))
+    assert dict(one.sample([one.encode("the cat ")], how, 3, seed=1)) == first
+    assert dict(one.sample([one.encode("the cat ")], how, 3, seed=2)) != first
     assert len(set(first[0])) > 1
 
 

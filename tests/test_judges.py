@@ -1,55 +1,85 @@
 """Judges of rounds, what is made of their scores, and what is watched."""
 
 import json
+import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import torch
+from endpoint_stand_in import endpoint_stand_in
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from fastdpo.config.rounds import RoundsConfig
+from fastdpo.data.write import writer_of
 from fastdpo.errors import ConfigError, DataError, FastDPOError
 from fastdpo.rounds import endpoint
 from fastdpo.rounds.endpoint import Endpoint
-from fastdpo.rounds.judges import Question, RewardModel, checked_number, exact, final_number
-from fastdpo.rounds.pairing import Scored, make_rows
+from fastdpo.rounds.judges import Question, RewardModel, exact, from_file, same_value
+from fastdpo.rounds.pairing import Scored, check_loss, make_rows
 from fastdpo.rounds.watch import repetition, watched
 
 ASKED = [{"role": "user", "content": "What is 12 + 30?"}]
 
 
 @pytest.mark.parametrize(
-    ("text", "number"),
+    ("answer", "expected"),
     [
-        ("It is 42.", 42),
-        ("1,234.5 apples", 1234.5),
+        ("It is 42.", "42"),
+        ("1,234.5 apples", "1234.5"),
         ("12 of them, so \\boxed{7} remain of 9", 7),
-        ("\\boxed{\\frac{1}{4}}", 0.25),
-        ("First 3, then 4.\n#### 7\n", 7),
+        ("\\boxed{3\\frac{1}{2}}", "3.5"),
+        ("First 3, then 4.\n#### 7\n", "It took 3 and 4.\n#### 7"),
         ("minus: -8", -8),
-        ("$1,000", 1000),
-        ("3 / 4 of it", 0.75),
-        ("1/0", None),
-        ("25%", 0.25),
-        ("none", None),
+        ("5-3", "2"),
+        ("$1,000", "1000"),
+        ("\\boxed{2^{10}}", 1024),
+        ("25%", "0.25"),
+        ("0", 0),
     ],
 )
-def test_the_number_that_a_text_comes_to(text, number):
-    assert final_number(text) == number
+def test_values_are_compared_however_they_are_written(answer, expected):
+    judge = same_value("gold")
+    assert judge([Question(ASKED, [answer, "3", "who knows"], {"gold": expected})]) == [[1, 0, 0]]
 
 
-def test_answers_are_compared_with_the_rows_own():
-    question = Question(ASKED, ["42", "So  it is\n#### 42.0", "41", "who knows"], {"answer": "42"})
-    assert exact("answer")([question]) == [[1, 0, 0, 0]]
-    assert checked_number("answer")([question]) == [[1, 1, 0, 0]]
-    assert exact("answer")([Question("q", [" Yes \n"], {"answer": "yes"})]) == [[1]]
-    with pytest.raises(DataError, match="no column gold"):
-        exact("gold")([question])
-    with pytest.raises(DataError, match="holds no number"):
-        checked_number("answer")([Question(ASKED, ["4"], {"answer": "four"})])
+def test_answers_are_compared_with_the_rows_own(monkeypatch):
+    assert exact("answer")([Question("q", [" Yes \n", "no"], {"answer": "yes"})]) == [[1, 0]]
+    with pytest.raises(DataError, match="holds no value to compare"):
+        same_value("answer")([Question(ASKED, ["4"], {"answer": "who knows"})])
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(ConfigError, match="pip install math-verify"):
+        same_value("answer")
+
+
+@pytest.mark.parametrize(
+    ("returned", "score", "failure"),
+    [
+        ("np.float32(0.5)", 0.5, None),
+        ("torch.tensor([2.0])", 2.0, None),
+        ("True", 1.0, None),
+        ("decimal.Decimal('0.25')", 0.25, None),
+        ("None", None, "score returned None for a score"),
+        ("'0.5'", None, "score returned a str for a score"),
+        ("[1, 2]", None, "score returned a list for a score"),
+        ("torch.zeros(2)", None, "score returned a Tensor for a score"),
+        ("float('nan')", None, "score returned no finite number"),
+        ("10**400", None, "score returned no finite number"),
+    ],
+)
+def test_what_a_function_may_return(tmp_path, returned, score, failure):
+    """From a file whose dataclass looks up its own module."""
+    (tmp_path / "judge.py").write_text(
+        "from __future__ import annotations\n"
+        "import dataclasses, decimal, torch, numpy as np\n"
+        "@dataclasses.dataclass\nclass Asked:\n    text: str\n"
+        f"def score(prompt, response, row):\n    return {returned}\n"
+    )
+    judge = from_file(f"{tmp_path}/judge.py:score")
+    assert judge([Question("q", ["a", "b"], {})]) == [[score, score]]
+    assert judge.failures == ({failure: 2} if failure else {})
 
 
 def test_a_reward_model_scores_each_answer_as_alone(tokenizer, tmp_path):
@@ -85,34 +115,9 @@ RoundsConfigStub: Any = SimpleNamespace(use_cpu=True)
 
 @pytest.fixture
 def server(monkeypatch):
-    """An OpenAI-compatible endpoint that says what `answers` makes of a request."""
-    seen: list[dict[str, Any]] = []
-    state = SimpleNamespace(seen=seen, answers=lambda text: "Score: 5", status=[], refuse=False)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            seen.append(body | {"authorization": self.headers.get("Authorization")})
-            status = state.status.pop(0) if state.status else 200
-            said = state.answers(body["messages"][0]["content"])
-            message = {"content": None, "refusal": "no"} if state.refuse else {"content": said}
-            answer = {"choices": [{"message": message}], "usage": {"total_tokens": 10}}
-            data = json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *args):
-            pass
-
-    made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=made.serve_forever, daemon=True).start()
-    state.url = f"http://127.0.0.1:{made.server_port}/v1"
     monkeypatch.setattr(endpoint, "_WAIT", 0.01)
-    yield state
-    made.shutdown()
-    made.server_close()
+    with endpoint_stand_in() as made:
+        yield made
 
 
 def judge(server, folder, **keys):
@@ -152,26 +157,39 @@ def test_pairs_are_asked_about_in_both_orders(server, tmp_path):
     server.answers = better
     made = judge(server, tmp_path, judge_mode="pairwise")
     assert made([Question("q", ["bad", "good", "worse"], {})]) == [[0.25, 1.0, 0.25]]
-    assert (made.comparisons, made.disagreements) == (3, 1) and len(server.seen) == 6
+    assert made.comparisons == {"comparisons": 3, "orders disagree": 1} and len(server.seen) == 6
+    server.answers = lambda text: "Better: tie"
+    assert made([Question("other", ["a", "b"], {})]) == [[0.5, 0.5]]
+    assert made.comparisons["ties"] == 1
 
 
 def test_refusals_and_answers_without_a_verdict_are_counted(server, tmp_path):
-    server.answers = lambda text: "I like it." if "[Answer]\na" in text else "Score: 11"
+    said = {"a": "I like it.", "b": "Score: 11", "d": "Score: -3", "e": "Score: 6 out of 10"}
+    server.answers = lambda text: said.get(text.partition("[Answer]\n")[2][0])
     made = judge(server, tmp_path)
-    assert made([Question("q", ["a", "b"], {})]) == [[None, None]]
+    assert made([Question("q", list(said), {})]) == [[None, None, None, 0.6]]
     assert made.failures == {
         "the endpoint's answer holds no verdict": 1,
-        "the endpoint's score is not from 0 to 10": 1,
+        "the endpoint's score is not from 0 to 10": 2,
     }
     server.refuse = True
     assert made([Question("q", ["c"], {})]) == [[None]]
     assert made.failures["the endpoint refused"] == 1
+    server.refuse = False
+    again = judge(server, tmp_path)
+    assert again([Question("q", ["c"], {})]) == [[None]] and again.spent == 50
 
 
 def test_an_endpoint_that_fails_for_a_while_is_asked_again(server, tmp_path):
     server.status = [503, 429, 500]
     assert judge(server, tmp_path)([Question("q", ["a"], {})]) == [[0.5]]
     assert len(server.seen) == 4
+    null = json.dumps({"choices": [{"message": None}]}).encode()
+    server.raw = [(null, len(null)), (null, len(null) + 9), (b"<html>", 6), (b"[]", 2)]
+    assert judge(server, tmp_path)([Question("q", ["b"], {})]) == [[0.5]]
+    server.raw = [(b"[]", 2)] * 5
+    with pytest.raises(FastDPOError, match="no answer in the form of OpenAI's"):
+        judge(server, tmp_path)([Question("q", ["c"], {})])
 
 
 def test_an_endpoint_that_is_down_is_one_line_and_keeps_what_was_said(server, tmp_path):
@@ -184,6 +202,20 @@ def test_an_endpoint_that_is_down_is_one_line_and_keeps_what_was_said(server, tm
     with pytest.raises(FastDPOError, match="503 Service Unavailable"):
         made([Question("q", ["b"], {})])
     assert judge(server, tmp_path).spent == 10
+
+
+def test_one_failing_request_loses_none_of_those_beside_it(server, tmp_path):
+    server.status, together = [401], threading.Barrier(5)
+    server.answers = lambda text: f"Score: {5 + 0 * together.wait()}"
+    with pytest.raises(FastDPOError, match="401"):
+        judge(server, tmp_path)([Question("q", ["b", "c", "d", "e", "f"], {})])
+    server.answers = lambda text: "Score: 5"
+    kept = judge(server, tmp_path)
+    assert len(kept.known) == 4 and kept.spent == 40
+    (tmp_path / "judge.jsonl").write_text((tmp_path / "judge.jsonl").read_text().rstrip()[:-5])
+    made = judge(server, tmp_path)
+    assert made([Question("q", ["b", "c", "d", "e", "f"], {})]) == [[0.5] * 5]
+    assert judge(server, tmp_path).known == made.known
 
 
 def test_tokens_have_a_limit(server, tmp_path):
@@ -226,8 +258,11 @@ def test_what_cannot_be_learnt_from_is_counted():
     }
     kept = make_rows(config(mask_truncated_completions=False), cases[2:3])
     assert kept.rows[0]["chosen"][0]["content"] == "a"
+    twice = scored(["a", "a"], [1, 2])
     with pytest.raises(DataError, match="no prompt makes a row to train on: 1 whose answers all"):
-        make_rows(config(), cases[:1])
+        make_rows(config(), [cases[0], twice])
+    with pytest.raises(DataError, match=r"worst answers are the same.*, 2 answers: no no"):
+        make_rows(config(), [twice], {"no no": 2})
 
 
 def test_losses_of_scores_have_all_answers_equal_ones_too():
@@ -240,17 +275,47 @@ def test_spin_sets_the_rows_own_answer_against_every_other():
     own = [{"role": "assistant", "content": "mine"}]
     cases = [
         scored(["a", "mine", "a", "b"], [None] * 4, own=own),
-        scored(["mine"], [None], own="mine"),
+        scored(["mine"], [None], own=own),
     ]
     made = make_rows(config(judge="row", loss_type=["spin"]), cases)
     assert [row["rejected"][0]["content"] for row in made.rows] == ["a", "b"]
     assert all(row["chosen"] == own for row in made.rows)
     assert made.left_out == {"whose answers are all cut off, or the row's own": 1}
+    for loss in ("grpo", "sppo"):
+        with pytest.raises(ConfigError, match=f"{loss} reads scores of answers; expected"):
+            check_loss(config(judge="row", loss_type=[loss]))
+
+
+def test_losses_of_labels_have_the_best_and_the_worst_answer_with_one():
+    made = make_rows(config(loss_type=["kto"]), [scored(["a", "b", "c"], [1, 3, 2])])
+    assert [(row["completion"][0]["content"], row["label"]) for row in made.rows] == [
+        ("b", True),
+        ("a", False),
+    ]
+
+
+def test_what_the_chat_template_is_given_stays_with_a_row(tmp_path):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"a": {}}}}]
+    template = {"tools": tools, "enable_thinking": False}
+    made = make_rows(
+        config(), [scored(["a", "b"], [1, 2], template=template), scored("ab", [1, 2])]
+    )
+    writer_of(tmp_path / "train.parquet")(made.dataset())
+    first, second = datasets.Dataset.from_parquet(str(tmp_path / "train.parquet"))
+    assert first["tools"] == tools and first["chat_template_kwargs"] == {"enable_thinking": False}
+    assert first["chosen"] == [{"role": "assistant", "content": "b"}] and second["tools"] is None
 
 
 def test_what_is_watched():
     found = watched(
-        ["a b c d a b c d", "x"], [True, False], [1.0, None], [0.0, 5.0], [8, 2], [2.0, -1.0]
+        ["a b c d a b c d", "x"],
+        [True, False],
+        [1.0, None],
+        [0.0, 5.0],
+        [8, 2],
+        [-2.0, -4.0],
+        [-4.0, -3.0],
+        [-2.4, None],
     )
     assert found.as_dict() == {
         "score": 1.0,
@@ -259,6 +324,7 @@ def test_what_is_watched():
         "complete": 0.5,
         "repetition": pytest.approx(0.1),
         "kl": pytest.approx(0.1),
+        "engine_difference": pytest.approx(0.05),
         "unscored": 1,
     }
     assert repetition("a b c d e") == 0 and repetition("") == 0

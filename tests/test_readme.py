@@ -44,6 +44,7 @@ from fastdpo.data.load import load_rows
 from fastdpo.data.needs import Needs
 from fastdpo.data.tokenize import tokenize_dataset
 from fastdpo.devices import GPUS, LINKS, NETWORKS
+from fastdpo.rounds.watch import Watched
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))
@@ -200,7 +201,17 @@ def known_names() -> set[str]:
     choices = [choice for item in keys.values() for choice in item.metadata["choices"] or ()]
     calls = (linear_logprob, linear_dpo_loss, linear_loss, linear_cross_entropy, train)
     arguments = [name for call in calls for name in inspect.signature(call).parameters]
-    known = {*keys, *PEER_KEYS, *FIELDS, *LOSSES, *choices, *arguments, *vars(fastdpo_kernels)}
+    fields_of_rounds = Watched.__dataclass_fields__
+    known = {
+        *keys,
+        *PEER_KEYS,
+        *FIELDS,
+        *fields_of_rounds,
+        *LOSSES,
+        *choices,
+        *arguments,
+        *vars(fastdpo_kernels),
+    }
     known |= {name for layout in LAYOUTS.values() for name in re.findall(r"\w+", layout.columns)}
     known |= {*LAYOUTS, *ENTRY}
     for folder in ("checks", "logs", "scoring", "generation"):  # columns and findings

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,15 +11,20 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
+from endpoint_stand_in import endpoint_stand_in
 from training import assert_same_weights
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdpo import files
 from fastdpo.cli import main
 from fastdpo.config.rounds import RoundsConfig
-from fastdpo.errors import ConfigError, DataError, FastDPOError
+from fastdpo.errors import ConfigError, FastDPOError
 from fastdpo.rounds.loop import LOG, rounds
+from fastdpo.rounds.prompts import load_prompts
 
 PROMPTS = [{"prompt": f"yes no {'big ' * (i % 3)}", "answer": str(i)} for i in range(10)]
+SIDES = ("chosen", "rejected")
 JUDGE = "def score(prompt, response, row):\n    return -len(response)\n"
 
 
@@ -198,7 +204,7 @@ def test_a_round_too_far_from_the_start_is_the_last(settings):
         ("scores = 1\n", "judge.py has no function score"),
         (
             "def score(p, r, row):\n    return float('nan')\n",
-            "no prompt makes a row to train on: 7",
+            "whole and scored, 21 answers: score returned no finite number",
         ),
     ],
 )
@@ -217,7 +223,7 @@ def test_scores_that_are_no_numbers_are_counted(settings, tmp_path):
         "def score(p, r, row):\n    return None if int(row['answer']) % 3 else -len(r)\n"
     )
     line = rounds(RoundsConfig(**settings | {"rounds": 1})).rounds[1]
-    assert line["failures"].keys() == {"score returned None"}
+    assert line["failures"].keys() == {"score returned None for a score"}
     assert line["left_out"].keys() == {"with fewer than two answers that are whole and scored"}
 
 
@@ -233,6 +239,12 @@ def test_scores_that_are_no_numbers_are_counted(settings, tmp_path):
         ({"do_eval": True}, "do_eval: fastdpo rounds sets it in each round (eval_prompts)"),
         ({"engine": "magic"}, "engine: expected one of transformers, continuous, vllm, sglang"),
         ({"top_p": 0.0}, "top_p: expected above 0, at most 1"),
+        ({"eval_prompts": 0}, "eval_prompts: expected a whole number of at least 1"),
+        ({"temperature": 0.0}, "temperature: 0 gives the same answer 3 times (num_generations)"),
+        ({"judge": "self"}, "judge_model: expected the model that the policy was before"),
+        ({"judge": "http://host/v1"}, "judge_model: expected the name of a model at the endpoint"),
+        ({"judge": "http://[bad", "judge_model": "m"}, "judge: expected a URL such as http://host"),
+        ({"datasets": [{"path": "a"}]}, "datasets: fastdpo rounds sets it in each round; expected"),
     ],
 )
 def test_wrong_keys_cost_one_line(settings, changes, said):
@@ -242,12 +254,26 @@ def test_wrong_keys_cost_one_line(settings, changes, said):
 
 
 def test_other_faults_before_the_first_answer(settings, tmp_path, capsys):
-    with pytest.raises(DataError, match="no room for an answer"):
-        rounds(RoundsConfig(**settings | {"max_length": 2}))
+    """A start that samples nothing does not claim its directory."""
+    for changes, said in (
+        ({"max_length": 2}, "no room for an answer: the shortest of 10 prompts has 7 tokens"),
+        ({"engine": "vllm"}, "pip install vllm"),
+        ({"dataset_name": "none.jsonl"}, "none.jsonl"),
+        ({"judge": "http://h/v1", "judge_model": "m", "judge_rubric": "none.txt"}, "judge_rubric:"),
+        ({"judge": "model:nobody/nothing"}, "judge: nobody/nothing: cannot be loaded"),
+        ({"judge": "self", "judge_model": "nobody/nothing"}, "nobody/nothing"),
+        ({"judge": "exact", "judge_answer": "gold"}, "row 2: no column gold to compare with"),
+        ({"judge": "row", "loss_type": ["sppo"]}, "loss_type: sppo reads scores of answers"),
+        ({"model_name_or_path": str(tmp_path / "none")}, "none"),
+    ):
+        with pytest.raises(FastDPOError) as caught:
+            rounds(RoundsConfig(**settings | changes))
+        assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert len(rounds(RoundsConfig(**settings | {"rounds": 1})).rounds) == 2
     with pytest.raises(ConfigError, match="beta: differs from the rounds in"):
-        rounds(RoundsConfig(**settings | {"max_length": 2, "beta": 0.7}))
-    with pytest.raises(ConfigError, match="pip install vllm"):
-        rounds(RoundsConfig(**settings | {"engine": "vllm", "output_dir": str(tmp_path / "v")}))
+        rounds(RoundsConfig(**settings | {"beta": 0.7}))
+    more = {"judge_max_tokens": 5, "logging_steps": 3, "max_tokens_per_batch": 4096}
+    assert len(rounds(RoundsConfig(**settings | more)).rounds) == 3
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
     with pytest.raises(ConfigError, match="holds other files"):
@@ -255,3 +281,95 @@ def test_other_faults_before_the_first_answer(settings, tmp_path, capsys):
     assert main(["rounds", "--help"]) == 0
     shown = capsys.readouterr().out
     assert "--num_generations" in shown and "--judge " in shown
+
+
+def test_an_endpoint_judges_and_goes_on_when_its_limit_is_raised(settings, tmp_path):
+    with endpoint_stand_in() as server:
+        server.answers = lambda text: f"Score: {len(text) % 10}"
+        keys = {"judge": server.url, "judge_model": "m", "rounds": 1, "judge_max_tokens": 60}
+        with pytest.raises(FastDPOError, match="judge_max_tokens is 60; raise it"):
+            rounds(RoundsConfig(**settings | keys))
+        asked = len(server.seen)
+        line = rounds(RoundsConfig(**settings | keys | {"judge_max_tokens": 10**6})).rounds[1]
+    kept = [json.loads(text) for text in (tmp_path / "out/judge.jsonl").read_text().splitlines()]
+    assert len(kept) == len(server.seen) > asked
+    assert line["score"] is not None and line["failures"] == {}
+
+
+def test_prompts_without_room_are_left_out(settings, tmp_path, caplog):
+    long = {"prompt": "yes " * 40, "answer": "3"}
+    lines = [json.dumps(row) + "\n" for row in (*PROMPTS[:5], long, *PROMPTS[5:])]
+    (tmp_path / "prompts.jsonl").write_text("".join(lines))
+    rounds(RoundsConfig(**settings | {"rounds": 1, "max_length": 30}))
+    assert "left out 1 prompts of max_length (30) tokens or more" in caplog.text
+    out = tmp_path / "out"
+    rows = [*rows_of(out / "round-1/scored.parquet"), *rows_of(out / "round-0/held-out.parquet")]
+    assert sorted(row["row"] for row in rows) == [1, 2, 3, 4, 5, 7, 8, 9, 10, 11]
+
+
+def test_own_answers_of_pairs_without_a_prompt(settings, tmp_path):
+    """SPIN on rows whose prompt is what chosen and rejected begin with; numbers are answers too."""
+    talk = [{"role": "user", "content": "yes no"}]
+    rows = [
+        {side: [*talk, {"role": "assistant", "content": f"{side} {i}"}] for side in SIDES}
+        for i in range(4)
+    ]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"judge": "row", "num_generations": 1, "rounds": 1, "eval_prompts": 1}
+    rounds(RoundsConfig(**settings | keys))
+    made = rows_of(tmp_path / "out/round-1/train.parquet")
+    assert [row["prompt"] for row in made] == [talk] * 3
+    assert [row["chosen"][0]["content"] for row in made] == ["chosen 1", "chosen 2", "chosen 3"]
+    numbers = [{"prompt": f"yes {i}", "answer": i} for i in range(4)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in numbers))
+    rounds(RoundsConfig(**settings | keys | {"output_dir": str(tmp_path / "numbers")}))
+    made = rows_of(tmp_path / "numbers/round-1/train.parquet")
+    assert [row["chosen"] for row in made] == ["1", "2", "3"]
+
+
+def test_what_stands_beside_a_prompt_goes_to_the_chat_template(settings, tmp_path):
+    """In sampling and in the rows that are trained on."""
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    rows = [
+        {"prompt": f"yes {i}", "system": "Be brief.", "tools": tools, "gold": i} for i in range(6)
+    ]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = shutil.copytree(settings["model_name_or_path"], tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% if tools %}big small {% endif %}" + tokenizer.chat_template
+    tokenizer.save_pretrained(model)
+    keys = {"rounds": 1, "eval_prompts": 1, "model_name_or_path": str(model)}
+    config = RoundsConfig(**settings | keys)
+    loaded = load_prompts(config)
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "yes 1"}]
+    assert loaded.all[0].text == asked and loaded.all[0].template == {"tools": tools}
+    assert loaded.all[0].row["gold"] == 1
+    rendered, plain = (
+        tokenizer.apply_chat_template(
+            asked, tools=given, add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        for given in (tools, None)
+    )
+    assert loaded.tokens[0] == rendered != plain
+    rounds(config)
+    (row, *_) = rows_of(tmp_path / "out/round-1/train.parquet")
+    assert row["prompt"] == asked and row["tools"] == tools
+
+
+def test_log_probabilities_are_of_the_tokens_that_were_drawn(settings, tmp_path):
+    """The engine's are the model's, whatever is drawn from; a cut off answer has no end token."""
+    result = rounds(RoundsConfig(**settings | {"rounds": 1, "temperature": 0.5, "top_p": 0.9}))
+    scored = rows_of(tmp_path / "out/round-0/held-out.parquet")
+    found = json.loads((tmp_path / "out/round-0/held-out-logps.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(settings["model_name_or_path"]).eval()
+    prompts = load_prompts(RoundsConfig(**settings)).held_out
+    for ids, row, (mine,) in zip(prompts.tokens, scored, found["policy"], strict=True):
+        (drawn,) = row["tokens"]
+        assert len(drawn) <= 6 and row["complete"] == [drawn[-1] == 2]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids + drawn])).logits[0, len(ids) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(drawn)[:, None]).sum()
+        assert mine == pytest.approx(float(expected), abs=1e-4)
+        assert sum(row["engine_logps"][0]) == pytest.approx(float(expected), abs=1e-4)
+    assert result.rounds[1]["engine_difference"] < 1e-5
+    assert result.rounds[1]["tokens"] <= 6

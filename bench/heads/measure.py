@@ -1,5 +1,6 @@
 """What is measured of one provider on one problem: time, memory, errors, and how it failed."""
 
+import gc
 import os
 import re
 import time
@@ -64,6 +65,7 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> tuple[int, 
         return torch.cuda.max_memory_allocated(device) - before, result
     # The profiler reports its start and stop on stderr otherwise.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    gc.collect()  # what earlier calls left in circles would count as given back by this one
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         result = function()

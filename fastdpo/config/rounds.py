@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from .declare import (
     AT_LEAST_ONE,
@@ -15,6 +16,7 @@ from .declare import (
     one_of,
     section,
 )
+from .losses import unread
 from .train import TrainConfig
 
 JUDGES = ("exact", "math", "row", "self")
@@ -70,7 +72,8 @@ class RoundKeys:
     )
     judge_max_tokens: int | None = key(
         None,
-        "Tokens that the endpoint may use in all rounds together; unset is no limit.",
+        "Tokens that the endpoint may use in all rounds together, as it counts them; unset is no "
+        "limit.",
         AT_LEAST_ONE,
     )
     reference: str = key(
@@ -80,7 +83,9 @@ class RoundKeys:
         one_of("start", "previous"),
     )
     eval_prompts: int = key(
-        64, "Held-out prompts that are answered and judged before the first round and after each."
+        64,
+        "Held-out prompts that are answered and judged before the first round and after each.",
+        AT_LEAST_ONE,
     )
     take_worse_rounds: bool = key(
         True, "Whether a round counts whose model has a lower held-out score than the one before."
@@ -125,16 +130,43 @@ class RoundsConfig(RoundKeys, TrainConfig):
             raise self.error(
                 "num_generations", "expected at least 2: answers are compared with each other"
             )
+        if self.temperature == 0 and self.num_generations > 1:
+            raise self.error(
+                "temperature",
+                f"0 gives the same answer {self.num_generations} times (num_generations); expected "
+                "more",
+            )
+        if judge.startswith(("http://", "https://")):
+            self._check_endpoint(judge)
+        if judge == "self" and self.judge_model is None:
+            raise self.error(
+                "judge_model",
+                "expected the model that the policy was before it was trained on preferences: its "
+                "implicit reward is measured from it (judge: self)",
+            )
+
+    def _check_endpoint(self, url: str) -> None:
+        try:
+            host = urlsplit(url).hostname
+        except ValueError:
+            host = None
+        if not host:
+            raise self.error("judge", f"expected a URL such as http://host:8000/v1, got {url}")
+        if self.judge_model is None:
+            raise self.error("judge_model", "expected the name of a model at the endpoint")
 
     def of_round(self, **values: Any) -> TrainConfig:
         """The configuration of a round's training, with `values` for what the round sets."""
         names = TrainConfig.key_fields()
+        if "max_completion_length" in unread(self.loss_type):  # it was for sampling alone
+            values = {"max_completion_length": None, **values}
         given = {name: getattr(self, name) for name in names} | values
         origins = {name: place for name, place in self.origins.items() if name in names}
         return TrainConfig(**given, origins={**origins, **dict.fromkeys(values, "fastdpo rounds")})
 
 
 SET_BY_ROUNDS = {
+    "datasets": "; expected the prompts in dataset_name",
     "ref_model_name_or_path": " (reference: start or previous)",
     "resume_from_checkpoint": "; start the same command again to go on",
     "overwrite_output_dir": "; start the same command again to go on",

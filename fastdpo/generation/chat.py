@@ -103,7 +103,7 @@ class Chat:
         try:
             [[answer]] = sampler.generate([tokens], self.how, streamer=streamer)
         except KeyboardInterrupt:
-            answer = Answer(streamer.text, complete=False)
+            answer = Answer(streamer.text, complete=False, ids=())
         print(end="" if answer.complete or streamer.ended else " ...\n", flush=True)
         return answer.text
 

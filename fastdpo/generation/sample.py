@@ -10,17 +10,12 @@ from tqdm import tqdm
 
 from .. import terminal
 from ..arguments import own_flags
-from ..config import TrainConfig
 from ..data.columns import LINE_COLUMN, PREFERENCES, PROBLEM_COLUMN
-from ..data.layouts import to_canonical
-from ..data.load import Reader
-from ..data.messages import ROLES, BadRow, Text
-from ..data.prompts import split_implicit
-from ..data.rows import check_texts
 from ..data.write import writer_of
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
 from ..model.sampler import Answer, Sampler
 from .command import SAMPLING, model_config, number, sampling
+from .prompts import Prompt, read_prompts
 
 USAGE = """\
 fastdpo sample: answers of a model, to one prompt or to those of a file
@@ -67,15 +62,16 @@ def run(arguments: Sequence[str]) -> None:
         for name, default in (("number", "1"), ("batch_size", "8"))
     }
     write = writer_of(Path(given["output"])) if "output" in given else None
-    rows = [] if "prompt" in given else prompts_of(config)
+    prompts = [] if "prompt" in given else read_prompts(config)
     with terminal.withheld(), terminal.progress_bars(config.disable_tqdm):
         sampler = Sampler.load(config)
         if "prompt" in given:
             chat = sampler.tokenizer.chat_template is not None
             text = given["prompt"]
-            rows = [{"prompt": [{"role": "user", "content": text}] if chat else text}]
+            prompts = [Prompt([{"role": "user", "content": text}] if chat else text, {}, 1)]
+        rows: list[dict[str, Any]] = [{**one.row, "prompt": one.text} for one in prompts]
         found = sampler.sample(
-            [row["prompt"] for row in rows],
+            [sampler.encode(one.text, one.template) for one in prompts],
             how,
             counts["number"],
             seed=config.seed,
@@ -98,30 +94,3 @@ def with_answers(row: Mapping[str, Any], answers: Sequence[Answer]) -> dict[str,
     if not isinstance(row["prompt"], str):
         responses = [[{"role": "assistant", "content": text}] for text in responses]
     return {**kept, "responses": responses, "complete": [answer.complete for answer in answers]}
-
-
-def prompts_of(config: TrainConfig) -> list[dict[str, Any]]:
-    """The rows of the data set, each with its prompt.
-
-    Raises:
-        DataError: a row without one.
-    """
-    name = str(config.dataset_name)
-    reader = Reader(config.dataset_train_split, config.dataset_config, all_columns=True)
-    rows = reader.read(name)
-    if "prompt" not in rows.column_names or config.layout or config.columns:
-        rows = to_canonical(rows, name, layout=config.layout, columns=config.columns)
-    return [
-        {**row, "prompt": _prompt(row, f"{name}, row {number}")}
-        for number, row in enumerate(rows.with_format(None), 1)
-    ]
-
-
-def _prompt(row: Mapping[str, Any], where: str) -> Text:
-    try:
-        if row.get("prompt") is None and {"chosen", "rejected"} <= row.keys():
-            texts = check_texts({n: row[n] for n in ("chosen", "rejected")}, ROLES)
-            return split_implicit(*texts.values())[0]
-        return check_texts({"prompt": row.get("prompt")}, ROLES)["prompt"]
-    except BadRow as problem:
-        raise DataError(f"{where}: {problem}") from None

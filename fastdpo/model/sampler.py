@@ -1,11 +1,17 @@
 """Answers of a model to prompts, by transformers' own `generate`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, set_seed
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    set_seed,
+)
 
 from ..config import TrainConfig
 from ..data.messages import Text
@@ -54,10 +60,40 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """A sampled answer: its text, and whether the model ended it itself."""
+    """A sampled answer.
+
+    Attributes:
+        text: without what ends it.
+        complete: whether the model ended it itself.
+        ids: the tokens that were drawn, the end among them.
+        logps: their log-probabilities as whoever sampled gave them, at temperature 1, nats; None
+            where it gave none.
+    """
 
     text: str
     complete: bool
+    ids: tuple[int, ...]
+    logps: tuple[float, ...] | None = None
+
+
+class _Recorder(LogitsProcessor):
+    """Keeps log π of the tokens that `generate` goes on with; it sees logits as the model gives
+    them, and each token one call later.
+    """
+
+    def __init__(self) -> None:
+        self.logps: list[torch.Tensor] = []
+        self.last: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.chosen(input_ids[:, -1])
+        self.last = scores.float().log_softmax(-1)
+        return scores
+
+    def chosen(self, ids: torch.Tensor) -> None:
+        """The tokens that followed the last logits."""
+        if self.last is not None:
+            self.logps.append(self.last.gather(1, ids[:, None])[:, 0])
 
 
 @dataclass
@@ -84,8 +120,9 @@ class Sampler:
         listed = [one if isinstance(one, list) else [one] for one in known]
         return {token for one in listed for token in one if token is not None}
 
-    def encode(self, prompt: Text) -> list[int]:
-        """The tokens of a prompt: text as it stands, messages by the chat template.
+    def encode(self, prompt: Text, template: Mapping[str, Any] | None = None) -> list[int]:
+        """The tokens of a prompt: text as it stands, messages by the chat template, which is given
+        tools and other variables.
 
         Raises:
             DataError: messages without a chat template, or a prompt without tokens.
@@ -96,7 +133,7 @@ class Sampler:
             raise DataError("the tokenizer has no chat template; expected prompts of text")
         else:
             ids = self.tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, return_dict=True
+                prompt, **(template or {}), add_generation_prompt=True, return_dict=True
             )["input_ids"]
         if not ids:
             raise DataError("the prompt has no tokens; expected at least one")
@@ -104,11 +141,20 @@ class Sampler:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[list[int]], how: Sampling, number: int = 1, **options: Any
+        self,
+        prompts: Sequence[list[int]],
+        how: Sampling,
+        number: int = 1,
+        *,
+        logps: bool = False,
+        **options: Any,
     ) -> list[list[Answer]]:
-        """`number` answers to each of some prompts of tokens, in one batch padded on the left;
-        further options are those of transformers' `generate`.
+        """`number` answers to each of some prompts of tokens, in one batch padded on the left,
+        with log-probabilities if asked for; further options are those of transformers' `generate`.
         """
+        recorder = _Recorder()
+        if logps:
+            options["logits_processor"] = LogitsProcessorList([recorder])
         longest = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id or 0
         ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
@@ -124,7 +170,12 @@ class Sampler:
             **how.arguments(),
             **options,
         )
-        answers = [self._answer(row) for row in output[:, longest:].tolist()]
+        drawn = output[:, longest:]
+        known: list[Any] = [None] * len(drawn)
+        if logps:
+            recorder.chosen(drawn[:, -1])
+            known = torch.stack(recorder.logps, 1).tolist()
+        answers = [self._answer(*both) for both in zip(drawn.tolist(), known, strict=True)]
         return [answers[start : start + number] for start in range(0, len(answers), number)]
 
     @torch.no_grad()
@@ -132,9 +183,11 @@ class Sampler:
         self, prompts: Sequence[list[int]], how: Sampling, number: int = 1
     ) -> list[list[Answer]]:
         """As `generate`, by transformers' continuous batching: without padding, and the place of an
-        answer that has ended goes to the next one.
+        answer that has ended goes to the next one. Log-probabilities are given where tokens are
+        drawn from the model's own distribution.
         """
         inputs = [prompt for prompt in prompts for _ in range(number)]
+        plain = how.temperature == 1 and how.top_p == 1 and how.top_k == 0
         found = self.model.generate_batch(
             inputs,
             generation_config=GenerationConfig(
@@ -142,32 +195,38 @@ class Sampler:
                 pad_token_id=self.tokenizer.pad_token_id or 0,
                 **how.arguments(),
             ),
+            continuous_batching_config=ContinuousBatchingConfig(return_logprobs=plain),
             warmup=False,
         )
         by_number = sorted(found.values(), key=lambda one: int(one.request_id.split("_")[-1]))
-        answers = [self._answer(list(one.generated_tokens)) for one in by_number]
+        answers = [
+            self._answer(one.generated_tokens, one.logprobs if plain else None) for one in by_number
+        ]
         return [answers[start : start + number] for start in range(0, len(answers), number)]
 
-    def _answer(self, ids: list[int]) -> Answer:
+    def _answer(self, ids: Sequence[int], logps: Sequence[float] | None = None) -> Answer:
         end = next((i for i, token in enumerate(ids) if token in self.ends), None)
-        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
-        return Answer(str(text), end is not None)
+        text = self.tokenizer.decode(list(ids[:end]), skip_special_tokens=True)
+        count = len(ids) if end is None else end + 1
+        kept = None if logps is None else tuple(logps[:count])
+        return Answer(str(text), end is not None, tuple(ids[:count]), kept)
 
     def sample(
         self,
-        prompts: Sequence[Text],
+        prompts: Sequence[list[int]],
         how: Sampling,
         number: int = 1,
         *,
         seed: int = 42,
         batch_size: int = 8,
     ) -> Iterator[tuple[int, list[Answer]]]:
-        """The index of each prompt with its answers, prompts of like length together; the same
-        for the same arguments.
+        """The index of each prompt of tokens with its answers, prompts of like length together;
+        the same for the same arguments.
         """
         set_seed(seed)
-        tokens = [self.encode(prompt) for prompt in prompts]
-        order = sorted(range(len(tokens)), key=lambda i: (len(tokens[i]), i))
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
         for start in range(0, len(order), batch_size):
             some = order[start : start + batch_size]
-            yield from zip(some, self.generate([tokens[i] for i in some], how, number), strict=True)
+            yield from zip(
+                some, self.generate([prompts[i] for i in some], how, number), strict=True
+            )

@@ -6,11 +6,13 @@ import itertools
 import json
 import os
 import re
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,7 @@ import xxhash
 from ..config.rounds import RoundsConfig
 from ..data.messages import Text
 from ..errors import ConfigError, FastDPOError, one_line
-from ..files import locked
-from .judges import Question, fail
+from .judges import Judge, Question, count_one
 
 KEY = "OPENAI_API_KEY"
 """The environment variable of the endpoint's key."""
@@ -38,11 +39,13 @@ _PAIRWISE = (
     "[Answer A]\n{first}\n\n[Answer B]\n{second}\n\nEnd with a line: Better: A, Better: B or "
     "Better: tie"
 )
-_SCORE = re.compile(r"score\W{0,6}(\d+(?:\.\d+)?)\s*(?:/\s*10)?\W*$", re.IGNORECASE)
+_SCORE = re.compile(
+    r"score[^\w-]{0,6}(-?\d+(?:\.\d+)?)\s*(?:(?:/|out of)\s*10)?\W*$", re.IGNORECASE
+)
 _BETTER = re.compile(r"better\W{0,6}(a|b|tie)\b\W*$", re.IGNORECASE)
 
 
-class Endpoint:
+class Endpoint(Judge):
     """Scores of 0 to 10 over 10, or the share of the other answers that each one beats, where each
     two are asked about in both orders and count as a tie where the orders disagree.
 
@@ -50,10 +53,9 @@ class Endpoint:
     """
 
     def __init__(self, config: RoundsConfig, folder: Path) -> None:
+        super().__init__()
         self.url = str(config.judge).rstrip("/") + "/chat/completions"
         self.model, self.pairwise = config.judge_model, config.judge_mode == "pairwise"
-        if self.model is None:
-            raise ConfigError("judge_model: expected the name of a model at the endpoint")
         self.rubric = _RUBRIC
         if config.judge_rubric is not None:
             try:
@@ -61,23 +63,28 @@ class Endpoint:
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"judge_rubric: cannot be read ({one_line(error)})") from None
         self.most = config.judge_max_tokens
-        self.failures: dict[str, int] = {}
-        self.disagreements = self.comparisons = 0
         self.file = folder / "judge.jsonl"
-        self.known: dict[str, str] = {}
+        self.known: dict[str, str | None] = {}
         self.spent = 0
-        if self.file.exists():
-            for line in self.file.read_text(encoding="utf-8").splitlines():
-                try:
-                    said = json.loads(line)
-                except ValueError:
-                    continue  # a line that a kill cut off
-                self.known[said["key"]] = said["text"]
-                self.spent += said["tokens"]
+        self.writing = threading.Lock()
+        self._read_known()
 
     def __call__(self, questions: Sequence[Question]) -> list[list[float | None]]:
         judged = self._compared if self.pairwise else self._scored
         return [judged(question) for question in questions]
+
+    def _read_known(self) -> None:
+        text = self.file.read_text(encoding="utf-8") if self.file.exists() else ""
+        for line in text.splitlines():
+            try:
+                said = json.loads(line)
+            except ValueError:
+                continue  # a line that a kill cut off
+            self.known[said["key"]] = said["text"]
+            self.spent += said["tokens"]
+        if text and not text.endswith("\n"):
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write("\n")
 
     def _scored(self, question: Question) -> list[float | None]:
         asked = [self._text(_ABSOLUTE, question.prompt, answer) for answer in question.answers]
@@ -99,9 +106,12 @@ class Endpoint:
             first, swapped = said[i, j], said[j, i]
             if first is None or swapped is None:
                 continue
-            self.comparisons += 1
             share = (first + 1 - swapped) / 2
-            self.disagreements += first != 1 - swapped
+            count_one(self.comparisons, "comparisons")
+            if first != 1 - swapped:
+                count_one(self.comparisons, "orders disagree")
+            elif share == 0.5:
+                count_one(self.comparisons, "ties")
             wins[i].append(share)
             wins[j].append(1 - share)
         return [sum(won) / len(won) if won else None for won in wins]
@@ -111,43 +121,51 @@ class Endpoint:
 
     def _read(self, text: str | None, pattern: re.Pattern[str], value: Any) -> float | None:
         if text is None:
-            fail(self.failures, "the endpoint refused")
+            count_one(self.failures, "the endpoint refused")
             return None
         found = pattern.search(text.strip())
         if found is None:
-            fail(self.failures, "the endpoint's answer holds no verdict")
+            count_one(self.failures, "the endpoint's answer holds no verdict")
             return None
         number: float | None = value(found[1])
         if number is None:
-            fail(self.failures, "the endpoint's score is not from 0 to 10")
+            count_one(self.failures, "the endpoint's score is not from 0 to 10")
         return number
 
     def _ask(self, texts: Sequence[str]) -> list[str | None]:
+        """What the model says to each text, None where it refuses; the first failure is raised
+        once all that was asked meanwhile is kept.
+        """
         new = [t for t in dict.fromkeys(texts) if self._key(t) not in self.known]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            for text, found in zip(new, pool.map(self._post, new), strict=True):
-                if found is not None:
-                    self._keep(text, *found)
-        return [self.known.get(self._key(text)) for text in texts]
+            asked = [pool.submit(self._ask_one, text) for text in new]
+            try:
+                for one in as_completed(asked):
+                    one.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return [self.known[self._key(text)] for text in texts]
 
-    def _key(self, text: str) -> str:
-        return xxhash.xxh3_128_hexdigest(f"{self.url}\n{self.model}\n{text}".encode())
-
-    def _keep(self, text: str, said: str, tokens: int) -> None:
-        key = self._key(text)
-        line = {"key": key, "text": said, "tokens": tokens}
-        with locked(self.file.parent), self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self.known[key] = said
-        self.spent += tokens
-
-    def _post(self, text: str) -> tuple[str, int] | None:
-        """What the model says and the tokens that it took; None where it refuses."""
+    def _ask_one(self, text: str) -> None:
         if self.most is not None and self.spent >= self.most:
             raise FastDPOError(
                 f"judge: {self.spent} tokens were used, judge_max_tokens is {self.most}; raise it "
                 "and start the same command again to go on"
             )
+        said, tokens = self._post(text)
+        key = self._key(text)
+        line = json.dumps({"key": key, "text": said, "tokens": tokens}) + "\n"
+        with self.writing, self.file.open("a", encoding="utf-8") as file:
+            file.write(line)
+            self.known[key] = said
+            self.spent += tokens
+
+    def _key(self, text: str) -> str:
+        return xxhash.xxh3_128_hexdigest(f"{self.url}\n{self.model}\n{text}".encode())
+
+    def _post(self, text: str) -> tuple[str | None, int]:
+        """What the model says, None where it refuses, and the tokens that it took."""
         body = {
             "model": self.model,
             "temperature": 0,
@@ -166,15 +184,16 @@ class Endpoint:
                     said = json.load(answer)
                 message = said["choices"][0]["message"]
                 tokens = int((said.get("usage") or {}).get("total_tokens") or 0)
-                if message.get("refusal") or not message.get("content"):
-                    return None
-                return str(message["content"]), tokens
+                refused = message.get("refusal") or not message.get("content")
+                return None if refused else str(message["content"]), tokens
             except urllib.error.HTTPError as error:
                 problem = f"{error.code} {error.reason}"
                 if error.code not in (408, 409, 425, 429) and error.code < 500:
                     break
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            except (OSError, HTTPException) as error:
                 problem = one_line(error)
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+                problem = f"no answer in the form of OpenAI's ({one_line(error)})"
         raise FastDPOError(
             f"judge: {self.url}: {problem}; what was judged is kept, start the same command again "
             "to go on"
@@ -183,7 +202,7 @@ class Endpoint:
 
 def _tenth(text: str) -> float | None:
     value = float(text)
-    return value / 10 if value <= 10 else None
+    return value / 10 if 0 <= value <= 10 else None
 
 
 def _side(text: str) -> float:

@@ -11,17 +11,12 @@ import torch
 from transformers import set_seed
 
 from ..config.rounds import RoundsConfig
-from ..data.messages import Text
 from ..errors import ConfigError, FastDPOError, one_line
-from ..model.load import load_tokenizer
 from ..model.sampler import Answer, Sampler, Sampling
 
 
 class Engine(Protocol):
     """A model that answers. The same prompts and seed give the same answers."""
-
-    def encode(self, prompt: Text) -> list[int]:
-        """The tokens of a prompt."""
 
     def answer(self, prompts: Sequence[list[int]], number: int, seed: int) -> list[list[Answer]]:
         """`number` answers to each prompt of tokens."""
@@ -35,13 +30,10 @@ class Transformers:
     def __init__(self, config: RoundsConfig, how: Sampling, *, continuous: bool = False) -> None:
         self.sampler, self.how, self.continuous = Sampler.load(config), how, continuous
 
-    def encode(self, prompt: Text) -> list[int]:
-        return self.sampler.encode(prompt)
-
     def answer(self, prompts: Sequence[list[int]], number: int, seed: int) -> list[list[Answer]]:
         set_seed(seed)
         if not self.continuous:
-            return self.sampler.generate(prompts, self.how, number)
+            return self.sampler.generate(prompts, self.how, number, logps=True)
         return self.sampler.generate_continuously(prompts, self.how, number)
 
 
@@ -52,7 +44,6 @@ class VLLM:
         vllm = _installed("vllm")
         model, adapter = _base_and_adapter(config)
         options = {"enable_lora": True, "max_lora_rank": adapter[1]} if adapter else {}
-        self.tokenizer = load_tokenizer(config)
         self.engine = _loaded(
             "vllm",
             lambda: vllm.LLM(
@@ -66,9 +57,6 @@ class VLLM:
         self.parameters = vllm.SamplingParams
         self.how = how
 
-    def encode(self, prompt: Text) -> list[int]:
-        return Sampler(None, self.tokenizer).encode(prompt)
-
     def answer(self, prompts: Sequence[list[int]], number: int, seed: int) -> list[list[Answer]]:
         how = self.how
         parameters = self.parameters(
@@ -78,6 +66,7 @@ class VLLM:
             top_k=how.top_k or -1,
             max_tokens=how.max_new_tokens,
             seed=seed,
+            logprobs=0,
         )
         found = self.engine.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts],
@@ -89,7 +78,9 @@ class VLLM:
 
 
 def _of_vllm(output: Any) -> Answer:
-    return Answer(output.text, output.finish_reason == "stop")
+    ids = tuple(output.token_ids)
+    logps = tuple(each[token].logprob for each, token in zip(output.logprobs, ids, strict=True))
+    return Answer(output.text, output.finish_reason == "stop", ids, logps)
 
 
 class SGLang:
@@ -101,14 +92,11 @@ class SGLang:
         options: dict[str, Any] = {}
         if adapter:
             options = {"lora_paths": {"policy": adapter[0]}, "max_lora_rank": adapter[1]}
-        self.tokenizer, self.how, self.adapter = load_tokenizer(config), how, bool(adapter)
+        self.how, self.adapter = how, bool(adapter)
         self.engine = _loaded(
             "sglang",
             lambda: sglang.Engine(model_path=model, random_seed=config.seed, **options),
         )
-
-    def encode(self, prompt: Text) -> list[int]:
-        return Sampler(None, self.tokenizer).encode(prompt)
 
     def answer(self, prompts: Sequence[list[int]], number: int, seed: int) -> list[list[Answer]]:
         how = self.how
@@ -125,13 +113,16 @@ class SGLang:
                 }
                 for place in range(len(repeated))
             ],
+            return_logprob=True,
             **({"lora_path": ["policy"] * len(repeated)} if self.adapter else {}),
         )
-        answers = [
-            Answer(one["text"], one["meta_info"]["finish_reason"]["type"] == "stop")
-            for one in found
-        ]
+        answers = [_of_sglang(one["text"], one["meta_info"]) for one in found]
         return [answers[start : start + number] for start in range(0, len(answers), number)]
+
+
+def _of_sglang(text: str, said: Mapping[str, Any]) -> Answer:
+    logps, ids = zip(*((one[0], one[1]) for one in said["output_token_logprobs"]), strict=True)
+    return Answer(text, said["finish_reason"]["type"] == "stop", ids, logps)
 
 
 ENGINES: Mapping[str, Callable[[RoundsConfig, Sampling], Engine]] = {

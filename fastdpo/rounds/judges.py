@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import re
+import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -31,23 +32,30 @@ class Question:
     row: Row
 
 
-class Judge(Protocol):
-    """Scores the answers to a prompt, the higher the better."""
+class Judge(ABC):
+    """Scores the answers to a prompt, the higher the better.
 
-    failures: dict[str, int]
-    """How many answers could not be scored, by reason."""
+    Attributes:
+        failures: how many answers could not be scored, by reason.
+        comparisons: of a judge that compares: how many there were, were ties, and came out
+            otherwise in the other order.
+    """
 
+    def __init__(self) -> None:
+        self.failures: dict[str, int] = {}
+        self.comparisons: dict[str, int] = {}
+
+    @abstractmethod
     def __call__(self, questions: Sequence[Question]) -> list[list[float | None]]:
         """A score for each answer, None where there is none."""
 
 
-@dataclass
-class OfEach:
+class OfEach(Judge):
     """A judge that scores one answer at a time."""
 
-    score: Callable[[Text, str, Row], float]
-    name: str
-    failures: dict[str, int] = field(default_factory=dict)
+    def __init__(self, score: Callable[[Text, str, Row], float], name: str) -> None:
+        super().__init__()
+        self.score, self.name = score, name
 
     def __call__(self, questions: Sequence[Question]) -> list[list[float | None]]:
         return [[self._one(q, answer) for answer in q.answers] for q in questions]
@@ -62,25 +70,36 @@ class OfEach:
                 f"judge: {self.name} raised {type(error).__name__} ({one_line(error)}) on the "
                 f"answer {answer[:60]!r}; what was sampled is kept, and the same command goes on"
             ) from error
-        if isinstance(found, bool | int | float) and math.isfinite(found):
-            return float(found)
-        fail(self.failures, f"{self.name} returned {found!r:.40}")
+        value = None if isinstance(found, str | bytes) else _number(found)
+        if value is None:
+            kind = "None" if found is None else f"a {type(found).__name__}"
+            count_one(self.failures, f"{self.name} returned {kind} for a score")
+        elif not math.isfinite(value):
+            count_one(self.failures, f"{self.name} returned no finite number")
+            value = None
+        return value
+
+
+def _number(found: Any) -> float | None:
+    """A number of any library as a float; None where it is none."""
+    try:
+        return float(found)
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError, RuntimeError):
         return None
 
 
-class NoScores:
+class NoScores(Judge):
     """No judge: the row's own answer is the better one, whatever is sampled (SPIN)."""
-
-    def __init__(self) -> None:
-        self.failures: dict[str, int] = {}
 
     def __call__(self, questions: Sequence[Question]) -> list[list[float | None]]:
         return [[None] * len(question.answers) for question in questions]
 
 
-def fail(failures: dict[str, int], reason: str) -> None:
-    """Count an answer without a score."""
-    failures[reason] = failures.get(reason, 0) + 1
+def count_one(counts: dict[str, int], name: str) -> None:
+    """Count one more of a kind."""
+    counts[name] = counts.get(name, 0) + 1
 
 
 def from_file(name: str) -> Judge:
@@ -93,6 +112,7 @@ def from_file(name: str) -> Judge:
     spec = importlib.util.spec_from_file_location("fastdpo_judge", Path(file).expanduser())
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where a dataclass looks up its annotations
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -105,9 +125,6 @@ def from_file(name: str) -> Judge:
 
 # Against the row's own answer
 
-_NUMBER = re.compile(r"[-−]?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+)?%?")
-_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
-
 
 def exact(column: str) -> Judge:
     """1 where an answer is the row's, white space and case aside, and 0 elsewhere."""
@@ -118,38 +135,27 @@ def exact(column: str) -> Judge:
     return OfEach(score, "exact")
 
 
-def checked_number(column: str) -> Judge:
-    """1 where the number that an answer comes to is the row's, and 0 elsewhere: what stands in its
-    last \\boxed{}, after its last ####, or else its last number.
+def same_value(column: str) -> Judge:
+    """1 where math-verify finds an answer equal to the row's, as it does for benchmarks, and 0
+    elsewhere.
+
+    Raises:
+        ConfigError: math-verify is not installed.
     """
+    try:
+        math_verify = importlib.import_module("math_verify")
+    except ImportError as error:
+        raise ConfigError(
+            f"judge: math needs math-verify ({one_line(error)}); pip install math-verify"
+        ) from None
 
     def score(prompt: Text, answer: str, row: Row) -> float:
-        expected = final_number(_expected(row, column))
-        if expected is None:
-            raise DataError(f"{column}: {_expected(row, column)[:60]!r} holds no number")
-        found = final_number(answer)
-        return float(
-            found is not None and math.isclose(found, expected, rel_tol=1e-6, abs_tol=1e-9)
-        )
+        expected = math_verify.parse(_expected(row, column))
+        if not expected:
+            raise DataError(f"{column}: {_expected(row, column)[:60]!r} holds no value to compare")
+        return float(math_verify.verify(expected, math_verify.parse(answer)))
 
     return OfEach(score, "math")
-
-
-def final_number(text: str) -> float | None:
-    """The number that a text comes to; None where it has none."""
-    if boxed := _BOXED.findall(text):
-        text = boxed[-1].replace("\\frac{", "").replace("}{", "/")
-    elif "####" in text:
-        text = text.rpartition("####")[2]
-    numbers = _NUMBER.findall(text)
-    if not numbers:
-        return None
-    value = numbers[-1].replace(",", "").replace("$", "").replace("−", "-").replace(" ", "")
-    percent = value.endswith("%")
-    top, _, bottom = value.removesuffix("%").partition("/")
-    if bottom and float(bottom) == 0:
-        return None
-    return float(top) / float(bottom or 1) / (100 if percent else 1)
 
 
 def _expected(row: Row, column: str) -> str:
@@ -165,7 +171,7 @@ def _plain(text: str) -> str:
 # Models
 
 
-class RewardModel:
+class RewardModel(Judge):
     """A sequence classifier of one number, over prompt and answer as its chat template writes
     them, in batches of like length.
     """
@@ -173,21 +179,34 @@ class RewardModel:
     def __init__(self, path: str, config: RoundsConfig, *, batch_size: int = 8) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        self.failures: dict[str, int] = {}
+        super().__init__()
         self.device, self.batch_size = run_device(config), batch_size
+        self.check(path)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             model = AutoModelForSequenceClassification.from_pretrained(path)
         except Exception as error:
             raise ConfigError(f"judge: {path}: cannot be loaded ({one_line(error)})") from None
-        if model.config.num_labels != 1:
-            raise ConfigError(
-                f"judge: {path} has {model.config.num_labels} labels; expected a reward model, of 1"
-            )
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
         self.pad: int = model.config.pad_token_id
         self.model = model.to(self.device).eval()
+
+    @staticmethod
+    def check(path: str) -> None:
+        """Look at a model's configuration.
+
+        Raises:
+            ConfigError: there is none, or it is that of no reward model.
+        """
+        from transformers import AutoConfig
+
+        try:
+            labels = AutoConfig.from_pretrained(path).num_labels
+        except Exception as error:
+            raise ConfigError(f"judge: {path}: cannot be loaded ({one_line(error)})") from None
+        if labels != 1:
+            raise ConfigError(f"judge: {path} has {labels} labels; expected a reward model, of 1")
 
     def __call__(self, questions: Sequence[Question]) -> list[list[float | None]]:
         tokens = [self._encode(q.prompt, answer) for q in questions for answer in q.answers]
@@ -199,7 +218,7 @@ class RewardModel:
                 if math.isfinite(value):
                     scores[index] = value
                 else:
-                    fail(self.failures, "the reward model gave no finite number")
+                    count_one(self.failures, "the reward model gave no finite number")
         rest = iter(scores)
         return [[next(rest) for _ in q.answers] for q in questions]
 
@@ -214,28 +233,23 @@ class RewardModel:
     def _encode(self, prompt: Text, answer: str) -> list[int]:
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt + answer)["input_ids"])
-        talk = [*prompt, {"role": "assistant", "content": answer}]
+        talk = [*prompt, *as_completion(prompt, answer)]
         if self.tokenizer.chat_template is None:
             raise DataError("judge: the reward model has no chat template; expected text prompts")
         return list(self.tokenizer.apply_chat_template(talk, return_dict=True)["input_ids"])
 
 
-class Implicit:
+class Implicit(Judge):
     """The policy as its own judge: β (log π(y|x) − log π_ref(y|x)), measured from what the model
     was before it was trained on preferences.
     """
 
     def __init__(self, config: RoundsConfig) -> None:
-        if config.judge_model is None:
-            raise ConfigError(
-                "judge_model: expected the model that the policy was before it was trained on "
-                "preferences: its implicit reward is measured from it (judge: self)"
-            )
+        super().__init__()
         keys = {name: getattr(config, name) for name in ("dtype", "use_cpu", "bf16", "max_length")}
         self.reward = Implied(
             str(config.model_name_or_path), config.judge_model, config.beta, **keys
         )
-        self.failures: dict[str, int] = {}
 
     def __call__(self, questions: Sequence[Question]) -> list[list[float | None]]:
         prompts = [q.prompt for q in questions for _ in q.answers]

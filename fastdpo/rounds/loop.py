@@ -30,11 +30,13 @@ from ..data.write import writer_of
 from ..errors import ConfigError
 from ..hub import reached
 from ..terminal import progress_bars
+from ..training.changes import COMPARED, FIXED, FOLLOWED
 from ..training.output import METRICS
 from ..training.run import train
-from .pairing import Scored, describe, make_rows
+from .pairing import Scored, check_loss, describe, make_rows
 from .prompts import Prompts, load_prompts
-from .stages import gains, judged, sample
+from .stages import judged, logps, sample
+from .verdict import check_judge
 from .watch import watched
 
 logger = logging.getLogger(__name__)
@@ -64,8 +66,12 @@ def rounds(config: RoundsConfig) -> RoundsResult:
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with files.locked(folder, _refuse(folder)), progress_bars(config.disable_tqdm), reached(config):
-        _claim(folder, config)
-        return _Rounds(config, folder).run()
+        _check_directory(folder, config)
+        check_loss(config)
+        prompts = load_prompts(config)
+        check_judge(config, folder, [prompts, prompts.held_out])
+        files.write_text(folder / CONFIG, config.to_yaml())
+        return _Rounds(config, folder, prompts).run()
 
 
 def _refuse(folder: Path) -> Callable[[], None]:
@@ -75,32 +81,44 @@ def _refuse(folder: Path) -> Callable[[], None]:
     return refuse
 
 
-def _claim(folder: Path, config: RoundsConfig) -> None:
+def _check_directory(folder: Path, config: RoundsConfig) -> None:
     """Raise ConfigError where the directory holds something else than these rounds."""
-    file, text = folder / CONFIG, config.to_yaml()
-    if file.exists():
-        before = RoundsConfig.load(file).to_dict()
-        other = [name for name, value in config.to_dict().items() if value != before[name]]
-        if changed := [name for name in other if name not in ("rounds", "disable_tqdm")]:
+    file = folder / CONFIG
+    if not file.exists():
+        if any(entry.name != ".fastdpo-lock" for entry in folder.iterdir()):
             raise config.error(
-                changed[0], f"differs from the rounds in {folder}; expected another output_dir"
+                "output_dir", f"{folder} holds other files; expected a new directory"
             )
-    elif any(entry.name != ".fastdpo-lock" for entry in folder.iterdir()):
-        raise config.error("output_dir", f"{folder} holds other files; expected a new directory")
-    files.write_text(file, text)
+        return
+    if not (folder / _START).exists():  # nothing was sampled yet
+        return
+    before = RoundsConfig.load(file).to_dict()
+    for name, value in config.to_dict().items():
+        if value != before[name] and not _may_change(config, name):
+            raise config.error(
+                name, f"differs from the rounds in {folder}; expected another output_dir"
+            )
+
+
+def _may_change(config: RoundsConfig, name: str) -> bool:
+    """Whether a key decides nothing of what comes after."""
+    if name in (*FIXED, *FOLLOWED, *COMPARED):
+        return False
+    free = ("rounds", "judge_max_tokens", "check_data", "dataset_num_proc", "max_tokens_per_batch")
+    group = config.key_fields()[name].metadata["group"]
+    return name in free or group in ("logging", "saving", "hub", "memory", "parallel")
 
 
 class _Rounds:
     """The state of the rounds."""
 
-    def __init__(self, config: RoundsConfig, folder: Path) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: RoundsConfig, folder: Path, prompts: Prompts) -> None:
+        self.config, self.folder, self.prompts = config, folder, prompts
         self.start = self.policy = str(config.model_name_or_path)
         self.lines: list[dict[str, Any]] = _read_lines(folder / LOG)
         for line in self.lines:
             if line.get("taken"):
                 self.policy = str(folder / line["model"])
-        self.prompts = load_prompts(config)
 
     def run(self) -> RoundsResult:
         if not self.lines:
@@ -114,7 +132,6 @@ class _Rounds:
 
     def _round(self, number: int) -> None:
         folder = self.folder / f"round-{number}"
-        folder.mkdir(exist_ok=True)
         times: dict[str, float] = {}
         some = self.prompts.of_round(number, self.config.prompts_per_round)
         config = self._with(self.policy)
@@ -123,9 +140,9 @@ class _Rounds:
             samples = sample(config, file, some, count, number)
         with _timed(times, "scoring"):
             file = folder / "scored.parquet"
-            scored, failures = judged(config, file, some, samples, self.folder)
-        made = make_rows(self.config, _as_scored(some, scored))
-        writer_of(folder / "train.parquet")(datasets.Dataset.from_list(made.rows))
+            scored, counts = judged(config, file, some, samples, self.folder)
+        made = make_rows(self.config, _as_scored(some, scored), counts["failures"])
+        writer_of(folder / "train.parquet")(made.dataset())
         with _timed(times, "training"):
             self._train(folder)
         line: dict[str, Any] = {
@@ -134,7 +151,7 @@ class _Rounds:
             "prompts": len(some),
             "rows": len(made.rows),
             "left_out": made.left_out,
-            "failures": failures,
+            **counts,
             **_distribution(scored),
             "loss": _last_loss(folder / "model" / METRICS),
         }
@@ -178,7 +195,6 @@ class _Rounds:
             "dataset_name": str(folder / "train.parquet"),
             "dataset_train_split": "train",
             "dataset_config": None,
-            "datasets": [],
             "layout": None,
             "columns": None,
             "eval_dataset_name": None,
@@ -201,19 +217,20 @@ class _Rounds:
     def _watch(self, number: int) -> dict[str, Any]:
         """The held-out figures of the round's model, or of the start."""
         folder, held_out = self.folder / f"round-{number}", self.prompts.held_out
-        folder.mkdir(exist_ok=True)
         config = self._with(str(folder / "model") if number else self.start)
         samples = sample(config, folder / "held-out-samples.parquet", held_out, 1, 0)
         scored, _ = judged(config, folder / "held-out.parquet", held_out, samples, self.folder)
         of_start = datasets.Dataset.from_parquet(str(self.folder / _START / "held-out.parquet"))
-        logps = gains(config, folder / "held-out-logps.json", held_out, scored, self.start)
+        found = logps(config, folder / "held-out-logps.json", held_out, scored, self.start)
         return watched(
             [row["responses"][0] for row in scored],
             [row["complete"][0] for row in scored],
             [row["scores"][0] for row in scored],
             [row["scores"][0] for row in of_start],
-            logps["tokens"],
-            logps["gains"],
+            [len(row["tokens"][0]) for row in scored],
+            [each[0] for each in found["policy"]],
+            [each[0] for each in found["start"]],
+            [sum(row["engine_logps"][0]) if row["engine_logps"][0] else None for row in scored],
         ).as_dict()
 
     def _with(self, model: str) -> RoundsConfig:
@@ -222,7 +239,14 @@ class _Rounds:
 
 def _as_scored(prompts: Prompts, scored: datasets.Dataset) -> list[Scored]:
     return [
-        Scored(prompts.texts[i], row["responses"], row["scores"], row["complete"], prompts.own(i))
+        Scored(
+            prompts.all[i].text,
+            row["responses"],
+            row["scores"],
+            row["complete"],
+            prompts.own(i),
+            prompts.all[i].template,
+        )
         for i, row in enumerate(scored)
     ]
 

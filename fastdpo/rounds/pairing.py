@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import datasets
 
 from ..config.rounds import RoundsConfig
 from ..data.messages import Text
@@ -21,6 +23,7 @@ class Scored:
         scores: of each answer, None where the judge failed.
         complete: whether the model ended each answer itself.
         own: the row's own answer, for SPIN.
+        template: what the chat template is given beside the prompt.
     """
 
     prompt: Text
@@ -28,6 +31,7 @@ class Scored:
     scores: Sequence[float | None]
     complete: Sequence[bool]
     own: Any = None
+    template: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -37,34 +41,84 @@ class Made:
     rows: list[dict[str, Any]]
     left_out: dict[str, int]
 
+    def dataset(self) -> datasets.Dataset:
+        """The rows, with messages and what a chat template is given as they are."""
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        kinds = {
+            "label": datasets.Value("bool"),
+            "scores": datasets.List(datasets.Value("float64")),
+        }
+        texts = [name for name in names if isinstance(self.rows[0].get(name), str)]
+        kinds |= dict.fromkeys(texts, datasets.Value("string"))
+        features = {name: kinds.get(name, datasets.Json()) for name in names}
+        columns = {name: [row.get(name) for row in self.rows] for name in names}
+        return datasets.Dataset.from_dict(columns, datasets.Features(features))
 
-def make_rows(config: RoundsConfig, scored: Sequence[Scored]) -> Made:
+
+def check_loss(config: RoundsConfig) -> None:
+    """Raise ConfigError where the loss reads what the judge does not give."""
+    if config.judge == "row" and _reads(config) == "scores":
+        raise config.error(
+            "loss_type",
+            f"{' and '.join(config.loss_type)} reads scores of answers; expected a loss of pairs, "
+            "such as spin or sigmoid, for judge: row",
+        )
+
+
+def make_rows(
+    config: RoundsConfig, scored: Sequence[Scored], failures: Mapping[str, int] | None = None
+) -> Made:
     """Of each prompt: all scored answers with their scores, where the loss reads scores; else the
-    best answer against the worst; with the judge "row", the row's own against each sampled one
-    (SPIN, arXiv:2401.01335, eq. 4.7).
+    best answer against the worst, or with the judge "row" the row's own against each sampled one
+    (SPIN, arXiv:2401.01335, eq. 4.7); as two rows with labels, where the loss reads labels.
+
+    Args:
+        failures: answers without a score, by reason, for the error.
 
     Raises:
         DataError: none of the prompts makes a row.
     """
-    reads_scores = any(
-        column in ("advantage", "win_rate", "rank")
-        for loss in loss_of(config).losses
-        for column in loss.columns
-    )
+    reads = _reads(config)
     rows: list[dict[str, Any]] = []
     left_out: dict[str, int] = {}
     for one in scored:
         made = (
-            _of_own(one, config) if config.judge == "row" else _of_scores(one, config, reads_scores)
+            _of_own(one, config)
+            if config.judge == "row"
+            else _of_scores(one, config, reads == "scores")
         )
         if isinstance(made, str):
             left_out[made] = left_out.get(made, 0) + 1
-        else:
-            rows += made
+            continue
+        tools = one.template.get("tools")
+        rest = {name: value for name, value in one.template.items() if name != "tools"}
+        beside = {"tools": tools} if tools else {}
+        beside |= {"chat_template_kwargs": rest} if rest else {}
+        for row in _labelled(made) if reads == "label" else made:
+            rows.append({"prompt": one.prompt, **row, **beside})
     if not rows:
-        said = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        raise DataError(f"rounds: no prompt makes a row to train on: {said}")
+        said = [f"{count} {reason}" for reason, count in left_out.items()]
+        said += [f"{count} answers: {reason}" for reason, count in (failures or {}).items()]
+        raise DataError(f"rounds: no prompt makes a row to train on: {', '.join(said)}")
     return Made(rows, left_out)
+
+
+def _reads(config: RoundsConfig) -> str:
+    """What the loss reads: scores, labels or pairs."""
+    columns = {name for loss in loss_of(config).losses for name in loss.columns}
+    if not columns.isdisjoint(("advantage", "win_rate", "rank")):
+        return "scores"
+    return "label" if "label" in columns and config.convert is None else "pair"
+
+
+def _labelled(pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each answer once, with what it is."""
+    made: list[dict[str, Any]] = []
+    for pair in pairs:
+        for side, label in (("chosen", True), ("rejected", False)):
+            row = {"completion": pair[side], "label": label}
+            made += [] if row in made else [row]
+    return made
 
 
 def _of_own(one: Scored, config: RoundsConfig) -> list[dict[str, Any]] | str:
@@ -72,13 +126,9 @@ def _of_own(one: Scored, config: RoundsConfig) -> list[dict[str, Any]] | str:
     if not kept:
         return "whose answers are all cut off, or the row's own"
     return [
-        {"prompt": one.prompt, "chosen": _own(one), "rejected": as_completion(one.prompt, text)}
+        {"chosen": one.own, "rejected": as_completion(one.prompt, text)}
         for text in dict.fromkeys(kept)
     ]
-
-
-def _own(one: Scored) -> Any:
-    return one.own if not isinstance(one.own, str) else as_completion(one.prompt, one.own)
 
 
 def _plain(answer: Any) -> str:
@@ -97,17 +147,15 @@ def _of_scores(one: Scored, config: RoundsConfig, groups: bool) -> list[dict[str
     scores = [score for _, score in pairs]
     if groups:  # equal ones too: they count in the means of a loss, and their prompt in its KL
         texts = [as_completion(one.prompt, text) for text, _ in pairs]
-        return [{"prompt": one.prompt, "responses": texts, "scores": scores}]
+        return [{"responses": texts, "scores": scores}]
     if max(scores) == min(scores):
         return "whose answers all have the same score"
     best = max(pairs, key=lambda pair: pair[1])[0]
     worst = min(pairs, key=lambda pair: pair[1])[0]
+    if best == worst:  # scored once so and once so
+        return "whose best and worst answers are the same text"
     return [
-        {
-            "prompt": one.prompt,
-            "chosen": as_completion(one.prompt, best),
-            "rejected": as_completion(one.prompt, worst),
-        }
+        {"chosen": as_completion(one.prompt, best), "rejected": as_completion(one.prompt, worst)}
     ]
 
 

@@ -2,51 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..config.rounds import RoundsConfig
-from ..data.messages import Text
+from ..data.messages import BadRow, Text
+from ..data.prompts import split_explicit
 from ..errors import DataError
-from ..generation.sample import prompts_of
+from ..generation.prompts import Prompt, read_prompts
+from ..model.load import load_tokenizer
+from ..model.sampler import Sampler
+
+logger = logging.getLogger(__name__)
+
+_OWN = ("chosen", "completion", "answer", "response")
+"""Columns that may hold a row's own answer."""
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts with the rows that they stand in.
+    """Prompts with their tokens.
 
     Attributes:
         source: what to call the data in errors.
-        numbers: of the rows in the data, from 0.
         held_out: prompts of another data set, or of rows that no round has.
     """
 
     source: str
-    rows: Sequence[Mapping[str, Any]]
-    numbers: Sequence[int]
+    all: Sequence[Prompt]
+    tokens: Sequence[list[int]]
     held_out: Any = None
     seed: int = 0
 
-    @property
-    def texts(self) -> list[Text]:
-        """The prompts."""
-        return [row["prompt"] for row in self.rows]
-
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.all)
 
     def where(self, index: int) -> str:
         """A row in words."""
-        return f"{self.source}, row {self.numbers[index] + 1}"
+        return f"{self.source}, row {self.all[index].number}"
 
     def own(self, index: int) -> Any:
         """The row's own answer, for SPIN; None without one."""
-        row = self.rows[index]
-        named = (row.get(name) for name in ("chosen", "completion", "answer", "response"))
-        return next((answer for answer in named if answer), None)
+        prompt = self.all[index]
+        named = (prompt.row.get(name) for name in _OWN)
+        answer = next((one for one in named if one is not None and str(one).strip()), None)
+        if isinstance(answer, list) and isinstance(prompt.text, list):
+            try:
+                return split_explicit(prompt.text, {"answer": answer}, repeated=False)[1]["answer"]
+            except BadRow as problem:
+                raise DataError(f"{self.where(index)}: {problem}") from None
+        return None if answer is None else as_completion(prompt.text, str(answer))
+
+    def of(self, places: Iterable[int]) -> Prompts:
+        """Those at these places."""
+        kept = list(places)
+        return Prompts(self.source, [self.all[i] for i in kept], [self.tokens[i] for i in kept])
 
     def of_round(self, number: int, count: int | None) -> Prompts:
         """The prompts of a round: all, or the next `count` of an order that is drawn anew each
@@ -57,49 +71,63 @@ class Prompts:
         turns, chosen = -(-number * count // len(self)), []
         for turn in range(turns):
             chosen += np.random.default_rng([self.seed, turn]).permutation(len(self)).tolist()
-        some = sorted(chosen[(number - 1) * count : number * count])
-        return Prompts(self.source, [self.rows[i] for i in some], [self.numbers[i] for i in some])
+        return self.of(sorted(chosen[(number - 1) * count : number * count]))
 
 
 def load_prompts(config: RoundsConfig) -> Prompts:
     """The prompts of the data set, and the held-out ones: of `eval_dataset_name`, or else every
-    n-th row, which no round has.
+    n-th row, which no round has. Those without room for an answer are left out, with a line.
 
     Raises:
         DataError: no prompts, or rows without an answer of their own where the judge needs one.
     """
-    name, rows = str(config.dataset_name), prompts_of(config)
-    count = config.eval_prompts
+    sampler = Sampler(None, load_tokenizer(config))
+    name, count = str(config.dataset_name), config.eval_prompts
+    prompts = _with_room(config, sampler, name)
     if config.eval_dataset_name is not None:
         held_name = config.eval_dataset_name
         split = (config.eval_source or (held_name, "train"))[1]
-        held = prompts_of(config.choose("eval", dataset_name=held_name, dataset_train_split=split))
-        held_numbers = list(range(len(held)))[:count]
-        kept = list(range(len(rows)))
+        of_eval = config.choose("eval", dataset_name=held_name, dataset_train_split=split)
+        held = _with_room(of_eval, sampler, held_name)
+        held, kept = held.of(range(min(count, len(held)))), prompts
     else:
-        held_name, held = name, rows
-        step = max(2, len(rows) // max(1, count))
-        held_numbers = list(range(0, len(rows), step))[:count]
-        kept = sorted(set(range(len(rows))) - set(held_numbers))
-    if not kept or not held_numbers:
+        step = max(2, len(prompts) // count)
+        places = range(0, len(prompts), step)[:count]
+        held = prompts.of(places)
+        kept = prompts.of(sorted(set(range(len(prompts))) - set(places)))
+    if not len(kept) or not len(held):
         raise DataError(
-            f"{name}: {len(rows)} prompts; expected some to train on and some to hold out"
+            f"{name}: {len(prompts)} prompts; expected some to train on and some to hold out"
         )
-    made = Prompts(
-        name,
-        [rows[i] for i in kept],
-        kept,
-        Prompts(held_name, [held[i] for i in held_numbers], held_numbers),
-        config.seed,
-    )
     if config.judge == "row":
-        for index in range(len(made)):
-            if made.own(index) is None:
+        for index in range(len(kept)):
+            if kept.own(index) is None:
                 raise DataError(
-                    f"{made.where(index)}: no answer of its own; expected chosen, completion, "
-                    "answer or response beside the prompt (judge: row)"
+                    f"{kept.where(index)}: no answer of its own; expected {', '.join(_OWN[:-1])} "
+                    f"or {_OWN[-1]} beside the prompt (judge: row)"
                 )
-    return made
+    return Prompts(name, kept.all, kept.tokens, held, config.seed)
+
+
+def _with_room(config: RoundsConfig, sampler: Sampler, name: str) -> Prompts:
+    found = []
+    for prompt in read_prompts(config):
+        try:
+            found.append((prompt, sampler.encode(prompt.text, prompt.template)))
+        except DataError as problem:
+            raise DataError(f"{name}, row {prompt.number}: {problem}") from None
+    fit = [one for one in found if config.max_length is None or len(one[1]) < config.max_length]
+    if not fit:
+        raise DataError(
+            f"{name}: no room for an answer: the shortest of {len(found)} prompts has "
+            f"{min(len(ids) for _, ids in found)} tokens, max_length is {config.max_length}"
+        )
+    if len(fit) < len(found):
+        logger.warning(
+            f"{name}: left out {len(found) - len(fit)} prompts of max_length ({config.max_length}) "
+            "tokens or more: no room for an answer"
+        )
+    return Prompts(name, [prompt for prompt, _ in fit], [ids for _, ids in fit])
 
 
 def as_completion(prompt: Text, text: str) -> Any:

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import xxhash
 from tqdm import tqdm
 
 from .. import files
 from ..config.rounds import RoundsConfig
+from ..data.groups import Group
 from ..data.write import writer_of
-from ..errors import DataError
-from ..scoring.score import score
+from ..scoring.responses import load_response_scorer
 from ..terminal import withheld
 from .engines import free, load_engine
 from .judges import Question
-from .prompts import Prompts, as_completion
+from .prompts import Prompts
 from .verdict import load_judge
 
 
@@ -31,20 +33,13 @@ def sample(
     Each batch has a seed of its own and a file in `parts` until all are there.
 
     Raises:
-        FastDPOError: an engine that cannot be loaded, or a prompt without room for an answer.
+        FastDPOError: an engine that cannot be loaded.
     """
     if file.exists():
         return datasets.Dataset.from_parquet(str(file))
     parts = file.with_name(f"{file.stem}-parts")
-    parts.mkdir(exist_ok=True)
     engine = load_engine(config)
-    tokens = [engine.encode(prompt) for prompt in prompts.texts]
-    for index, ids in enumerate(tokens):
-        if config.max_length is not None and len(ids) >= config.max_length:
-            raise DataError(
-                f"{prompts.where(index)}: the prompt has {len(ids)} tokens and max_length is "
-                f"{config.max_length}: no room for an answer"
-            )
+    tokens = prompts.tokens
     order = sorted(range(len(tokens)), key=lambda i: (len(tokens[i]), i))
     size = config.generation_batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]
@@ -54,24 +49,41 @@ def sample(
         if not part.exists():
             seed = _seed(config.seed, round_number, file.stem, place)
             found = engine.answer([tokens[i] for i in some], number, seed)
-            made = [[[answer.text, answer.complete] for answer in each] for each in found]
+            parts.mkdir(parents=True, exist_ok=True)
+            made = [
+                [[answer.text, answer.complete, answer.ids, answer.logps] for answer in each]
+                for each in found
+            ]
             files.write_text(part, json.dumps(made, ensure_ascii=False))
         answers |= zip(some, files.read_json(part), strict=True)
     del engine
     free()
-    rows = [
-        {
-            "prompt": json.dumps(text, ensure_ascii=False),
-            "row": prompts.numbers[i],
-            "responses": [answer for answer, _ in answers[i]],
-            "complete": [complete for _, complete in answers[i]],
-        }
-        for i, text in enumerate(prompts.texts)
-    ]
-    samples = datasets.Dataset.from_list(rows)
+    columns: dict[str, list[Any]] = {name: [] for name in _SAMPLED}
+    for i, prompt in enumerate(prompts.all):
+        columns["prompt"].append(json.dumps(prompt.text, ensure_ascii=False))
+        columns["row"].append(prompt.number)
+        for name, values in zip(_OF_ANSWERS, zip(*answers[i], strict=True), strict=True):
+            columns[name].append(list(values))
+    samples = datasets.Dataset.from_dict(columns, _SAMPLED)
     writer_of(file)(samples)
     shutil.rmtree(parts)
     return samples
+
+
+_OF_ANSWERS = ("responses", "complete", "tokens", "engine_logps")
+_SAMPLED = datasets.Features(
+    {
+        "prompt": datasets.Value("string"),
+        "row": datasets.Value("int64"),
+        "responses": datasets.List(datasets.Value("string")),
+        "complete": datasets.List(datasets.Value("bool")),
+        "tokens": datasets.List(datasets.List(datasets.Value("int32"))),
+        "engine_logps": datasets.List(datasets.List(datasets.Value("float64"))),
+    }
+)
+"""What is kept of each prompt: as JSON, with the number of its row from 1, and of each answer its
+text, whether the model ended it, its tokens, and their log-probabilities by the engine.
+"""
 
 
 def _seed(*parts: Any) -> int:
@@ -80,59 +92,65 @@ def _seed(*parts: Any) -> int:
 
 def judged(
     config: RoundsConfig, file: Path, prompts: Prompts, samples: datasets.Dataset, cache: Path
-) -> tuple[datasets.Dataset, dict[str, int]]:
-    """The samples with the judge's scores, and how many could not be scored, by reason; what an
-    endpoint says is kept in `cache`.
+) -> tuple[datasets.Dataset, dict[str, dict[str, int]]]:
+    """The samples with the judge's scores, and the judge's counts: `failures` by reason, and
+    `comparisons`; what an endpoint says is kept in `cache`.
 
     Raises:
         FastDPOError: a judge that cannot be loaded, or that raises.
     """
     if file.exists():
         found = datasets.Dataset.from_parquet(str(file))
-        return found, json.loads(found[0]["failures"])
+        return found, json.loads(found[0]["judge"])
     judge = load_judge(config, cache)
     scores: list[list[float | None]] = []
-    size, rows = config.generation_batch_size, list(samples)
-    for start in tqdm(range(0, len(rows), size), "judging", disable=config.disable_tqdm):
+    size, answers = config.generation_batch_size, samples["responses"]
+    for start in tqdm(range(0, len(prompts), size), "judging", disable=config.disable_tqdm):
         scores += judge(
             [
-                Question(prompts.texts[i], rows[i]["responses"], prompts.rows[i])
-                for i in range(start, min(start + size, len(rows)))
+                Question(prompts.all[i].text, answers[i], prompts.all[i].row)
+                for i in range(start, min(start + size, len(prompts)))
             ]
         )
-    failures = dict(judge.failures)
+    counts = {"failures": judge.failures, "comparisons": judge.comparisons}
     del judge
     free()
     kind = datasets.List(datasets.Value("float64"))
     made = samples.add_column("scores", scores, feature=kind)
-    made = made.add_column("failures", [json.dumps(failures)] * len(samples))
+    made = made.add_column("judge", [json.dumps(counts)] * len(samples))
     writer_of(file)(made)
-    return made, failures
+    return made, counts
 
 
-def gains(
+def logps(
     config: RoundsConfig, file: Path, prompts: Prompts, samples: datasets.Dataset, start: str
-) -> dict[str, list[Any]]:
-    """Of the one answer to each prompt: `tokens`, and `gains`, log π(y|x) − log π_start(y|x)."""
+) -> dict[str, list[list[float]]]:
+    """Of the very tokens that were drawn, in nats: `policy`, log π(y|x) of each answer by the model
+    at `model_name_or_path`, and `start`, that of the model `start`.
+    """
     if file.exists():
-        known: dict[str, list[Any]] = files.read_json(file)
+        known: dict[str, list[list[float]]] = files.read_json(file)
         return known
-    rows = [
-        {"prompt": prompt, "responses": [as_completion(prompt, row["responses"][0])]}
-        for prompt, row in zip(prompts.texts, samples, strict=True)
+    groups = [
+        Group(np.array(ids, np.int32), [np.array(each, np.int32) for each in drawn])
+        for ids, drawn in zip(prompts.tokens, samples["tokens"], strict=True)
     ]
+    found = {"policy": _logps(config, groups)}
     moved = config.model_name_or_path != start
-    with withheld():
-        made = score(
-            config.of_round(
-                ref_model_name_or_path=start if moved else None, dataset_name=None, datasets=[]
-            ),
-            rows,
-        ).columns
-    found = {"tokens": [each[0] if each else 0 for each in made["response_tokens"]]}
-    found["gains"] = [0.0] * len(found["tokens"])
-    if moved:
-        pairs = zip(made["response_logps"], made["response_ref_logps"], strict=True)
-        found["gains"] = [mine[0] - theirs[0] if mine else 0.0 for mine, theirs in pairs]
+    found["start"] = (
+        _logps(config.choose("the start", model_name_or_path=start), groups)
+        if moved
+        else found["policy"]
+    )
     files.write_text(file, json.dumps(found))
+    return found
+
+
+def _logps(config: RoundsConfig, groups: Sequence[Group]) -> list[list[float]]:
+    with withheld():
+        scorer = load_response_scorer(config.of_round(dataset_name=None))
+        scorer.reference = None
+        found = [each.logps.tolist() for each in scorer(groups)]
+    del scorer
+    free()
     return found

@@ -21,6 +21,8 @@ class Watched:
         repetition: the share of an answer's 4-grams of words that stand in it before.
         kl: log π(y|x) − log π_start(y|x) of the model's own answers over their tokens, nats a
             token: an estimate of the divergence from the start where the temperature is 1.
+        engine_difference: |log π(y|x) of the engine − ours| over the tokens of an answer, the
+            mean, nats a token; None where the engine gives none.
         unscored: held-out answers without a score.
     """
 
@@ -30,6 +32,7 @@ class Watched:
     complete: float
     repetition: float
     kl: float
+    engine_difference: float | None
     unscored: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -43,18 +46,28 @@ def watched(
     scores: Sequence[float | None],
     start_scores: Sequence[float | None],
     tokens: Sequence[int],
-    gains: Sequence[float],
+    logps: Sequence[float],
+    start_logps: Sequence[float],
+    engine_logps: Sequence[float | None],
 ) -> Watched:
     """Measure a model's answers, one to each held-out prompt, beside those of the start.
 
     Args:
-        gains: log π(y|x) − log π_start(y|x) of each answer.
+        tokens: drawn of each answer.
+        logps: log π(y|x) of each answer.
+        start_logps: log π_start(y|x).
+        engine_logps: log π(y|x) by the engine that drew it.
     """
     known = [score for score in scores if score is not None]
     both = [
         (mine, theirs)
         for mine, theirs in zip(scores, start_scores, strict=True)
         if mine is not None and theirs is not None
+    ]
+    differences = [
+        abs(theirs - ours) / count
+        for theirs, ours, count in zip(engine_logps, logps, tokens, strict=True)
+        if theirs is not None
     ]
     wins = [1.0 if mine > theirs else 0.5 if mine == theirs else 0.0 for mine, theirs in both]
     return Watched(
@@ -63,7 +76,8 @@ def watched(
         tokens=float(np.mean(tokens)),
         complete=float(np.mean(complete)),
         repetition=float(np.mean([repetition(text) for text in answers])),
-        kl=float(np.sum(gains) / max(1, np.sum(tokens))),
+        kl=float(np.sum(np.subtract(logps, start_logps)) / np.sum(tokens)),
+        engine_difference=float(np.mean(differences)) if differences else None,
         unscored=len(scores) - len(known),
     )
 
