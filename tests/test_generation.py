@@ -45,6 +45,30 @@ def test_the_seed_decides_what_is_drawn(tiny_model):
     assert len(set(first[0])) > 1
 
 
+@pytest.mark.parametrize("window", [None, 4], ids=["cache", "window"])
+def test_several_answers_are_those_of_the_prompt_alone(tiny_model, window):
+    """With prompts of several lengths in a batch, each of which is computed once for its answers;
+    layers with a window compute it for each.
+    """
+    one, how = sampler(tiny_model), Sampling(max_new_tokens=6, temperature=0)
+    if window:
+        one.model.config.sliding_window = window
+        one.model.config.layer_types = ["sliding_attention"] * one.model.config.num_hidden_layers
+    prompts = [one.encode(text) for text in ("the cat ", "a small dog saw the old hills and ", "a")]
+    seen = []
+    one.model.get_decoder().register_forward_pre_hook(
+        lambda _, arguments, keys: seen.append(keys["input_ids"].numel()), with_kwargs=True
+    )
+    alone = one.generate(prompts, how, logps=True)
+    for three, (answer,) in zip(one.generate(prompts, how, 3, logps=True), alone, strict=True):
+        assert [each.ids for each in three] == [answer.ids] * 3
+        for each in three:
+            assert each.logps == pytest.approx(answer.logps, abs=1e-5)
+    longest = max(map(len, prompts))
+    computed_for_each = 3 * 3 * longest
+    assert seen[0] == 3 * longest and (computed_for_each in seen) == bool(window)
+
+
 def test_an_answer_ends_at_the_models_own_end(tiny_model):
     one = sampler(tiny_model)
     end = one.tokenizer.eos_token_id

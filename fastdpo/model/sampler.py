@@ -1,5 +1,6 @@
 """Answers of a model to prompts, by transformers' own `generate`."""
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,11 +8,13 @@ from typing import Any
 import torch
 from transformers import (
     ContinuousBatchingConfig,
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     set_seed,
 )
+from transformers.cache_utils import DynamicLayer
 
 from ..config import TrainConfig
 from ..data.messages import Text
@@ -151,6 +154,7 @@ class Sampler:
     ) -> list[list[Answer]]:
         """`number` answers to each of some prompts of tokens, in one batch padded on the left,
         with log-probabilities if asked for; further options are those of transformers' `generate`.
+        A prompt is computed once for its answers, where the model's cache can be repeated.
         """
         recorder = _Recorder()
         if logps:
@@ -159,10 +163,13 @@ class Sampler:
         pad = self.tokenizer.pad_token_id or 0
         ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+        if number > 1:
+            options |= self._computed(ids, mask, number)
+            ids, mask = (each.repeat_interleave(number, 0) for each in (ids, mask))
         output = self.model.generate(
-            input_ids=ids.to(self.model.device),
-            attention_mask=mask.to(self.model.device),
-            num_return_sequences=number,
+            input_ids=ids,
+            attention_mask=mask,
             eos_token_id=sorted(self.ends) or None,
             pad_token_id=pad,
             num_beams=1,
@@ -177,6 +184,26 @@ class Sampler:
             known = torch.stack(recorder.logps, 1).tolist()
         answers = [self._answer(*both) for both in zip(drawn.tolist(), known, strict=True)]
         return [answers[start : start + number] for start in range(0, len(answers), number)]
+
+    def _computed(self, ids: torch.Tensor, mask: torch.Tensor, number: int) -> dict[str, Any]:
+        """The keys and values of all but the last token, repeated for `number` answers; nothing
+        where layers keep something else, or only a window.
+        """
+        cache = DynamicCache(config=self.model.config)
+        if ids.shape[1] < 2 or any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return {}
+        decoder = self.model.get_decoder()
+        newer = "cache" in inspect.signature(decoder.forward).parameters
+        name = "cache" if newer else "past_key_values"  # before transformers 5.24
+        decoder(
+            input_ids=ids[:, :-1],
+            attention_mask=mask[:, :-1],
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, :-1],
+            use_cache=True,
+            **{name: cache},
+        )
+        cache.batch_repeat_interleave(number)
+        return {name: cache}
 
     @torch.no_grad()
     def generate_continuously(
