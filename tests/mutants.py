@@ -39,8 +39,9 @@ APART = {
     "sharded": "tests/test_vocab_parallel.py",
     "vocab_parallel": "tests/test_vocab_parallel.py",
     "triton/compile": "tests/test_compile_kernels.py",
+    "triton/configs": "tests/test_cards.py",
 }
-"""Tests whose own processes run these files."""
+"""Tests whose own processes run these files, or that take too long to be measured."""
 SECONDS = 120
 """Of the tests of one fault, fastest first; of those that take longer together, the others wait."""
 

@@ -1,11 +1,13 @@
 """A head sharded over the vocabulary has the numbers of one device, on every rank."""
 
+import contextlib
 import pickle
 
 import pytest
 import torch
 from fastdpo_kernels import LOSSES, linear_logprob, workspace_bytes
 from fastdpo_kernels.head import OUTPUTS
+from fastdpo_kernels.sharded import exchange
 from head_problems import HEADS, assert_same, differentiated, make, numbers, uneven
 from loss_problems import by_full_logits, options_of
 from ranks import ranks as processes
@@ -328,6 +330,29 @@ def test_a_loss_through_the_fused_kernels(ranks):
     options = {"loss": "sigmoid", "empty": EMPTY[4]} | options_of("sigmoid") | FUSED
     found = ranks.run(losses, "comparison", SPLIT[4], TRAIN[0], **options)
     check_losses(found, 4, one_by_one("comparison", 4, registered("sigmoid"), TRAIN[0]), 5e-5)
+    arguments = (losses, "comparison", SPLIT[4], TRAIN[0])
+    found = ranks.run(*arguments, **options, outputs=OUTPUTS)
+    naive = {"backend": "naive", "dtype": torch.float64, "outputs": OUTPUTS}
+    for one, right in zip(found, ranks.run(*arguments, **options | naive), strict=True):
+        assert_same(*({name: of[name] for name in OUTPUTS} for of in (one, right)), 5e-5)
+
+
+def test_integers_stay_on_the_host_where_the_group_has_a_backend_for_it(monkeypatch):
+    """Else they go to the device: a group that was made for "nccl" alone has none."""
+    monkeypatch.setattr(exchange.dist, "get_rank", lambda group: 0)
+    monkeypatch.setattr(exchange.dist, "get_world_size", lambda group: 2)
+    seen = []
+
+    def gather(every, mine, **options):
+        seen.append(mine.device.type)
+        every.copy_(mine.repeat(2)) if mine.device.type == "cpu" else None
+
+    monkeypatch.setattr(exchange, "_gather_equal", gather)
+    for backends in ("cpu:gloo,cuda:nccl", "cuda:nccl"):
+        monkeypatch.setattr(exchange.dist, "get_backend_config", lambda group, b=backends: b)
+        with contextlib.suppress(NotImplementedError):  # numbers of a meta tensor
+            exchange.Exchange(None).integers([3], torch.device("meta"))
+    assert seen == ["cpu", "meta"]
 
 
 def test_logits_far_apart_through_the_fused_kernels(ranks):

@@ -31,6 +31,7 @@ class Plan:
     Attributes:
         unit: what stands at its vertical axis.
         span: "share" for values from 0 to 1.
+        axis: what the horizontal axis counts.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Plan:
     series: tuple[Series, ...]
     unit: str = ""
     span: Literal["free", "share"] = "free"
+    axis: str = "step"
 
 
 @dataclass(frozen=True)
@@ -100,11 +102,13 @@ def curves(run: Run, plans: Sequence[Plan] = PLANS) -> list[Chart]:
         if not drawn:
             continue
         data = [trace for series, curve in drawn for trace in _traces(series, curve)]
-        words = " ".join(_words(series.label.capitalize(), curve) for series, curve in drawn)
+        words = " ".join(
+            _words(series.label.capitalize(), curve, plan.axis) for series, curve in drawn
+        )
         if plan.name == "logps":
             words = " ".join(filter(None, [_fall(run), words]))
-        layout = {**_layout(plan), "showlegend": len(drawn) > 1}
-        charts.append(Chart(plan.name, plan.title, {"data": data, "layout": layout}, words))
+        figure = {"data": data, "layout": {**layout(plan), "showlegend": len(drawn) > 1}}
+        charts.append(Chart(plan.name, plan.title, figure, words))
     return charts
 
 
@@ -121,8 +125,8 @@ def comparison(runs: Sequence[Run]) -> list[Chart]:
             for run, curve in drawn:
                 own = Series(run.name, series.metric, _colour(runs.index(run)), series.held_out)
                 data += _traces(own, curve)
-                words.append(_words(run.name, curve))
-            figure = {"data": data, "layout": _layout(plan)}
+                words.append(_words(run.name, curve, plan.axis))
+            figure = {"data": data, "layout": layout(plan)}
             name = series.metric.replace("/", "-")
             charts.append(Chart(name, title, figure, " ".join(words)))
     return charts
@@ -147,8 +151,10 @@ def lengths(facts: dict[str, Any]) -> Chart | None:
         }
         for kind, values in counts.items()
     ]
-    layout = _layout(Plan("lengths", "Lengths", (), "how many"))
-    layout["xaxis"]["title"]["text"] = "tokens"
+    figure = {
+        "data": data,
+        "layout": layout(Plan("lengths", "Lengths", (), "how many", axis="tokens")),
+    }
     medians, longest = facts.get("medians", {}), facts.get("longest", {})
     words = [
         f"{kind.capitalize()}: median {number(medians.get(kind))} tokens, longest "
@@ -161,7 +167,7 @@ def lengths(facts: dict[str, Any]) -> Chart | None:
         words.append(f"Sequences are cut at {facts['max_length']:,} tokens.")
     if facts.get("groups", 0) < facts.get("of", 0):
         words.append(f"Of {facts['of']:,} prompts, {facts['groups']:,} were looked at.")
-    return Chart("lengths", "Lengths", {"data": data, "layout": layout}, " ".join(words))
+    return Chart("lengths", "Lengths", figure, " ".join(words))
 
 
 def _colour(number: int) -> str:
@@ -191,7 +197,8 @@ def _traces(series: Series, curve: Curve) -> list[dict[str, Any]]:
     return [{**pale, "legendgroup": series.label}, {**trace, **ours, "legendgroup": series.label}]
 
 
-def _layout(plan: Plan) -> dict[str, Any]:
+def layout(plan: Plan) -> dict[str, Any]:
+    """Plotly's layout of a chart."""
     axis = {
         "gridcolor": "--line",
         "zerolinecolor": "--line",
@@ -199,7 +206,7 @@ def _layout(plan: Plan) -> dict[str, Any]:
         "automargin": True,
         "exponentformat": "e",
     }
-    layout: dict[str, Any] = {
+    made: dict[str, Any] = {
         "height": 280,
         "margin": {"l": 8, "r": 12, "t": 8, "b": 8},
         "paper_bgcolor": "rgba(0,0,0,0)",
@@ -208,20 +215,20 @@ def _layout(plan: Plan) -> dict[str, Any]:
         "hovermode": "x unified",
         "hoverlabel": {"bgcolor": "--card", "bordercolor": "--line", "font": {"color": "--text"}},
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        "xaxis": {**axis, "title": {"text": "step", "standoff": 8}, "rangemode": "tozero"},
+        "xaxis": {**axis, "title": {"text": plan.axis, "standoff": 8}, "rangemode": "tozero"},
         "yaxis": {**axis, "title": {"text": plan.unit, "standoff": 8}},
     }
     if plan.span == "share":
-        layout["yaxis"] |= {"range": [0, 1.03], "tickformat": ".0%"}
-    return layout
+        made["yaxis"] |= {"range": [0, 1.03], "tickformat": ".0%"}
+    return made
 
 
-def _words(label: str, curve: Curve) -> str:
+def _words(label: str, curve: Curve, axis: str) -> str:
     first, last = curve.steps[0], curve.steps[-1]
     if len(curve) == 1:
-        return f"{label}: {number(curve.values[0])} at step {first:.0f}."
+        return f"{label}: {number(curve.values[0])} at {axis} {first:.0f}."
     start, end = number(curve.values[0]), number(curve.values[-1])
-    return f"{label}: {start} at step {first:.0f}, {end} at step {last:.0f}."
+    return f"{label}: {start} at {axis} {first:.0f}, {end} at {axis} {last:.0f}."
 
 
 def _fall(run: Run) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from .. import files
 from ..errors import ConfigError
 from .page import comparison_page, page
+from .rounds import is_rounds, rounds_page
 from .runs import REPORT, STATE, Run, read_runs
 
 USAGE = """\
@@ -15,8 +16,8 @@ fastdpo report: a run, or several beside each other, as one HTML file that needs
   fastdpo report RUN
   fastdpo report RUN RUN ... -o comparison.html
 
-RUN is a run's output_dir. One run's page is report.html there, which the run itself keeps up to
-date while it trains (report: true); that of several is comparison.html in the current directory:
+RUN is the output_dir of a run, or of rounds. One's page is report.html there, which the run itself
+keeps up to date (report: true); that of several runs is comparison.html in the current directory:
 curves on the same axes, the keys that differ, the final figures.
 
   -o, --output FILE   where the page goes
@@ -31,7 +32,15 @@ def run(arguments: Sequence[str]) -> None:
         FastDPOError: no run is named, or a directory that holds none; the file cannot be written.
     """
     names, output = _parsed(arguments)
-    runs = read_runs([Path(name).expanduser() for name in names])
+    paths = [Path(name).expanduser() for name in names]
+    if any(map(is_rounds, paths)):
+        if len(paths) > 1:
+            raise ConfigError("rounds have a page of their own; expected one directory of rounds")
+        path = Path(output).expanduser() if output else paths[0] / REPORT
+        files.write_text(path, rounds_page(paths[0]))
+        print(path)
+        return
+    runs = read_runs(paths)
     if len(runs) > 1:
         path = Path(output or COMPARISON).expanduser()
         files.write_text(path, comparison_page(runs))

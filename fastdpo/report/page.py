@@ -56,7 +56,7 @@ def page(run: Run) -> str:
     """The HTML of one run."""
     facts = run.facts
     lengths = facts.get("lengths")
-    return _render(
+    return render(
         "run.html",
         title=run.name,
         live=run.live,
@@ -83,7 +83,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
         for metric, title in _FIGURES
         if any(run.last(metric) is not None for run in runs)
     }
-    return _render(
+    return render(
         "comparison.html",
         title=f"{len(runs)} runs",
         live=False,
@@ -96,7 +96,8 @@ def comparison_page(runs: Sequence[Run]) -> str:
     )
 
 
-def _render(template: str, **values: Any) -> str:
+def render(template: str, **values: Any) -> str:
+    """A page of a template of this package."""
     made = _environment().get_template(template)
     return made.render(
         values, plotly=_plotly(), version=__version__, made=time.strftime("%Y-%m-%d %H:%M")
@@ -149,7 +150,7 @@ def _summary(run: Run) -> list[tuple[str, str]]:
     losses = config.get("loss_type")
     loss = " + ".join(map(str, losses)) if isinstance(losses, list) else None
     size = facts.get("parameters")
-    model = _last_part(config.get("model_name_or_path"))
+    model = last_part(config.get("model_name_or_path"))
     if model and isinstance(size, int):
         model += f" ({_short(size)} parameters)"
     method = f"{loss}, beta {config.get('beta')}" if loss else None
@@ -159,7 +160,7 @@ def _summary(run: Run) -> list[tuple[str, str]]:
     device = facts.get("device")
     parts = [
         ("Model", model),
-        ("Data", _last_part(config.get("dataset_name"))),
+        ("Data", last_part(config.get("dataset_name"))),
         ("Loss", method),
         ("Device", f"{devices} × {device}" if device and devices != 1 else device),
     ]
@@ -253,7 +254,7 @@ def _rows_of(value: Any) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict)]
 
 
-def _last_part(name: Any) -> str | None:
+def last_part(name: Any) -> str | None:
     """The name of a file or directory; a hub's name as it is."""
     if not isinstance(name, str) or not name:
         return None

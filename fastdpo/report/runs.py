@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,14 +99,14 @@ def read_run(path: Path, name: str | None = None, live: bool = False) -> Run:
         raise ConfigError(
             f"{path}: holds no {METRICS}, so no run of fastdpo; expected a run's output_dir"
         )
-    state = _object(path / STATE)
+    state = as_object(files.read_json(path / STATE))
     return Run(
         name=name or path.resolve().name,
         path=path,
-        rows=_rows(path / METRICS),
-        config=_config(path / CONFIG),
-        facts=_object(path / FACTS),
-        checks=_object(path / CHECKS),
+        rows=read_rows(read_lines(path / METRICS)),
+        config=read_config(path / CONFIG),
+        facts=as_object(files.read_json(path / FACTS)),
+        checks=as_object(files.read_json(path / CHECKS)),
         finished=bool(state.get("finished")),
         live=live,
     )
@@ -136,17 +136,24 @@ def differing(runs: list[Run]) -> dict[str, list[str]]:
     return found
 
 
-def _rows(file: Path) -> list[dict[str, float]]:
-    """The lines that are whole: a killed run leaves half a line."""
-    rows = []
+def read_rows(lines: Iterable[Any]) -> list[dict[str, float]]:
+    """The numbers of those lines that are of a step."""
+    return [
+        {name: value for name, value in values.items() if _is_number(value)}
+        for values in lines
+        if isinstance(values, dict) and _is_number(values.get("step"))
+    ]
+
+
+def read_lines(file: Path) -> list[Any]:
+    """The lines of JSON that are whole: a killed run leaves half a line."""
+    found = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            values = json.loads(line)
+            found.append(json.loads(line))
         except (ValueError, RecursionError):
             continue
-        if isinstance(values, dict) and _is_number(values.get("step")):
-            rows.append({name: value for name, value in values.items() if _is_number(value)})
-    return rows
+    return found
 
 
 def _is_number(value: Any) -> bool:
@@ -154,12 +161,13 @@ def _is_number(value: Any) -> bool:
     return number and abs(value) < 1e300 and math.isfinite(value)
 
 
-def _object(file: Path) -> dict[str, Any]:
-    found = files.read_json(file)
-    return found if isinstance(found, dict) else {}
+def as_object(value: Any) -> dict[str, Any]:
+    """An object as it is, and anything else as an empty one."""
+    return value if isinstance(value, dict) else {}
 
 
-def _config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
+    """Every key of a configuration and its value; nothing where it cannot be read."""
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):

@@ -27,8 +27,9 @@ import numpy as np
 from .. import files
 from ..config.rounds import RoundsConfig
 from ..data.write import writer_of
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line
 from ..hub import reached
+from ..report.rounds import CONFIG, LOG, write_rounds_report
 from ..terminal import progress_bars
 from ..training.changes import COMPARED, FIXED, FOLLOWED
 from ..training.output import METRICS
@@ -41,8 +42,6 @@ from .watch import watched
 
 logger = logging.getLogger(__name__)
 
-LOG = "rounds.jsonl"
-CONFIG = "rounds_config.yaml"
 _START = "round-0"
 
 
@@ -127,8 +126,19 @@ class _Rounds:
         for number in range(len(self.lines), self.config.rounds + 1):
             if self.lines[-1].get("last"):
                 break
+            self._report(live=True)
             self._round(number)
+        self._report(live=False)
         return RoundsResult(self.policy, self.lines)
+
+    def _report(self, live: bool) -> None:
+        """Write the page; what goes wrong with it is said and stops nothing."""
+        if not self.config.report:
+            return
+        try:
+            write_rounds_report(self.folder, live)
+        except Exception as error:
+            logger.warning(f"report: not written ({one_line(error)}); the rounds go on")
 
     def _round(self, number: int) -> None:
         folder = self.folder / f"round-{number}"
