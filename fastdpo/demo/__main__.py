@@ -2,7 +2,8 @@
 
 A small chat model learns to prefer direct answers to evasive ones. It is asked the same question
 before and after, and its preferences are measured on pairs that it was not trained on. Arguments
-are those of `fastdpo train` (`--max_steps 10`, `--output_dir out`).
+are those of `fastdpo train` (`--max_steps 10`, `--output_dir out`). With `--rounds` it learns from
+its own answers: see `fastdpo.demo.rounds`.
 """
 
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from ..config import TrainConfig
 from ..terminal import guarded, heard, progress_bars
+from . import rounds
 from .model import demo_model_path
 
 PROMPT = "How can I make new friends in a new city?"
@@ -29,14 +31,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def demo() -> int:
         with heard(), progress_bars(None):
-            run(arguments)
+            page = rounds.run(arguments) if rounds.FLAG in arguments else run(arguments)
+            if page is not None:
+                open_page(page)
         return 0
 
     return guarded(demo)
 
 
-def run(arguments: Sequence[str]) -> None:
+def run(arguments: Sequence[str]) -> Path | None:
     """Train the demo's model with `arguments` over the demo's configuration, and show what changed.
+
+    Returns:
+        The report; None where none was asked for.
 
     Raises:
         FastDPOError: wrong arguments, or no model to be had.
@@ -51,8 +58,7 @@ def run(arguments: Sequence[str]) -> None:
     minutes = (time.perf_counter() - start) / 60
     after = answer(str(output_dir), PROMPT)
     print(summary(before, after, held_out_accuracies(output_dir), minutes, output_dir))
-    if config.report:
-        open_page(output_dir / "report.html")
+    return output_dir / "report.html" if config.report else None
 
 
 def demo_config(arguments: Sequence[str]) -> TrainConfig:
