@@ -119,7 +119,9 @@ GROUPS = [
         loss(
             name,
             "equal scores",
-            NOTHING.format("all ranks equal" if name == "listwise" else "all scores equal"),
+            NOTHING.format("all ranks equal")
+            if name == "listwise"
+            else ": 1 of 1 rows kept; 1 whose scores are all equal; expected some",
             GROUP | {"scores": [1, 1, 1]},
         ),
         loss(name, "inf", f", line 1: scores[1]: {FINITE}", GROUP | {"scores": [1, math.inf, 2]}),

@@ -97,7 +97,7 @@ def test_a_registered_loss_is_known():
         ({"cpo_alpha": -1}, "cpo_alpha: expected a number of at least 0, got -1.0"),
         ({"epsilon": 0}, "epsilon: expected a number greater than 0, got 0.0"),
         ({"scale_rewards": "batch"}, "scale_rewards: expected one of group, none, got batch"),
-        ({"importance_sampling_level": "word"}, "expected one of token, sequence, got word"),
+        ({"importance_sampling_level": "word"}, "expected one of token, sequence, none, got word"),
         ({"convert": "both"}, "convert: expected one of unpair, pair, or nothing"),
     ],
 )

@@ -259,16 +259,23 @@ def test_what_cannot_be_learnt_from_is_counted():
     kept = make_rows(config(mask_truncated_completions=False), cases[2:3])
     assert kept.rows[0]["chosen"][0]["content"] == "a"
     twice = scored(["a", "a"], [1, 2])
-    with pytest.raises(DataError, match="no prompt makes a row to train on: 1 whose answers all"):
-        make_rows(config(), [cases[0], twice])
-    with pytest.raises(DataError, match=r"worst answers are the same.*, 2 answers: no no"):
-        make_rows(config(), [twice], {"no no": 2})
+    none = make_rows(config(), [cases[0], twice])
+    assert not none.rows and none.left_out == {
+        "whose answers all have the same score": 1,
+        "whose best and worst answers are the same text": 1,
+    }
+    with pytest.raises(DataError, match="no answer of the round has a score: 2 answers: x"):
+        make_rows(config(), [scored(["a", "b"], [None, None])], {"x": 2})
 
 
 def test_losses_of_scores_have_all_answers_equal_ones_too():
     for loss in ("grpo", "sppo", "listwise"):
-        made = make_rows(config(loss_type=[loss]), [scored(["a", "b", "b"], [1, 1, 1])])
+        same, other = scored(["a", "b", "b"], [1, 1, 1]), scored(["a", "b"], [1, 2])
+        made = make_rows(config(loss_type=[loss]), [same, other])
         assert made.rows[0]["scores"] == [1, 1, 1] and len(made.rows[0]["responses"]) == 3
+        assert not made.left_out and len(made.rows) == 2
+        none = make_rows(config(loss_type=[loss]), [same])
+        assert not none.rows and none.left_out == {"whose answers all have the same score": 1}
 
 
 def test_spin_sets_the_rows_own_answer_against_every_other():

@@ -189,6 +189,22 @@ def test_grpo_is_its_papers_formula(name: str, level: str) -> None:
     torch.testing.assert_close(loss, torch.stack(expected), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["grpo", "bnpo", "dapo", "dr_grpo"])
+def test_grpo_without_a_ratio_is_that_of_a_reference_that_is_the_policy(name):
+    r = tokens()
+    found = []
+    for level in ("none", "token"):
+        logps = r.tokens.logps.detach().clone().requires_grad_()
+        held = replace(r.tokens, logps=logps)
+        if level == "token":
+            held = replace(held, reference=logps.detach())
+        seen = replace(r, tokens=held)
+        loss = LOSSES[name](seen, **OPTIONS | {"beta": 0.0}, importance_sampling_level=level)
+        found.append((loss.detach(), *torch.autograd.grad(loss.sum(), logps)))
+    torch.testing.assert_close(*found)
+    assert found[0][1].abs().max() > 0
+
+
 def test_grpo_wants_the_ratio_of_sequences_where_sums_are_given() -> None:
     r = tokens()
     with pytest.raises(ValueError, match='need importance_sampling_level "sequence"'):

@@ -204,7 +204,7 @@ def test_a_round_too_far_from_the_start_is_the_last(settings):
         ("scores = 1\n", "judge.py has no function score"),
         (
             "def score(p, r, row):\n    return float('nan')\n",
-            "whole and scored, 21 answers: score returned no finite number",
+            "no answer of the round has a score: 21 answers: score returned no finite number",
         ),
     ],
 )
@@ -216,6 +216,24 @@ def test_a_judge_that_fails_is_one_line_and_costs_no_sample(settings, tmp_path, 
     (tmp_path / "judge.py").write_text(JUDGE)
     if "nan" not in judge:
         assert len(rounds(RoundsConfig(**settings)).rounds) == 3
+
+
+def test_a_round_without_anything_to_learn_from_is_passed_over(settings, tmp_path):
+    """All answers of the first round have the same score."""
+    (tmp_path / "judge.py").write_text(
+        "import pathlib\n"
+        f"out = pathlib.Path({str(tmp_path / 'out')!r})\n"
+        "def score(prompt, response, row):\n"
+        "    return -len(response) if (out / 'round-2').exists() else 1\n"
+    )
+    result = rounds(RoundsConfig(**settings))
+    first, second = result.rounds[1:]
+    assert first["model"] is None and not first["taken"] and first["rows"] == 0
+    assert first["said"] == ["nothing to train on"] and first["score"] == result.rounds[0]["score"]
+    assert first["left_out"] == {"whose answers all have the same score": 7}
+    assert second["taken"] and result.model == str(tmp_path / "out/round-2/model")
+    config = (tmp_path / "out/round-2/model/training_config.yaml").read_text()
+    assert f"model_name_or_path: {settings['model_name_or_path']}" in config
 
 
 def test_scores_that_are_no_numbers_are_counted(settings, tmp_path):

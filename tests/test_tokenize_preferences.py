@@ -118,9 +118,7 @@ GOOD = GROUP | {"scores": [1, 2, 2, 2]}
     [
         (COMPARISONS, EQUAL, "no_comparison", "dropped without a comparison"),
         (COMPARISONS, LONE, "no_comparison", "dropped without a comparison"),
-        (SCORES, EQUAL, "same_scores", "dropped, all scores equal"),
         (SCORES, LONE, "one_response", "dropped, one response only"),
-        (WIN_RATES, EQUAL, "same_scores", "dropped, all scores equal"),
         (WIN_RATES, LONE, "one_response", "dropped, one response only"),
         (RANKS, EQUAL, "same_ranks", "dropped, all ranks equal"),
         (RANKS, LONE, "one_response", "dropped, one response only"),
@@ -138,6 +136,20 @@ def test_rows_that_teach_nothing_are_dropped_and_counted(
     assert f"1 of 2 rows kept; 1 {phrase}" in str(report)
     message = error_of([row, row], tokenizer, needs=needs)
     assert message == f"dataset: 0 of 2 rows kept; 2 {phrase}; expected at least one"
+
+
+@pytest.mark.parametrize("needs", [SCORES, WIN_RATES])
+def test_rows_of_equal_scores_count_in_the_means_of_a_loss(
+    tokenizer: PreTrainedTokenizerBase, needs: Needs
+) -> None:
+    """As in TRL: their advantages are 0, and their pull to the reference is not."""
+    made, report = tokenize([GOOD, EQUAL], tokenizer, needs=needs)
+    assert [row["scores"] for row in made] == [GOOD["scores"], EQUAL["scores"]]
+    assert "2 of 2 rows kept; 1 whose scores are all equal" in str(report)
+    assert error_of([EQUAL, EQUAL], tokenizer, needs=needs) == (
+        "dataset: 2 of 2 rows kept; 2 whose scores are all equal; expected some whose responses "
+        "have different ones"
+    )
 
 
 def test_win_rates_may_be_stated_where_scores_are_equal(

@@ -125,8 +125,9 @@ class LossKeys:
     importance_sampling_level: str = key(
         "token",
         "Whether grpo, bnpo, dr_grpo and dapo take the ratio of policies of each token or of the "
-        "whole response (GSPO).",
-        one_of("token", "sequence"),
+        "whole response (GSPO); none is for a single step on the policy's own responses, where it "
+        "is 1.",
+        one_of("token", "sequence", "none"),
     )
     max_completion_length: int | None = key(
         None,

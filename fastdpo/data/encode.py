@@ -33,6 +33,7 @@ from .notes import (
     DOUBLE_BOS,
     EMPTY_PROMPT,
     IDENTICAL_AFTER_TRUNCATION,
+    SAME_SCORES,
     TRUNCATED,
     UNREAD_COLUMN,
 )
@@ -44,7 +45,7 @@ Ids: TypeAlias = np.ndarray
 
 # What became of a row; stored with it, so that a cached data set can still be reported on.
 KEPT, BAD, IDENTICAL, PROMPT_TOO_LONG = range(4)
-NO_COMPARISON, ONE_RESPONSE, SAME_SCORES, SAME_RANKS = range(4, 8)
+NO_COMPARISON, ONE_RESPONSE, SAME_RANKS = range(4, 7)
 
 _UNREAD = (
     "holds text that is in none of prompt and responses, and would not be trained on; expected it "
@@ -201,6 +202,7 @@ class Encoder:
         noted = {
             BOUNDARY_MOVED: start < len(prompt),
             DOUBLE_BOS: any(full[:2].tolist() == [bos, bos] for full in sequences),
+            SAME_SCORES: "scores" in self.needs.columns and len(set(said.scores)) == 1,
             TRUNCATED: truncated,
             IDENTICAL_AFTER_TRUNCATION: (truncated or bool(scored))
             and any(np.array_equal(cut[w], cut[loser]) for w, loser, _ in comparisons),
@@ -254,9 +256,7 @@ def _teaches_nothing(row: Row, needs: Needs) -> int | None:
         return ONE_RESPONSE
     if "ranks" in needs.columns:
         return SAME_RANKS if len(set(said.ranks)) == 1 else None
-    if not said.scores:
-        return NO_COMPARISON
-    return SAME_SCORES if len(set(said.scores)) == 1 else None
+    return None if said.scores else NO_COMPARISON
 
 
 def _identical(row: Row, winner: int, loser: int) -> str:

@@ -16,6 +16,8 @@ NOT_THE_ASSISTANT = "not_the_assistant"
 PROMPT_AS_MESSAGE = "prompt_as_message"
 PROMPT_REPEATED = "prompt_repeated"
 PROMPT_TWICE = "prompt_twice"
+# Their advantages are 0: they count in the means of a loss, and in its pull to the reference.
+SAME_SCORES = "same_scores"
 TOOLS_IGNORED = "tools_ignored"
 TRUNCATED = "truncated"
 UNREAD_COLUMN = "unread_column"
@@ -24,6 +26,7 @@ UNREAD_COLUMN = "unread_column"
 COUNTED = {
     EMPTY_PROMPT: "with an empty prompt",
     EMPTY_RESPONSE: "with a response that is nothing but its end",
+    SAME_SCORES: "whose scores are all equal",
     TRUNCATED: "truncated to max_length",
     IDENTICAL_AFTER_TRUNCATION: "identical once truncated",
 }

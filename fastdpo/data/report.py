@@ -17,7 +17,6 @@ from .encode import (
     ONE_RESPONSE,
     PROMPT_TOO_LONG,
     SAME_RANKS,
-    SAME_SCORES,
 )
 from .notes import COUNTED, UNREAD_COLUMN, WARNINGS
 from .readers import row_label
@@ -39,7 +38,6 @@ class TokenizeReport:
         dropped_no_comparison: groups whose scores are all equal or that state no comparison, where
             the loss is one of comparisons.
         dropped_one_response: groups of one response, where the loss weighs it against others.
-        dropped_same_scores: groups whose scores are all equal, where the loss is one of scores.
         dropped_same_ranks: groups whose responses all share one rank, where it is one of rankings.
         skipped: rows that cannot be trained on, those with identical responses among them.
         identical_pairs: skipped rows that compare two identical responses.
@@ -54,7 +52,6 @@ class TokenizeReport:
     dropped_prompt_too_long: int = 0
     dropped_no_comparison: int = 0
     dropped_one_response: int = 0
-    dropped_same_scores: int = 0
     dropped_same_ranks: int = 0
     skipped: int = 0
     identical_pairs: int = 0
@@ -68,7 +65,6 @@ class TokenizeReport:
             "dropped, the prompt alone reaching max_length": self.dropped_prompt_too_long,
             "dropped without a comparison": self.dropped_no_comparison,
             "dropped, one response only": self.dropped_one_response,
-            "dropped, all scores equal": self.dropped_same_scores,
             "dropped, all ranks equal": self.dropped_same_ranks,
             "skipped as bad": self.skipped - self.identical_pairs,
             "skipped with identical responses": self.identical_pairs,
@@ -121,7 +117,6 @@ def make_report(
         dropped_prompt_too_long=int(counts[PROMPT_TOO_LONG]),
         dropped_no_comparison=int(counts[NO_COMPARISON]),
         dropped_one_response=int(counts[ONE_RESPONSE]),
-        dropped_same_scores=int(counts[SAME_SCORES]),
         dropped_same_ranks=int(counts[SAME_RANKS]),
         skipped=int(counts[BAD] + counts[IDENTICAL]),
         identical_pairs=int(counts[IDENTICAL]),

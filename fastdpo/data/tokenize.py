@@ -26,7 +26,7 @@ from .encoded import FEATURES
 from .load import explain_disk
 from .messages import template_roles
 from .needs import COMPARISONS, Convert, Needs
-from .notes import EMPTY_PROMPT
+from .notes import EMPTY_PROMPT, SAME_SCORES
 from .processes import processes_for
 from .prompts import repeats_prompt
 from .report import TokenizeReport, make_report
@@ -57,7 +57,7 @@ COLUMNS = (
 """
 # To be raised whenever the same arguments give other tokens than before: it is part of every
 # cache key.
-_VERSION = 5
+_VERSION = 6
 _BATCH_SIZE = 512
 
 
@@ -141,6 +141,8 @@ def tokenize_dataset(
     if report.rows_out == 0:
         hint = f" (max_length is {max_length})" if report.dropped_prompt_too_long else ""
         raise DataError(f"{report}{hint}; expected at least one")
+    if report.noted[SAME_SCORES] == report.rows_out:
+        raise DataError(f"{report}; expected some whose responses have different ones")
     if report.noted[EMPTY_PROMPT] == report.rows_out and others:
         raise DataError(
             f"{source}: no row has a prompt, and the text of {', '.join(others)} is not read; "

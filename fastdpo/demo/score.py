@@ -1,4 +1,4 @@
-"""The judge of `python -m fastdpo.demo --rounds`: a right answer scores the more the shorter it is."""
+"""The judge of `python -m fastdpo.demo --rounds`: of right answers, the shorter is the better."""
 
 from collections.abc import Mapping
 from typing import Any

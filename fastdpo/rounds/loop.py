@@ -34,11 +34,11 @@ from ..terminal import progress_bars
 from ..training.changes import COMPARED, FIXED, FOLLOWED
 from ..training.output import METRICS
 from ..training.run import train
-from .pairing import Scored, check_loss, describe, make_rows
+from .pairing import Scored, check_loss, describe, make_rows, ratio_keys, reads_logps
 from .prompts import Prompts, load_prompts
-from .stages import judged, logps, sample
+from .stages import add_logps, judged, logps, sample
 from .verdict import check_judge
-from .watch import watched
+from .watch import Watched, watched
 
 logger = logging.getLogger(__name__)
 
@@ -152,9 +152,6 @@ class _Rounds:
             file = folder / "scored.parquet"
             scored, counts = judged(config, file, some, samples, self.folder)
         made = make_rows(self.config, _as_scored(some, scored), counts["failures"])
-        writer_of(folder / "train.parquet")(made.dataset())
-        with _timed(times, "training"):
-            self._train(folder)
         line: dict[str, Any] = {
             "round": number,
             "model": f"round-{number}/model",
@@ -163,16 +160,33 @@ class _Rounds:
             "left_out": made.left_out,
             **counts,
             **_distribution(scored),
-            "loss": _last_loss(folder / "model" / METRICS),
         }
+        if not made.rows:
+            self._end(self._untrained(line, times))
+            return
+        if reads_logps(self.config):
+            add_logps(config, folder / "logps.json", made.rows)
+        writer_of(folder / "train.parquet")(made.dataset())
+        with _timed(times, "training"):
+            self._train(folder)
+        line["loss"] = _last_loss(folder / "model" / METRICS)
         with _timed(times, "watching"):
             line |= self._watch(number)
-        self._end(self._judged(line) | {"seconds": {n: round(s, 2) for n, s in times.items()}})
+        self._end(self._judged(line) | {"seconds": times})
+
+    @property
+    def _last_taken(self) -> dict[str, Any]:
+        return next(one for one in reversed(self.lines) if one.get("taken") or one["round"] == 0)
+
+    def _untrained(self, line: dict[str, Any], times: dict[str, float]) -> dict[str, Any]:
+        """The line of a round whose answers there is nothing to learn from."""
+        held_out = {name: self._last_taken[name] for name in Watched.__dataclass_fields__}
+        said = ["nothing to train on"]
+        return {**line, **held_out, "model": None, "taken": False, "said": said, "seconds": times}
 
     def _judged(self, line: dict[str, Any]) -> dict[str, Any]:
         """The line of a round with what is to be said of it, and whether it counts."""
-        before = next(one for one in reversed(self.lines) if one.get("taken") or one["round"] == 0)
-        said = []
+        before, said = self._last_taken, []
         worse = line["score"] is not None and before["score"] is not None
         worse = worse and line["score"] < before["score"]
         if worse:
@@ -212,6 +226,7 @@ class _Rounds:
             "eval_strategy": "no",
             "do_eval": False,
             "eval_on_start": False,
+            **ratio_keys(self.config),
         }
         if self.config.reference == "start" and self.policy != self.start:
             adapter = (Path(self.policy) / "adapter_config.json").is_file()
@@ -279,7 +294,7 @@ class _timed:
         self.began = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        self.times[self.name] = time.perf_counter() - self.began
+        self.times[self.name] = round(time.perf_counter() - self.began, 2)
 
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:

@@ -44,10 +44,8 @@ class Made:
     def dataset(self) -> datasets.Dataset:
         """The rows, with messages and what a chat template is given as they are."""
         names = dict.fromkeys(name for row in self.rows for name in row)
-        kinds = {
-            "label": datasets.Value("bool"),
-            "scores": datasets.List(datasets.Value("float64")),
-        }
+        numbers = datasets.List(datasets.Value("float64"))
+        kinds = {"label": datasets.Value("bool"), "scores": numbers, "logps": numbers}
         texts = [name for name in names if isinstance(self.rows[0].get(name), str)]
         kinds |= dict.fromkeys(texts, datasets.Value("string"))
         features = {name: kinds.get(name, datasets.Json()) for name in names}
@@ -56,17 +54,29 @@ class Made:
 
 
 def check_loss(config: RoundsConfig) -> None:
-    """Raise ConfigError where the loss reads what the judge does not give."""
+    """Raise ConfigError where the loss reads what the judge does not give, or would take the ratio
+    of its tokens to another policy than the one that sampled them.
+    """
     if config.judge == "row" and _reads(config) == "scores":
         raise config.error(
             "loss_type",
             f"{' and '.join(config.loss_type)} reads scores of answers; expected a loss of pairs, "
             "such as spin or sigmoid, for judge: row",
         )
+    ratio = _ratio(config)
+    if ratio == "token" and config.max_steps != 1 and config.reference == "start":
+        raise config.error(
+            "reference",
+            f"start, and {' and '.join(config.loss_type)} takes the ratio of tokens to the "
+            "reference; expected reference: previous, importance_sampling_level: sequence, or "
+            "max_steps: 1",
+        )
 
 
 def make_rows(
-    config: RoundsConfig, scored: Sequence[Scored], failures: Mapping[str, int] | None = None
+    config: RoundsConfig,
+    scored: Sequence[Scored],
+    failures: Mapping[str, int] | None = None,
 ) -> Made:
     """Of each prompt: all scored answers with their scores, where the loss reads scores; else the
     best answer against the worst, or with the judge "row" the row's own against each sampled one
@@ -76,7 +86,7 @@ def make_rows(
         failures: answers without a score, by reason, for the error.
 
     Raises:
-        DataError: none of the prompts makes a row.
+        DataError: the judge scored none of the answers.
     """
     reads = _reads(config)
     rows: list[dict[str, Any]] = []
@@ -96,11 +106,36 @@ def make_rows(
         beside |= {"chat_template_kwargs": rest} if rest else {}
         for row in _labelled(made) if reads == "label" else made:
             rows.append({"prompt": one.prompt, **row, **beside})
-    if not rows:
-        said = [f"{count} {reason}" for reason, count in left_out.items()]
-        said += [f"{count} answers: {reason}" for reason, count in (failures or {}).items()]
-        raise DataError(f"rounds: no prompt makes a row to train on: {', '.join(said)}")
+    differ = reads != "scores" or any(len(set(row["scores"])) > 1 for row in rows)
+    if rows and not differ:
+        left_out["whose answers all have the same score"] = len(rows)
+        rows = []
+    judged = config.judge == "row" or any(
+        score is not None for one in scored for score in one.scores
+    )
+    if not judged:
+        said = ", ".join(f"{count} answers: {reason}" for reason, count in (failures or {}).items())
+        raise DataError(f"judge: no answer of the round has a score: {said}")
     return Made(rows, left_out)
+
+
+def ratio_keys(config: RoundsConfig) -> dict[str, Any]:
+    """The keys of a round's training for a loss with a ratio of policies: in a single step it is
+    1, whatever the reference.
+    """
+    single = _ratio(config) == "token" and config.max_steps == 1
+    return {"importance_sampling_level": "none"} if single else {}
+
+
+def reads_logps(config: RoundsConfig) -> bool:
+    """Whether the loss reads log-probabilities of whole answers by the policy that gave them."""
+    return _ratio(config) == "sequence"
+
+
+def _ratio(config: RoundsConfig) -> str | None:
+    """What the loss takes a ratio of policies of; None of a loss without one."""
+    has_ratio = any(loss.kind == "tokens" for loss in loss_of(config).losses)
+    return config.importance_sampling_level if has_ratio else None
 
 
 def _reads(config: RoundsConfig) -> str:

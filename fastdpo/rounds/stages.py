@@ -18,6 +18,7 @@ from ..config.rounds import RoundsConfig
 from ..data.groups import Group
 from ..data.write import writer_of
 from ..scoring.responses import load_response_scorer
+from ..scoring.score import score
 from ..terminal import withheld
 from .engines import free, load_engine
 from .judges import Question
@@ -144,6 +145,18 @@ def logps(
     )
     files.write_text(file, json.dumps(found))
     return found
+
+
+def add_logps(config: RoundsConfig, file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Give rows of answers the log-probabilities that the model at `model_name_or_path` has for
+    them, as they are trained on.
+    """
+    if not file.exists():
+        with withheld():
+            scored = score(config.of_round(dataset_name=None), list(rows)).columns
+        files.write_text(file, json.dumps([list(each) for each in scored["response_logps"]]))
+    for row, found in zip(rows, files.read_json(file), strict=True):
+        row["logps"] = found
 
 
 def _logps(config: RoundsConfig, groups: Sequence[Group]) -> list[list[float]]:

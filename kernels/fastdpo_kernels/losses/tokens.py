@@ -23,12 +23,15 @@ def _token_losses(
     the ratio ρ to the policy that sampled it, whose log-probability is "logp", or else the
     reference's: −min(ρ·A, clip(ρ, 1 − ε, 1 + ε_high)·A) + β·(π_ref/π − log(π_ref/π) − 1). A ratio
     of the sequence is the geometric mean over its tokens, GSPO's (Zheng et al. 2025,
-    arXiv:2507.18071, eq. 7).
+    arXiv:2507.18071, eq. 7). "none": ρ is 1 with the gradient of log π, for responses that the very
+    policy sampled, whose first step this is.
     """
     tokens = responses.tokens
     assert tokens is not None
     old = responses.given.get("logp")
-    if importance_sampling_level == "sequence":
+    if importance_sampling_level == "none":
+        log_ratios = tokens.logps - tokens.logps.detach()
+    elif importance_sampling_level == "sequence":
         whole = responses.logps - (responses.ref_logps if old is None else old)
         log_ratios = (whole / responses.lengths.clamp(min=1))[tokens.units]
     elif old is None:
