@@ -8,15 +8,19 @@ from itertools import pairwise
 import numpy as np
 import plotly.graph_objects as go
 import pytest
+from report_rounds import write_rounds
 from report_runs import CHECKS, FACTS, HOSTILE, write_run
 
 from fastdpo.cli import main
 from fastdpo.config import TrainConfig
 from fastdpo.data.groups import Group
+from fastdpo.errors import ConfigError
 from fastdpo.report import advice, charts
+from fastdpo.report.command import run as run_report
 from fastdpo.report.curves import Curve
 from fastdpo.report.lengths import length_facts, spread
 from fastdpo.report.page import comparison_page, page, write_report
+from fastdpo.report.rounds import rounds_page
 from fastdpo.report.runs import differing, read_run, read_runs
 from fastdpo.report.text import number, seconds, visible
 
@@ -432,3 +436,39 @@ def test_mistakes_are_one_line(made, tmp_path, capsys, words, said):
 def test_help(capsys):
     assert main(["report", "--help"]) == 0
     assert "fastdpo report RUN RUN" in capsys.readouterr().out
+
+
+# Rounds
+
+
+def test_the_page_of_rounds_says_what_each_round_did(tmp_path, capsys):
+    out = write_rounds(tmp_path / "rounds")
+    assert main(["report", str(out)]) == 0
+    assert capsys.readouterr().out.strip() == str(out / "report.html")
+    document = Document((out / "report.html").read_text(encoding="utf-8"))
+    assert document.open == []
+    for said in (
+        "finished: 3 rounds",
+        "Held-out score 0.75 from 0 at the start",
+        "Wins against the start 80% from 50% at the start",
+        "Held out: 0 at round 0, 0.75 at round 3.",
+        "Of all rounds: sampling 67%, training 33%.",
+        "Round 2 held-out score fell",
+        "2, not taken 40 0.5",
+        "Start: 0",
+        "Round 3: 0.75 answer 3",
+        "2 ties",
+    ):
+        assert said in document.text, said
+    assert ("a", {"href": "round-1/model/report.html"}) in document.tags("a")
+    assert not [one for one in document.tags("img") if "onerror" in one[1]]
+    with pytest.raises(ConfigError, match="rounds have a page of their own"):
+        run_report([str(out), str(out / "round-1")])
+
+
+def test_the_page_of_rounds_that_go_on(tmp_path):
+    out = write_rounds(tmp_path / "rounds", 1)
+    assert "running: round 2 of 3" in Document(rounds_page(out, live=True)).text
+    assert "not finished: 1 of 3 rounds" in Document(rounds_page(out)).text
+    (out / "rounds.jsonl").write_text("")
+    assert "No round has ended yet" in Document(rounds_page(out)).text

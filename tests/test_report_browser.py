@@ -6,9 +6,11 @@ import json
 
 import pytest
 from browser import CHROMIUM, chromium
+from report_rounds import write_rounds
 from report_runs import CHECKS, FACTS, HOSTILE, write_run
 
 from fastdpo.report.page import comparison_page, page
+from fastdpo.report.rounds import rounds_page
 from fastdpo.report.runs import read_run, read_runs
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
@@ -48,7 +50,7 @@ OVERFLOWING = """
 DRAWN = "document.querySelectorAll('.chart .main-svg').length > 0"
 CHARTS = """
 [...document.querySelectorAll(".chart")].map((c) => [
-  c.querySelectorAll(".scatterlayer .trace path").length,
+  c.querySelectorAll(".scatterlayer .trace path, .barlayer path").length,
   c.querySelector(".main-svg").getBoundingClientRect().width <= c.clientWidth + 1,
 ])
 """
@@ -68,6 +70,7 @@ def pages(tmp_path_factory):
         "run": page(read_run(first)),
         "live": page(read_run(first, live=True)),
         "comparison": comparison_page(read_runs([first, second])),
+        "rounds": rounds_page(write_rounds(folder / "rounds")),
     }
     for name, html in made.items():
         (folder / f"{name}.html").write_text(html, encoding="utf-8")
@@ -82,17 +85,21 @@ def tab(tmp_path_factory):
 
 @pytest.mark.parametrize("width", [360, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["run", "comparison"])
-def test_a_page_is_shown(tab, pages, name, scheme, width):
+@pytest.mark.parametrize(
+    ("name", "drawn", "texts"),
+    [("run", 11, 150), ("comparison", 11, 150), ("rounds", 7, 100)],
+    ids=["run", "comparison", "rounds"],
+)
+def test_a_page_is_shown(tab, pages, name, drawn, texts, scheme, width):
     tab.open(pages[name], width, scheme=scheme)
     tab.wait(DRAWN)
     assert tab.said == [] and tab.asked == []
     charts = tab.value(CHARTS)
-    assert len(charts) > 10 and all(lines > 0 and fits for lines, fits in charts)
+    assert len(charts) >= drawn and all(lines > 0 and fits for lines, fits in charts)
     assert tab.value("document.documentElement.scrollWidth") <= width
     assert tab.value(OVERFLOWING) == []
     seen = tab.value(CONTRAST)
-    assert len(seen) > 150
+    assert len(seen) >= texts
     assert [one for one in seen if one[0] < 4.5] == []
     background = tab.value("getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(245, 246, 248)") == (scheme == "light")
