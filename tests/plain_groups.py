@@ -76,8 +76,8 @@ def plain_constants(row: dict[str, Any], scale_rewards: str) -> dict[str, list[f
         found["advantage"] = array - array.mean()
         if scale_rewards != "none":
             found["advantage"] = found["advantage"] / (array.std(ddof=1) + 1e-4)
-        beaten = [sum((s > t) + (s == t) / 2 for t in scores) - 0.5 for s in scores]
-        found["win_rate"] = [wins / max(1, len(scores) - 1) for wins in beaten]
+        beaten = [sum((s > t) + (s == t) / 2 for t in scores) for s in scores]
+        found["win_rate"] = [wins / len(scores) for wins in beaten]
     elif row["winners"]:
         won, lost = Counter[int](), Counter[int]()
         for win, lose, weight in zip(row["winners"], row["losers"], row["weights"], strict=True):

@@ -110,7 +110,7 @@ def test_scores_are_not_rounded(tiny_model, tmp_path) -> None:
     config = TrainConfig.from_dict({"model_name_or_path": str(tiny_model), **keys})
     (group,) = load_data(config, load_tokenizer(config), None).train
     assert group.given["advantage"] == pytest.approx([0.7071, -0.7071], abs=1e-3)
-    assert group.given["win_rate"] == [1.0, 0.0]
+    assert group.given["win_rate"] == [0.75, 0.25]
 
 
 def test_a_cache_of_sums_and_one_of_tokens_do_not_mix(go, tmp_path) -> None:

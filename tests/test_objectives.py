@@ -81,8 +81,8 @@ def rows_with(groups, *columns):
 
 
 def win_rate(scores, index):
-    others = [score for i, score in enumerate(scores) if i != index]
-    wins = [float(scores[index] > s) + 0.5 * float(scores[index] == s) for s in others]
+    """Of the response against all of its group, Wu et al. 2024, section 4."""
+    wins = [float(scores[index] > s) + 0.5 * float(scores[index] == s) for s in scores]
     return sum(wins) / len(wins)
 
 

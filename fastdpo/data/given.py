@@ -85,10 +85,11 @@ def advantages(scores: np.ndarray, scale_rewards: str) -> np.ndarray:
 
 
 def _rates_of_scores(scores: np.ndarray) -> np.ndarray:
-    """The share of the other responses that each one beats, (B, G); a tie is half a win."""
+    """The share of the G responses, itself among them, that each one beats, (B, G); a tie is half
+    a win: P(y ≻ π̂ | x) of the empirical policy π̂ of SPPO (arXiv:2405.00675, section 4).
+    """
     one, other = scores[..., :, None], scores[..., None, :]
-    wins = (one > other).sum(-1) + 0.5 * ((one == other).sum(-1) - 1)
-    return wins / max(1, scores.shape[-1] - 1)
+    return ((one > other) + 0.5 * (one == other)).mean(-1)
 
 
 def _rates_of_comparisons(columns: Mapping[str, Lists], ends: np.ndarray) -> np.ndarray:

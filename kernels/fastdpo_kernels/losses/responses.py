@@ -81,7 +81,7 @@ def bco(
 @register_loss("sppo", kind="response", columns=("win_rate",))
 def sppo(responses: Responses, *, beta: float) -> Tensor:
     """SPPO, Wu et al. 2024 (arXiv:2405.00675), eq. 4.6, with P = "win_rate", the share of the
-    group's other responses that this one is better than:
+    group's responses that this one is better than, where a tie, as with itself, is one half:
 
     (log-ratio − (P − ½)/β)², shape (U,); β is 1/η of the paper.
     """
