@@ -16,11 +16,14 @@ from .declare import (
     one_of,
     section,
 )
-from .losses import unread
+from .losses import WITHOUT_BETA, unread
 from .train import TrainConfig
 
 JUDGES = ("exact", "math", "row", "self")
 """Judges that need no file, model or endpoint."""
+
+OF_SAMPLING_POLICY = ("sppo", "sppo_hard", "spin")
+"""Losses that their papers define with the policy of the round before as their reference."""
 
 
 @section("rounds")
@@ -76,11 +79,12 @@ class RoundKeys:
         "limit.",
         AT_LEAST_ONE,
     )
-    reference: str = key(
-        "start",
+    reference: str | None = key(
+        None,
         "The reference of a round: the model that the first round started from, or the one that "
-        "this round starts from.",
-        one_of("start", "previous"),
+        "this round starts from. Unset is start, but previous for grpo, bnpo, dapo, dr_grpo, sppo, "
+        "sppo_hard and spin, whose papers compare with the policy that sampled.",
+        one_of("start", "previous", unset="for what the loss's paper has"),
     )
     eval_prompts: int = key(
         64,
@@ -116,6 +120,7 @@ class RoundsConfig(RoundKeys, TrainConfig):
                 raise self.error(name, f"fastdpo rounds sets it in each round{SET_BY_ROUNDS[name]}")
         super().__post_init__()
         self.require("model_name_or_path", "dataset_name", "judge")
+        self._choose_reference()
         judge = str(self.judge)
         file, _, function = judge.rpartition(":")
         known = judge in JUDGES or judge.startswith(("model:", "http://", "https://"))
@@ -144,6 +149,17 @@ class RoundsConfig(RoundKeys, TrainConfig):
                 "expected the model that the policy was before it was trained on preferences: its "
                 "implicit reward is measured from it (judge: self)",
             )
+
+    def _choose_reference(self) -> None:
+        ratios = [name for name in self.loss_type if name in WITHOUT_BETA]
+        if ratios and self.reference == "start":
+            raise self.error(
+                "reference",
+                f"expected previous: {ratios[0]} takes the ratio to the policy that sampled",
+            )
+        if self.reference is None:
+            sampled = not {*WITHOUT_BETA, *OF_SAMPLING_POLICY}.isdisjoint(self.loss_type)
+            self._set(reference="previous" if sampled else "start")
 
     def _check_endpoint(self, url: str) -> None:
         try:

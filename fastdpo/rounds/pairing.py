@@ -160,10 +160,7 @@ def _of_own(one: Scored, config: RoundsConfig) -> list[dict[str, Any]] | str:
     kept = [text for text, whole in _answers(one, config) if text != _plain(one.own)]
     if not kept:
         return "whose answers are all cut off, or the row's own"
-    return [
-        {"chosen": one.own, "rejected": as_completion(one.prompt, text)}
-        for text in dict.fromkeys(kept)
-    ]
+    return [{"chosen": one.own, "rejected": as_completion(one.prompt, text)} for text in kept]
 
 
 def _plain(answer: Any) -> str:
