@@ -131,18 +131,39 @@ def test_spin(trained, models, loss):
     assert_same(found, torch.stack(losses).mean(), models)
 
 
-@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "sppo", "sppo_hard", "spin", "sigmoid"])
-def test_the_reference_is_that_of_the_paper(tiny_model, tmp_path, loss):
-    """π_t for SPPO and SPIN, the policy that sampled for GRPO's ratio; for DPO the start."""
+SEQUENCE = {"importance_sampling_level": "sequence"}
+
+
+@pytest.mark.parametrize(
+    ("loss", "keys", "reference"),
+    [
+        ("sppo", {}, "previous"),
+        ("sppo_hard", {}, "previous"),
+        ("spin", {}, "previous"),
+        ("sigmoid", {}, "start"),
+        ("grpo", {}, "previous"),
+        ("dr_grpo", {"max_steps": 2}, "previous"),
+        ("grpo", {"max_steps": 1}, "start"),
+        ("grpo", SEQUENCE, "start"),
+    ],
+    ids=str,
+)
+def test_the_reference_is_that_of_the_paper(tiny_model, tmp_path, loss, keys, reference):
+    """π_t for SPPO and SPIN; the policy that sampled where GRPO's ratio of tokens is to the
+    reference; else the start, as for DPO.
+    """
     (tmp_path / "prompts.jsonl").touch()
-    values = settings(tiny_model, tmp_path / "prompts.jsonl", tmp_path / "out", loss_type=[loss])
-    values |= {"judge": "self", "judge_model": "before"}
+    given = {"loss_type": [loss], "max_steps": -1, "judge": "self", "judge_model": "before"} | keys
+    values = settings(tiny_model, tmp_path / "prompts.jsonl", tmp_path / "out", **given)
     config = RoundsConfig.from_dict(values)
-    assert config.reference == ("start" if loss == "sigmoid" else "previous")
-    assert RoundsConfig.from_dict(config.to_dict()).reference == config.reference
-    if "grpo" not in loss:
-        assert RoundsConfig.from_dict(values | {"reference": "start"}).reference == "start"
+    assert config.reference == reference
+    assert RoundsConfig.from_dict(config.to_dict()).reference == reference
+    assert RoundsConfig.from_dict(values | {"reference": "previous"}).reference == "previous"
+    start = values | {"reference": "start"}
+    if "grpo" not in loss or reference == "start":
+        assert RoundsConfig.from_dict(start).reference == "start"
         return
-    with pytest.raises(ConfigError) as caught:
-        RoundsConfig.from_dict(values | {"reference": "start"}, "rounds.yaml")
-    assert "reference: expected previous: " + loss + " takes the ratio to the" in str(caught.value)
+    with pytest.raises(
+        ConfigError, match=f"reference: start, and {loss} takes the ratio of tokens"
+    ):
+        RoundsConfig.from_dict(start)

@@ -1,203 +1,211 @@
-"""Rounds of one step, beside TRL's GRPOTrainer on the same answers and rewards."""
+"""Rounds with GRPO's losses beside TRL's GRPOTrainer on the same samples and scores: the same
+losses and, by steps of SGD in fp64, the same gradients.
+"""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
-from safetensors.torch import load_file
+from beside_trl import quick_collections
+from datasets import Dataset
+from training import metrics, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer
 
 from fastdpo.config.rounds import RoundsConfig
-from fastdpo.errors import ConfigError
-from fastdpo.model.sampler import Answer
+from fastdpo.model.sampler import Answer, Sampler
 from fastdpo.rounds import engines
 from fastdpo.rounds.loop import rounds
 
-trl = pytest.importorskip("trl")
-
-PROMPTS = ["yes no ", "the cat saw "]
-ANSWERS = {
-    1: [["yes", "no no", "small cat", "cat"], ["small", "no", "yes no", "see yes"]],
-    2: [["see", "no yes no", "no small cat", "yes yes"], ["cat cat", "yes", "no cat", "see"]],
+SAMPLES = {
+    "the old dog": [
+        (" ran", 2.0),
+        (" sat on a mat and saw far hills", 1.0),
+        (" and one", 0.0),
+        (" saw a", 0.5),
+    ],
+    "what is far": [(" hills", 1.0), (" over one small", 1.0), (" the cat", 1.0), (" a", 1.0)],
+    "one": [(" and on and on and on", -3.0), (" no", 0.25), (" yes yes", 4.0), (" no", 0.25)],
 }
-REWARDS = {
-    1: [[1.0, 0.0, 0.5, 0.0], [0.0, 2.0, 1.0, 0.0]],
-    2: [[0.3, 1.0, 0.0, 0.1], [1.0, 1.0, 1.0, 1.0]],
+"""Answers with their scores: of different lengths, one twice, and a group of equal scores."""
+HELD_OUT = "held out"
+COUNT = 4
+SHARED = {
+    "num_generations": COUNT,
+    "per_device_train_batch_size": COUNT * len(SAMPLES),
+    "max_completion_length": 40,
+    "optim": "sgd",
+    "learning_rate": 0.5,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "disable_tqdm": True,
 }
-"""By round, prompt and answer, each of which stands in one round and shares no token with its
-prompt; the last group's are equal, which count in the KL alone.
-"""
-RATE = 0.5
+"""Keys that mean the same to both."""
 
 
-class Made:
-    """An engine whose answers are those of `ANSWERS`; one to a held-out prompt."""
+class Injected:
+    """An engine that has the answers already."""
 
     def __init__(self, config: RoundsConfig, how: Any) -> None:
-        self.round = 2 if str(config.model_name_or_path).endswith("round-1/model") else 1
-        self.tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
-
-    def answer(self, prompts, number, seed):
-        if number == 1:
-            return [[self._made("yes")] for _ in prompts]
-        found = []
-        for ids in prompts:
-            place = [self.tokenizer(text)["input_ids"] for text in PROMPTS].index(ids)
-            found.append([self._made(text) for text in ANSWERS[self.round][place]])
-        return found
-
-    def _made(self, text: str) -> Answer:
-        ids = self.tokenizer(text)["input_ids"] + [self.tokenizer.eos_token_id]
-        return Answer(text, True, tuple(ids))
-
-
-@pytest.fixture
-def settings(still_model: Path, tmp_path: Path, monkeypatch) -> dict[str, Any]:
-    monkeypatch.setattr(engines, "ENGINES", {"transformers": Made})
-    rows = [{"prompt": text, "place": place} for place, text in enumerate(PROMPTS)]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "held.jsonl").write_text(json.dumps({"prompt": "no ", "place": 0}) + "\n")
-    (tmp_path / "judge.py").write_text(
-        f"ANSWERS, REWARDS = {ANSWERS!r}, {REWARDS!r}\n"
-        "def score(prompt, response, row):\n"
-        "    for number, answers in ANSWERS.items():\n"
-        "        some = answers[row['place']]\n"
-        "        if response in some:\n"
-        "            return REWARDS[number][row['place']][some.index(response)]\n"
-        "    return 0.0\n"
-    )
-    return {
-        "model_name_or_path": str(still_model),
-        "dataset_name": str(tmp_path / "prompts.jsonl"),
-        "eval_dataset_name": str(tmp_path / "held.jsonl"),
-        "judge": f"{tmp_path}/judge.py:score",
-        "output_dir": str(tmp_path / "out"),
-        "reference_cache_dir": str(tmp_path / "reference"),
-        "rounds": 2,
-        "num_generations": 4,
-        "max_completion_length": 12,
-        "max_steps": 1,
-        "per_device_train_batch_size": 8,
-        "learning_rate": RATE,
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report": False,
-        "check_data": False,
-        "disable_tqdm": True,
-        "mask_truncated_completions": False,
-    }
-
-
-def of_trl(settings: dict[str, Any], folder: Path, **keys: Any) -> tuple[float, dict[str, Any]]:
-    """The loss and the gradient of TRL's step on the answers of the second round."""
-    model = AutoModelForCausalLM.from_pretrained(folder / "out/round-1/model")
-    tokenizer = AutoTokenizer.from_pretrained(settings["model_name_or_path"])
-
-    def rollout(prompts, trainer):
-        ids = [tokenizer(text)["input_ids"] for text in prompts]
-        seen: dict[str, int] = {}
-        answers = []
-        for text in prompts:
-            number = seen[text] = seen.get(text, -1) + 1
-            answers.append(ANSWERS[2][PROMPTS.index(text)][number])
-        made = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in answers]
-        return {
-            "prompt_ids": ids,
-            "completion_ids": made,
-            "logprobs": [[0.0] * len(m) for m in made],
+        sampler = Sampler.load(config)
+        found = {prompt: [text for text, _ in answers] for prompt, answers in SAMPLES.items()}
+        self.known = {
+            tuple(sampler.encode(prompt)): [
+                Answer(text, True, tuple(sampler.encode(text + sampler.tokenizer.eos_token)))
+                for text in texts
+            ]
+            for prompt, texts in (found | {HELD_OUT: [" yes"]}).items()
         }
 
-    def reward(prompts, completions, **_):
-        return [
-            REWARDS[2][place][ANSWERS[2][place].index(answer.strip())]
-            for place, answer in zip(map(PROMPTS.index, prompts), completions, strict=True)
-        ]
+    def answer(self, prompts: Sequence[list[int]], number: int, seed: int) -> list[list[Answer]]:
+        return [self.known[tuple(prompt)] for prompt in prompts]
 
-    arguments = trl.GRPOConfig(
-        output_dir=str(folder / "trl"),
-        per_device_train_batch_size=8,
-        num_generations=4,
-        max_steps=1,
-        max_grad_norm=0,
-        learning_rate=RATE,
-        optim="sgd",
-        lr_scheduler_type="constant",
-        max_completion_length=12,
-        use_bias_correction_kl=False,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        disable_tqdm=True,
-        save_strategy="no",
-        **keys,
+
+@pytest.fixture(autouse=True)
+def injected(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    monkeypatch.setattr(engines, "ENGINES", {"transformers": Injected})
+    with quick_collections():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(still_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("fp64") / "model"
+    AutoModelForCausalLM.from_pretrained(still_model, dtype=torch.float64).save_pretrained(path)
+    AutoTokenizer.from_pretrained(still_model).save_pretrained(path)
+    return path
+
+
+def ours(model: Path, folder: Path, **keys: Any) -> tuple[list[float], Path]:
+    """The losses of the steps of a round, and its model."""
+    for name, prompts in (("prompts", list(SAMPLES)), ("held-out", [HELD_OUT])):
+        rows = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+        (folder / f"{name}.jsonl").write_text(rows)
+    known = {(prompt, text): s for prompt, answers in SAMPLES.items() for text, s in answers}
+    (folder / "judge.py").write_text(
+        f"def score(prompt, response, row):\n    return {known!r}.get((prompt, response), 0)\n"
     )
-    trainer = trl.GRPOTrainer(
-        model,
-        reward,
-        args=arguments,
-        train_dataset=datasets.Dataset.from_list([{"prompt": text} for text in PROMPTS]),
-        processing_class=tokenizer,
+    rounds(
+        RoundsConfig(
+            model_name_or_path=str(model),
+            dataset_name=str(folder / "prompts.jsonl"),
+            eval_dataset_name=str(folder / "held-out.jsonl"),
+            judge=f"{folder}/judge.py:score",
+            output_dir=str(folder / "out"),
+            reference_cache_dir=str(folder / "reference"),
+            dtype="auto",
+            report=False,
+            check_data=False,
+            **SHARED | {"rounds": 1} | keys,
+        )
+    )
+    path = folder / "out" / f"round-{keys.get('rounds', 1)}" / "model"
+    return [line["loss"] for line in metrics(path)], path
+
+
+def theirs(
+    model: Path, folder: Path, reference: Path | None = None, **keys: Any
+) -> tuple[list[float], Path]:
+    """The same of TRL; its reference is the model itself unless one is given."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def rollout(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
+        asked = [tokenizer(prompt).input_ids for prompt in prompts]
+        answers = [SAMPLES[prompt][i % COUNT] for i, prompt in enumerate(prompts)]
+        whole = [
+            tokenizer(prompt + text + tokenizer.eos_token).input_ids
+            for prompt, (text, _) in zip(prompts, answers, strict=True)
+        ]
+        drawn = [ids[len(start) :] for ids, start in zip(whole, asked, strict=True)]
+        scores = [score for _, score in answers]
+        return {"prompt_ids": asked, "completion_ids": drawn, "logprobs": None, "given": scores}
+
+    def reward(given: list[float], **_: Any) -> list[float]:
+        return given
+
+    trainer = GRPOTrainer(
+        model=str(model),
+        reward_funcs=reward,
+        args=GRPOConfig(
+            output_dir=str(folder / "trl"),
+            model_init_kwargs={"dtype": "auto"},
+            report_to="none",
+            **SHARED | keys,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": list(SAMPLES)}),
         rollout_func=rollout,
     )
-    if trainer.ref_model is not None:
-        start = AutoModelForCausalLM.from_pretrained(settings["model_name_or_path"])
-        trainer.ref_model.load_state_dict(start.state_dict())
-    losses = []
-    compute = trainer.compute_loss
-
-    def computed(*inputs, **more):
-        losses.append(compute(*inputs, **more))
-        return losses[-1]
-
-    trainer.compute_loss = computed
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    if reference is not None:
+        trainer.ref_model.load_state_dict(weights(reference))
     trainer.train()
-    after = trainer.model.state_dict()
-    return float(losses[0]), {name: before[name] - after[name] for name in before}
+    trainer.save_model(str(folder / "trl"))
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line], folder / "trl"
 
 
-@pytest.mark.parametrize(
-    ("loss", "keys"),
-    [
-        ("grpo", {"beta": 0.2}),
-        ("grpo", {"beta": 0.0, "scale_rewards": "none"}),
-        ("grpo", {"beta": 0.2, "importance_sampling_level": "sequence"}),
-        ("bnpo", {"beta": 0.2}),
-        ("dapo", {"beta": 0.2}),
-        ("dr_grpo", {"beta": 0.2}),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
-)
-def test_a_round_of_one_step_is_a_step_of_grpo_trainer(settings, tmp_path, loss, keys):
-    """In the second round, where the reference is no more the policy: `reference: start` is the
-    reference model of TRL, `max_steps: 1` its num_iterations of 1.
+CASES = {
+    "grpo": {"loss_type": "grpo"},
+    "grpo, wide": {"loss_type": "grpo", "epsilon": 0.02, "epsilon_high": 0.1},
+    "grpo of sequences": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    "grpo, unscaled": {"loss_type": "grpo", "scale_rewards": "none"},
+    "grpo, accumulated": {
+        "loss_type": "grpo",
+        "gradient_accumulation_steps": 3,
+        "per_device_train_batch_size": 4,
+    },
+    "bnpo": {"loss_type": "bnpo"},
+    "dapo": {"loss_type": "dapo"},
+    "dapo, accumulated": {
+        "loss_type": "dapo",
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 6,
+    },
+    "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
+}
+
+
+@pytest.mark.parametrize(("steps", "beta"), [(1, 0.0), (2, 0.3)])
+@pytest.mark.parametrize("case", CASES)
+def test_a_round_is_what_trl_trains(model, tmp_path, case, steps, beta):
+    """The reference is TRL's policy at the time of sampling, and in the first iteration its
+    reference; `max_steps` its `num_iterations`. TRL's `use_bias_correction_kl`, its default, which
+    multiplies the penalty by the ratio, is off: ours is GRPO's eq. 4. TRL's `temperature` is 1, as
+    it divides logits by it in training too. In a second step ratios are clipped and the penalty is
+    not 0. TRL has scores in fp32.
     """
-    result = rounds(RoundsConfig(**settings | {"loss_type": [loss]} | keys))
-    theirs, gradient = of_trl(settings, tmp_path, loss_type=loss, **keys)
-    assert result.rounds[2]["loss"] == pytest.approx(theirs, rel=1e-5, abs=1e-6)
-    before = load_file(tmp_path / "out/round-1/model/model.safetensors")
-    after = load_file(tmp_path / "out/round-2/model/model.safetensors")
-    moved = 0.0
-    for name, value in before.items():
-        torch.testing.assert_close(
-            value - after[name], gradient[name], rtol=1e-3, atol=2e-6, msg=lambda m, n=name: n + m
-        )
-        moved = max(moved, float(gradient[name].abs().max()))
-    assert moved > 1e-3
+    keys = CASES[case] | {"beta": beta, "max_steps": steps}
+    losses, path = ours(model, tmp_path, **keys)
+    expected, of_trl = theirs(
+        model, tmp_path, **keys, num_iterations=steps, use_bias_correction_kl=False
+    )
+    assert losses == pytest.approx(expected, rel=1e-6, abs=1e-7)
+    before, after, wanted = weights(model), weights(path), weights(of_trl)
+    for name, weight in before.items():
+        moved = wanted[name] - weight
+        assert (after[name] - wanted[name]).norm() < 2e-6 * moved.norm(), name
+    last = metrics(path)[-1]
+    assert (last["clip_ratio/region_mean"] > 0.1) == (last.get("kl", 0.0) > 0.1) == (steps == 2)
 
 
-def test_the_ratio_of_tokens_is_to_the_policy_that_sampled(settings):
-    """More than one step, with the reference at the start, would take it to the start."""
-    many = settings | {"loss_type": ["grpo"], "max_steps": 2}
-    with pytest.raises(ConfigError, match="reference: start, and grpo takes the ratio of tokens"):
-        rounds(RoundsConfig(**many))
-    rounds(RoundsConfig(**many | {"reference": "previous", "rounds": 1}))
+@pytest.mark.parametrize("case", ["grpo", "grpo of sequences", "dapo"])
+def test_a_later_round_may_have_the_start_as_its_reference(model, tmp_path, case):
+    """A single step on the policy's own answers, with the penalty to the model of the start: what
+    TRL does from one step to the next.
+    """
+    keys = CASES[case] | {"beta": 0.3, "max_steps": 1}
+    losses, path = ours(model, tmp_path, **keys, rounds=2, reference="start")
+    first = tmp_path / "out" / "round-1" / "model"
+    expected, of_trl = theirs(first, tmp_path, model, **keys, use_bias_correction_kl=False)
+    assert losses == pytest.approx(expected, rel=1e-6) and losses[-1] > 0.01
+    before, after, wanted = weights(first), weights(path), weights(of_trl)
+    for name, weight in before.items():
+        moved = wanted[name] - weight
+        assert (after[name] - wanted[name]).norm() < 2e-6 * moved.norm(), name

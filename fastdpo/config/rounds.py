@@ -82,8 +82,9 @@ class RoundKeys:
     reference: str | None = key(
         None,
         "The reference of a round: the model that the first round started from, or the one that "
-        "this round starts from. Unset is start, but previous for grpo, bnpo, dapo, dr_grpo, sppo, "
-        "sppo_hard and spin, whose papers compare with the policy that sampled.",
+        "this round starts from. Unset is start, but previous for sppo, sppo_hard and spin, as in "
+        "their papers, and where grpo, bnpo, dapo or dr_grpo takes the ratio of tokens to it over "
+        "several steps.",
         one_of("start", "previous", unset="for what the loss's paper has"),
     )
     eval_prompts: int = key(
@@ -151,15 +152,20 @@ class RoundsConfig(RoundKeys, TrainConfig):
             )
 
     def _choose_reference(self) -> None:
+        """The reference that the loss's paper has. A ratio of tokens is to the reference, which has
+        to be the policy that sampled, unless it is 1: in the single step of a round.
+        """
         ratios = [name for name in self.loss_type if name in WITHOUT_BETA]
-        if ratios and self.reference == "start":
+        of_tokens = self.importance_sampling_level == "token" and self.max_steps != 1
+        if ratios and of_tokens and self.reference == "start":
             raise self.error(
                 "reference",
-                f"expected previous: {ratios[0]} takes the ratio to the policy that sampled",
+                f"start, and {ratios[0]} takes the ratio of tokens to the reference; expected "
+                "reference: previous, importance_sampling_level: sequence, or max_steps: 1",
             )
         if self.reference is None:
-            sampled = not {*WITHOUT_BETA, *OF_SAMPLING_POLICY}.isdisjoint(self.loss_type)
-            self._set(reference="previous" if sampled else "start")
+            sampled = not set(OF_SAMPLING_POLICY).isdisjoint(self.loss_type)
+            self._set(reference="previous" if sampled or (ratios and of_tokens) else "start")
 
     def _check_endpoint(self, url: str) -> None:
         try:

@@ -54,22 +54,12 @@ class Made:
 
 
 def check_loss(config: RoundsConfig) -> None:
-    """Raise ConfigError where the loss reads what the judge does not give, or would take the ratio
-    of its tokens to another policy than the one that sampled them.
-    """
+    """Raise ConfigError where the loss reads what the judge does not give."""
     if config.judge == "row" and _reads(config) == "scores":
         raise config.error(
             "loss_type",
             f"{' and '.join(config.loss_type)} reads scores of answers; expected a loss of pairs, "
             "such as spin or sigmoid, for judge: row",
-        )
-    ratio = _ratio(config)
-    if ratio == "token" and config.max_steps != 1 and config.reference == "start":
-        raise config.error(
-            "reference",
-            f"start, and {' and '.join(config.loss_type)} takes the ratio of tokens to the "
-            "reference; expected reference: previous, importance_sampling_level: sequence, or "
-            "max_steps: 1",
         )
 
 
