@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from bench.tokens import mismatched_tokens
 from bench.trainers import cases
 from bench.trainers import run as trainers
 from bench.trainers.clock import NotInstalled
-from bench.trainers.job import keys_of, loss_for, sizes_for
-from bench.trainers.process import reason
+from bench.trainers.job import keys_of, loss_for, measure, sizes_for
+from bench.trainers.process import reason, run_job
 from bench.trainers.providers import PROVIDERS
 from bench.trainers.with_trl import LABELLED
 
@@ -296,8 +297,19 @@ def test_tokens_of_the_mismatched_pairs() -> None:
     assert count(3, 6) == [22, 21 + 8, 5 + 8, 4]
 
 
-@pytest.mark.slow
-def test_trainers_side_by_side(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def run_in(processes: set[str]) -> Callable[..., dict[str, Any]]:
+    """`run_job` with a process for these providers alone: most of its time goes into imports."""
+
+    def run(job: dict[str, Any], timeout: float) -> dict[str, Any]:
+        return run_job(job, timeout) if job["provider"] in processes else measure(job)
+
+    return run
+
+
+def test_trainers_side_by_side(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trainers, "run_job", run_in({"trl-patched"}))
     flags = "--providers fastdpo,trl,trl-patched --repetitions 1 --batches 4"
     try:
         cli.main(["trainers", "--quick", *flags.split()])
@@ -321,11 +333,16 @@ def test_trainers_side_by_side(results: Path, capsys: pytest.CaptureFixture[str]
     assert json.loads((results / "trainers-cpu.jsonl").read_text().splitlines()[0])["commit"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("loss, unit", [("kto", "rows"), ("orpo", "pairs"), ("simpo", "pairs")])
 def test_losses_side_by_side(
-    loss: str, unit: str, results: Path, capsys: pytest.CaptureFixture[str]
+    loss: str,
+    unit: str,
+    results: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(trainers, "run_job", run_in(set()))
+    monkeypatch.setattr("bench.trainers.clock.product_tflops", lambda dtype: 1.0)
     flags = f"--loss {loss} --providers fastdpo,trl --repetitions 1 --batches 2"
     trainers.main(["--quick", *flags.split()])
     rows = read(results, "losses-*.jsonl")
