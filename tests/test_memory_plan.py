@@ -141,13 +141,13 @@ def planner(tmp_path):
 
 
 def test_the_least_that_fits(planner):
-    tight = planner("rtx4090-24gb", max_length=4096)
+    tight = planner("rtx4090-24gb", max_length=256)
     assert not tight.fits(tight.predict(tight.config))
     assert switches.least(tight, exact=True, without={"optimizer_offload"}) is None
     found = switches.least(tight, exact=False)
     assert found is not None and tight.fits(found)
     assert found.config.optim == "adamw_torch_8bit" and not found.config.use_peft
-    roomy = planner("h100-80gb", max_length=4096)
+    roomy = planner("h100-80gb", max_length=256)
     assert roomy.fits(roomy.predict(roomy.config))
     assert switches.least(roomy, exact=True).config == roomy.config
 
@@ -192,7 +192,7 @@ def test_the_plan_has_the_rows_that_training_has(tiny_model, pairs_file):
 
 
 def test_the_report_says_what_json_says(planner):
-    made = planner("rtx4090-24gb", max_length=2048)
+    made = planner("rtx4090-24gb", max_length=128)
     found = json.loads(as_json(made))
     assert found["peak_bytes"] == sum(
         size for name, size in found["components"].items() if name != "overhead"
@@ -203,7 +203,7 @@ def test_the_report_says_what_json_says(planner):
         assert max(map(len, text.splitlines())) <= width or width == 40
         assert f"{found['total_bytes'] / GIB:.2f}" in text
         assert "does not fit" in text and "least that fits" in text
-        assert "no data given: pairs of 2048 tokens each are assumed" in " ".join(text.split())
+        assert "no data given: pairs of 128 tokens each are assumed" in " ".join(text.split())
 
 
 def test_the_passes_through_the_head_are_those_of_the_run(llama, tokenizer, pairs_file, tmp_path):
