@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from collections import Counter
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import fastdpo.demo
-from fastdpo.demo.__main__ import demo_config, held_out_accuracies, main, open_page, summary
+from fastdpo.demo.__main__ import answer, demo_config, held_out_accuracies, main, open_page, summary
 from fastdpo.demo.model import demo_model_path
 
 HERE = Path(fastdpo.demo.__file__).parent
@@ -207,7 +208,8 @@ def test_two_steps_teach_the_real_model_what_is_preferred(
 ) -> None:
     model = str(demo_model_path())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for name, count in (("train.jsonl", 16), ("test.jsonl", 8)):
+    monkeypatch.setattr("fastdpo.demo.__main__.answer", partial(answer, max_new_tokens=2))
+    for name, count in (("train.jsonl", 8), ("test.jsonl", 4)):
         lines = (HERE / name).read_text(encoding="utf-8").splitlines(keepends=True)
         (tmp_path / name).write_text("".join(lines[:count]), encoding="utf-8")
     flags = {
@@ -216,6 +218,8 @@ def test_two_steps_teach_the_real_model_what_is_preferred(
         "eval_dataset_name": tmp_path / "test.jsonl",
         "output_dir": tmp_path / "out",
         "warmup_steps": 0,
+        "per_device_train_batch_size": 4,
+        "report_samples": 0,
     }
     assert main([word for key, value in flags.items() for word in (f"--{key}", str(value))]) == 0
     lines = (tmp_path / "out" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
