@@ -76,7 +76,7 @@ class Wire(TorchDispatchMode):
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("keys", [{}, {"use_peft": True}, {"dtype": "bfloat16"}])
 def test_bytes_are_those_that_fsdp_sends(keys, replicas, eight_ranks):
-    real = Real(**keys)
+    real = Real(pairs=1, **keys)
     spread = shard(real, replicas)
     real.step()
     with Wire() as wire:
@@ -345,7 +345,7 @@ def test_more_devices_have_as_much_to_do_each(planner):
 def test_the_command_for_many_devices(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     words = ["plan", "--model_name_or_path", str(tmp_path), "--gpu", "rtx4090-24gb"]
-    words += ["--devices", "8", "--hosts", "2"]
+    words += ["--devices", "8", "--hosts", "2", "--max_length", "64"]
     assert main([*words, "--json", "--link=pcie5", "--network", "100g"]) == 0
     found = json.loads(capsys.readouterr().out)
     several = found["parallel"]
