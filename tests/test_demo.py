@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import fastdpo.demo
 from fastdpo.demo.__main__ import answer, demo_config, held_out_accuracies, main, open_page, summary
 from fastdpo.demo.model import demo_model_path
+from fastdpo.demo.rounds import rounds_config
+from fastdpo.demo.score import score
 
 HERE = Path(fastdpo.demo.__file__).parent
 FILLER = frozenset(
@@ -175,6 +177,36 @@ def test_the_demo_runs_to_its_end(
     page = (output / "report.html").read_text(encoding="utf-8")
     held_out = [escape(text) for text in texts("test.jsonl", "prompt")]
     assert sum(prompt in page for prompt in held_out) == 4
+
+
+def test_the_rounds_run_to_their_end(tiny_model, tmp_path, capsys):
+    output = tmp_path / "out"
+    arguments = ["--rounds", "--model_name_or_path", tiny_model, "--output_dir", str(output)]
+    fewer = ["--rounds=1", "--prompts_per_round=2", "--eval_prompts=2", "--num_generations=2"]
+    judge = tmp_path / "judge.py"
+    judge.write_text("def score(prompt, response, row):\n    return len(response)\n")
+    assert main([*arguments, *fewer, f"--judge={judge}:score", "--max_completion_length=4"]) == 0
+    printed = capsys.readouterr().out
+    line = json.loads((output / "rounds.jsonl").read_text().splitlines()[1])
+    assert f" -> {line['score']:.2f}\n" in printed and "Tokens an answer: 4 -> 4" in printed
+    assert printed.endswith(f"Report: {output / 'report.html'}\n")
+    assert "capital of" in (output / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_capital_alone_has_the_full_score():
+    rows = read_pairs("capitals.jsonl")
+    assert len(rows) == len({row["answer"] for row in rows}) == 100
+    for row in rows:
+        (asked,) = row["prompt"]
+        assert re.fullmatch(r"What is the capital of [\w ]+\?", asked["content"])
+        capital = row["answer"]
+        assert score(row["prompt"], f"{capital}", row) == 1
+        sentence = f"The capital is {capital}."
+        assert score(row["prompt"], sentence, row) == pytest.approx(0.7)
+        assert score(row["prompt"], "I do not know.", row) == 0
+        assert score(row["prompt"], capital + " far" * 20, row) == 0
+    config = rounds_config(["--rounds", "--rounds", "5", "--model_name_or_path", "m", "--beta=1"])
+    assert (config.rounds, config.beta, config.prompts_per_round) == (5, 1.0, 48)
 
 
 @pytest.mark.parametrize(
