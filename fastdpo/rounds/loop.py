@@ -33,7 +33,7 @@ from ..report.rounds import CONFIG, LOG, write_rounds_report
 from ..terminal import progress_bars
 from ..training.changes import COMPARED, FIXED, FOLLOWED
 from ..training.output import METRICS
-from ..training.run import train
+from .devices import check_alone, train_on_devices
 from .pairing import Scored, check_loss, describe, make_rows, ratio_keys, reads_logps
 from .prompts import Prompts, load_prompts
 from .stages import add_logps, judged, logps, sample
@@ -62,6 +62,7 @@ def rounds(config: RoundsConfig) -> RoundsResult:
         FastDPOError: anything wrong with configuration, data, model, engine or judge; what was
             done until then stays, and the same call goes on from there.
     """
+    check_alone(config)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with files.locked(folder, _refuse(folder)), progress_bars(config.disable_tqdm), reached(config):
@@ -237,7 +238,7 @@ class _Rounds:
             values["ref_model_name_or_path"] = self.policy
         if (output / "trainer_state.json").exists():
             values["resume_from_checkpoint"] = True
-        train(self.config.of_round(**values))
+        train_on_devices(self.config.of_round(**values), folder / "training.yaml")
 
     def _watch(self, number: int) -> dict[str, Any]:
         """The held-out figures of the round's model, or of the start."""
