@@ -257,7 +257,6 @@ def test_scores_that_are_no_numbers_are_counted(settings, tmp_path):
         ({"do_eval": True}, "do_eval: fastdpo rounds sets it in each round (eval_prompts)"),
         ({"engine": "magic"}, "engine: expected one of transformers, continuous, vllm, sglang"),
         ({"top_p": 0.0}, "top_p: expected above 0, at most 1"),
-        ({"devices": 2}, "devices: fastdpo rounds runs on one device; expected 1 process"),
         ({"eval_prompts": 0}, "eval_prompts: expected a whole number of at least 1"),
         ({"temperature": 0.0}, "temperature: 0 gives the same answer 3 times (num_generations)"),
         ({"judge": "self"}, "judge_model: expected the model that the policy was before"),

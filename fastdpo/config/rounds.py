@@ -1,6 +1,5 @@
 """The keys of `fastdpo rounds`, beside those of a run."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,8 +121,6 @@ class RoundsConfig(RoundKeys, TrainConfig):
                 raise self.error(name, f"fastdpo rounds sets it in each round{SET_BY_ROUNDS[name]}")
         super().__post_init__()
         self.require("model_name_or_path", "dataset_name", "judge")
-        if (self.devices or 1) > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise self.error("devices", "fastdpo rounds runs on one device; expected 1 process")
         self._choose_reference()
         judge = str(self.judge)
         file, _, function = judge.rpartition(":")

@@ -153,7 +153,7 @@ def add_logps(config: RoundsConfig, file: Path, rows: Sequence[dict[str, Any]]) 
     """
     if not file.exists():
         with withheld():
-            scored = score(config.of_round(dataset_name=None), list(rows)).columns
+            scored = score(config.of_round(dataset_name=None, devices=None), list(rows)).columns
         files.write_text(file, json.dumps([list(each) for each in scored["response_logps"]]))
     for row, found in zip(rows, files.read_json(file), strict=True):
         row["logps"] = found
@@ -161,7 +161,7 @@ def add_logps(config: RoundsConfig, file: Path, rows: Sequence[dict[str, Any]]) 
 
 def _logps(config: RoundsConfig, groups: Sequence[Group]) -> list[list[float]]:
     with withheld():
-        scorer = load_response_scorer(config.of_round(dataset_name=None))
+        scorer = load_response_scorer(config.of_round(dataset_name=None, devices=None))
         scorer.reference = None
         found = [each.logps.tolist() for each in scorer(groups)]
     del scorer
