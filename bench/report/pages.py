@@ -25,6 +25,7 @@ from .losses import demo_block, forms_block, kto_tokens_block, score_block
 from .memory import memory_block
 from .ranks import context_block, hosts_block
 from .robustness import kill_block, kill_devices_block, soak_block
+from .rounds import rounds_demo_block, rounds_kills_block, rounds_sampling_block
 from .rows import first, flat, newest_runs, origins
 from .scaling import scaling_block
 from .start import start_block
@@ -42,6 +43,7 @@ PAGES = (
     "docs/devices.md",
     "docs/losses.md",
     "docs/memory.md",
+    "docs/rounds.md",
     "docs/scoring.md",
     "kernels/README.md",
 )
@@ -65,6 +67,9 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "check-labels": labels_block,
     "check-speed": speed_block,
     "start": start_block,
+    "rounds-demo": rounds_demo_block,
+    "rounds-sampling": rounds_sampling_block,
+    "rounds-kills": rounds_kills_block,
     "memory": memory_block,
     "balance": balance_block,
     "cards": cards_block,

@@ -14,6 +14,7 @@ from .model import demo_model_path
 
 FLAG = "--rounds"
 _HERE = Path(__file__).parent
+PROMPTS = _HERE / "capitals.jsonl"
 
 
 def run(arguments: Sequence[str]) -> Path | None:
@@ -46,7 +47,7 @@ def rounds_config(arguments: Sequence[str]) -> RoundsConfig:
         for word, after in zip(arguments, [*arguments[1:], ""], strict=True)
         if word != FLAG or after.isdigit()
     ]
-    shipped = ["--dataset_name", str(_HERE / "capitals.jsonl")]
+    shipped = ["--dataset_name", str(PROMPTS)]
     shipped += ["--judge", f"{_HERE / 'score.py'}:score"]
     named = any(word.partition("=")[0] == "--model_name_or_path" for word in words)
     model = [] if named else ["--model_name_or_path", str(demo_model_path())]
