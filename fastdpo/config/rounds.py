@@ -52,7 +52,9 @@ class RoundKeys:
         one_of("transformers", "continuous", "vllm", "sglang"),
     )
     mask_truncated_completions: bool = key(
-        True, "Answers that max_completion_length cut off are scored but not trained on."
+        True,
+        "Answers that max_completion_length cut off are scored but not trained on; false trains on "
+        "them as if they ended there.",
     )
     judge: str | None = key(
         None,

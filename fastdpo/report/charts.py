@@ -13,6 +13,9 @@ from .curves import Curve
 from .runs import Run
 from .text import number
 
+_MARKED = 12
+"""Curves of fewer points show each of them."""
+
 
 @dataclass(frozen=True)
 class Series:
@@ -179,7 +182,7 @@ def _traces(series: Series, curve: Curve) -> list[dict[str, Any]]:
     thin = curve.thinned()
     trace: dict[str, Any] = {
         "type": "scatter",
-        "mode": "lines+markers" if series.held_out or len(thin) < 3 else "lines",
+        "mode": "lines+markers" if series.held_out or len(thin) < _MARKED else "lines",
         "name": series.label,
         "x": thin.steps,
         "y": thin.values,

@@ -83,6 +83,9 @@ def rounds_page(folder: Path, live: bool = False) -> str:
         config=read_config(folder / CONFIG),
         live=live,
     )
+    curves = charts.curves(run, PLANS)
+    for chart in curves:  # no ticks between rounds
+        chart.figure["layout"]["xaxis"]["dtick"] = -(-max(1, len(lines) - 1) // 12)
     return render(
         "rounds.html",
         title=run.name,
@@ -91,7 +94,7 @@ def rounds_page(folder: Path, live: bool = False) -> str:
         status=_status(run, lines),
         summary=_summary(run),
         tiles=_tiles(run, lines),
-        curves=charts.curves(run, PLANS),
+        curves=curves,
         times=_times(lines),
         said=[(line["round"], text) for line in lines for text in _texts(line.get("said"))],
         samples=_samples(folder, lines),
@@ -172,7 +175,7 @@ def _times(lines: list[dict[str, Any]]) -> Chart | None:
         for place, stage in enumerate(stages)
     ]
     layout = charts.layout(Plan("times", "", (), "seconds", axis=_AXIS)) | {"barmode": "stack"}
-    layout["xaxis"]["dtick"] = 1
+    layout["xaxis"]["dtick"] = -(-len(spent) // 12)
     total = sum(map(sum, (found.values() for found in spent.values())))
     shares = {name: sum(found.get(name, 0) for found in spent.values()) / total for name in stages}
     words = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
