@@ -1,5 +1,8 @@
 """What losses are given in their tests: units of every kind with random log-probabilities."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from fastdpo_kernels import LOSSES, Comparisons, Responses
 from fastdpo_kernels.losses import Tokens
@@ -21,6 +24,16 @@ OPTIONS = {
 OF_PAIRS = sorted(name for name, loss in LOSSES.items() if loss.unit == "comparison")
 OF_RESPONSES = sorted(name for name, loss in LOSSES.items() if loss.kind == "response")
 OF_TOKENS = sorted(name for name, loss in LOSSES.items() if loss.kind == "tokens")
+
+
+def one_of_each_kind(names: Iterable[str]) -> list[str]:
+    """The first loss of those that are fed alike: what they see, and what is summed over a step."""
+    first: dict[Any, str] = {}
+    for name in names:
+        loss = LOSSES[name]
+        fed = (loss.kind, loss.reference, loss.terms, loss.running, loss.mismatched, loss.prompt)
+        first.setdefault(fed, name)
+    return list(first.values())
 
 
 def random(seed: int):

@@ -14,6 +14,7 @@ from beside_trl import (
     with_trl,
 )
 from fastdpo_kernels import LOSSES
+from loss_samples import one_of_each_kind
 
 from bench.jsonl import read_rows
 from bench.trainers.providers import run_fastdpo, run_trl
@@ -104,6 +105,15 @@ OPTIONS = [
     (["cpo_ipo"], CPO),
     (["simpo"], {"cpo_alpha": 0.0}),
 ]
+ADAPTED = [
+    *(([name], {}) for name in one_of_each_kind(name for (name,), _ in SINGLE)),
+    (["sigmoid"], {"ld_alpha": 0.3}),
+    (["ipo", "bco_pair"], {"use_weighting": True, "ld_alpha": 0.3}),
+    (["sigmoid", "bco_pair", "sft"], {"loss_weights": [0.8, 0.2, 1.0]}),
+    (["kto"], WEIGHTS),
+]
+"""For an adapter, of which no loss knows: every way to feed a loss and to ask for a reference."""
+
 SMOOTH = [name for name in OF_SCORES if name not in ("exo_pair", "robust")]
 OF_DIVERGENCES = [
     *(([name], DIVERGENCES[2]) for name in OF_SCORES),
@@ -131,11 +141,15 @@ def check(losses, options, rows, model):
     assert_like(ours, theirs, without)
 
 
-@pytest.mark.parametrize("lora", [{}, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("case", SINGLE + OPTIONS, ids=name_of)
-def test_every_loss_agrees_with_trl(rows, still_model, case, lora):
+def test_every_loss_agrees_with_trl(rows, still_model, case):
+    check(*case, rows, still_model)
+
+
+@pytest.mark.parametrize("case", ADAPTED, ids=name_of)
+def test_adapters_agree_with_trl(rows, still_model, case):
     losses, options = case
-    check(losses, options | lora, rows, still_model)
+    check(losses, options | LORA, rows, still_model)
 
 
 def test_alphas_of_sums_agree_with_trl_where_its_exponentials_hold(rows, still_model):

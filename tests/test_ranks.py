@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fastdpo_kernels import LOSSES
+from loss_samples import one_of_each_kind
 from ranks import Ranks, ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -132,15 +133,6 @@ def groups_of(loss: TrainingLoss, count: int = 7) -> list[Group]:
     return groups
 
 
-def one_of_each_kind() -> list[str]:
-    """The first loss of those that are fed alike: what they see, and what is summed over a step."""
-    first: dict[Any, str] = {}
-    for name, loss in LOSSES.items():
-        fed = (loss.kind, loss.reference, loss.terms, loss.running, loss.mismatched, loss.prompt)
-        first.setdefault(fed, name)
-    return list(first.values())
-
-
 def one_step(scorer: Scorer, loss: TrainingLoss, world: World) -> dict[str, Tensor]:
     """The loss of a step, the norm of its gradient, and every gradient."""
     model = scorer.model
@@ -204,7 +196,7 @@ def test_losses_have_the_gradients_of_one_process(started: Ranks, mode: str) -> 
     kinds = [(False, False), (True, True), (True, False), (False, True)]
     if MODES[mode].vocabulary:
         kinds = [(False, False), (False, True)]
-    names = list(LOSSES) if mode in EVERY_LOSS else one_of_each_kind()
+    names = list(LOSSES) if mode in EVERY_LOSS else one_of_each_kind(LOSSES)
     for number, (tied, lora) in enumerate(kinds):
         some = ["sigmoid", *names[number :: len(kinds)]]
         size = MODES[mode].processes
