@@ -285,7 +285,7 @@ def test_spin_sets_the_rows_own_answer_against_every_other():
         scored(["mine"], [None], own=own),
     ]
     made = make_rows(config(judge="row", loss_type=["spin"]), cases)
-    assert [row["rejected"][0]["content"] for row in made.rows] == ["a", "b"]
+    assert [row["rejected"][0]["content"] for row in made.rows] == ["a", "a", "b"]
     assert all(row["chosen"] == own for row in made.rows)
     assert made.left_out == {"whose answers are all cut off, or the row's own": 1}
     for loss in ("grpo", "sppo"):
