@@ -13,6 +13,7 @@ import datasets
 import pytest
 import torch
 from endpoint_stand_in import endpoint_stand_in
+from rounds_settings import JUDGE, rounds_settings
 from training import assert_same_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,35 +26,12 @@ from fastdpo.rounds.prompts import load_prompts
 
 PROMPTS = [{"prompt": f"yes no {'big ' * (i % 3)}", "answer": str(i)} for i in range(10)]
 SIDES = ("chosen", "rejected")
-JUDGE = "def score(prompt, response, row):\n    return -len(response)\n"
 
 
 @pytest.fixture
 def settings(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
-    (tmp_path / "judge.py").write_text(JUDGE)
-    return {
-        "model_name_or_path": str(tiny_model),
-        "dataset_name": str(tmp_path / "prompts.jsonl"),
-        "judge": f"{tmp_path}/judge.py:score",
-        "output_dir": str(tmp_path / "out"),
-        "reference_cache_dir": str(tmp_path / "reference"),
-        "rounds": 2,
-        "num_generations": 3,
-        "generation_batch_size": 3,
-        "max_completion_length": 6,
-        "mask_truncated_completions": False,
-        "eval_prompts": 3,
-        "max_steps": 2,
-        "learning_rate": 1e-3,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report": False,
-        "check_data": False,
-        "disable_tqdm": True,
-    }
+    keys = {"rounds": 2, "num_generations": 3, "generation_batch_size": 3, "eval_prompts": 3}
+    return rounds_settings(tiny_model, tmp_path, PROMPTS) | keys
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

@@ -1,50 +1,25 @@
 """Rounds whose training has several processes."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rounds_settings import rounds_settings
 from training import metrics, weights
 
 from fastdpo.config.rounds import RoundsConfig
 from fastdpo.errors import ConfigError, FastDPOError
 from fastdpo.rounds.loop import rounds
 
-JUDGE = "def score(prompt, response, row):\n    return -len(response)\n"
-
 
 @pytest.fixture
 def settings(still_model: Path, tmp_path: Path, monkeypatch) -> dict[str, Any]:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    rows = [{"prompt": f"yes no {'big ' * (i % 3)}{i}"} for i in range(5)]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "judge.py").write_text(JUDGE)
-    return {
-        "model_name_or_path": str(still_model),
-        "dataset_name": str(tmp_path / "prompts.jsonl"),
-        "judge": f"{tmp_path}/judge.py:score",
-        "output_dir": str(tmp_path / "out"),
-        "reference_cache_dir": str(tmp_path / "reference"),
-        "rounds": 1,
-        "num_generations": 4,
-        "max_completion_length": 6,
-        "mask_truncated_completions": False,
-        "eval_prompts": 1,
-        "loss_type": ["sppo"],
-        "max_steps": 2,
-        "global_batch_size": 8,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report": False,
-        "check_data": False,
-        "disable_tqdm": True,
-    }
+    prompts = [{"prompt": f"yes no {'big ' * (i % 3)}{i}"} for i in range(5)]
+    keys = {"rounds": 1, "num_generations": 4, "eval_prompts": 1, "loss_type": ["sppo"]}
+    keys |= {"global_batch_size": 8, "logging_steps": 1}
+    return rounds_settings(still_model, tmp_path, prompts) | keys
 
 
 def test_two_processes_train_what_one_does(settings, tmp_path):
