@@ -1,8 +1,9 @@
 """Scoring N-best groups: ours beside padded batches through the model's own logits, in turns.
 
-    python -m bench.score --groups 24 --repetitions 3
+    python -m bench.score --groups 12 --repetitions 3 --shots 4
 
-GSM8K questions with five solutions each, cut to `max_length` 512, on SmolLM2-135M-Instruct.
+GSM8K questions with five solutions each, on SmolLM2-135M-Instruct, after as many solved questions
+as `shots` says, as base models are given them.
 `padded` is what a script on transformers does: batches of 8 whole sequences in the order of the
 rows, all logits, log-softmax, gather; `sorted` the same with sequences of like length together.
 A figure is the median over the turns of response tokens a second, ours over theirs. Rows go to
@@ -12,6 +13,7 @@ bench/results/score-cpu.jsonl, one a turn.
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import datasets
 import torch
@@ -54,6 +56,17 @@ def padded(model: torch.nn.Module, groups: Sequence[Group], by_length: bool) -> 
     return found
 
 
+def after_shots(rows: Sequence[dict[str, Any]], count: int, shots: int) -> list[dict[str, Any]]:
+    """The first `count` groups, their prompts after `shots` questions, each with its first right
+    solution, from the end of the rows.
+    """
+    solved = [row for row in reversed(rows[count:]) if max(row["scores"]) == 1][:shots]
+    told = "".join(
+        f"{row['prompt']}\n{row['responses'][row['scores'].index(1)]}\n\n" for row in solved
+    )
+    return [{**row, "prompt": f"{told}{row['prompt']}\n"} for row in rows[:count]]
+
+
 def cases(scorer: ResponseScorer, groups: Sequence[Group]) -> dict[str, Callable[[], Scores]]:
     """Each way to score the same groups."""
     model = AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32).eval()
@@ -69,18 +82,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser("fastdpo bench score", __doc__)
     parser.add_argument("--groups", type=int, default=24)
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--shots", type=int, default=0)
     options = parser.parse_args(arguments)
     rows = data.gsm8k_groups()
     if rows is None:
         parser.error("the GSM8K rows are not beside the repository")
     config = TrainConfig(
-        model_name_or_path=str(demo_model_path()), use_cpu=True, bf16=False, max_length=512
+        model_name_or_path=str(demo_model_path()), use_cpu=True, bf16=False, max_length=2048
     )
     scorer = load_response_scorer(config)
-    dataset = datasets.Dataset.from_list(list(rows)[: options.groups])
-    encoder = make_encoder(dataset, scorer.tokenizer, "gsm8k", 512, scorer.vocab_size)
+    dataset = datasets.Dataset.from_list(after_shots(rows, options.groups, options.shots))
+    encoder = make_encoder(dataset, scorer.tokenizer, "gsm8k", config.max_length, scorer.vocab_size)
     groups = [group for some, _ in windows(dataset, encoder) for group in some]
     tokens = sum(len(response) for group in groups for response in group.responses)
+    prompt_tokens = sum(len(group.prompt) for group in groups)
     results = record.Results("score", options, torch.device("cpu"))
     ways, turns = cases(scorer, groups), []
     for turn in range(options.repetitions):
@@ -95,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             turn=turn,
             groups=len(groups),
             response_tokens=tokens,
+            prompt_tokens=prompt_tokens,
             seconds=seconds,
             largest_relative_difference=float(apart),
         )

@@ -80,18 +80,28 @@ def kto_tokens_block(folder: Path) -> str:
 def score_block(folder: Path) -> str:
     """Scoring N-best groups, beside padded batches."""
     rows = read(folder, "score-*.jsonl")
-    rows = [row for row in rows if row["command"] == rows[-1]["command"]]
     if not rows:
         return NOTHING
     lines = []
-    for name in ("padded", "sorted"):
-        ratios = [row["seconds"][name] / row["seconds"]["fastdpo"] for row in rows]
-        spread = f"{number(min(ratios))}–{number(max(ratios))}"
-        lines.append([name, f"{statistics.median(ratios):.2f}×", spread, str(len(ratios))])
+    for shots in sorted({row["options"]["shots"] for row in rows}):
+        turns = [row for row in rows if row["options"]["shots"] == shots]
+        groups, responses = turns[-1]["groups"], 5 * turns[-1]["groups"]
+        lengths = (
+            f"{turns[-1]['prompt_tokens'] / groups:.0f}",
+            f"{turns[-1]['response_tokens'] / responses:.0f}",
+        )
+        for name in ("padded", "sorted"):
+            ratios = [row["seconds"][name] / row["seconds"]["fastdpo"] for row in turns]
+            spread = f"{number(min(ratios))}–{number(max(ratios))}"
+            speed = f"{statistics.median(ratios):.2f}×"
+            lines.append([str(shots), *lengths, str(groups), name, speed, spread, str(len(ratios))])
     said = (
-        f"{rows[-1]['groups']} GSM8K questions with five solutions each, SmolLM2-135M, fp32: "
+        "GSM8K questions with five solutions each after some solved ones, SmolLM2-135M, fp32: "
         "response tokens a second of `fastdpo score` over those of padded batches of 8 through "
         "transformers, in the order of the rows and sorted by length."
     )
-    columns = ("batches", "speed", "least–most", "turns")
+    columns = (
+        *("solved before", "prompt tokens", "response tokens", "questions"),
+        *("batches", "speed", "least–most", "turns"),
+    )
     return "\n\n".join([said, markdown(columns, lines), *origins(rows)])
