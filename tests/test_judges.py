@@ -323,6 +323,7 @@ def test_what_is_watched():
         [-2.0, -4.0],
         [-4.0, -3.0],
         [-2.4, None],
+        [(2.0, 1.0), (1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (None, 1.0)],
     )
     assert found.as_dict() == {
         "score": 1.0,
@@ -333,5 +334,6 @@ def test_what_is_watched():
         "kl": pytest.approx(0.1),
         "engine_difference": pytest.approx(0.05),
         "unscored": 1,
+        "judge_accuracy": 0.625,
     }
     assert repetition("a b c d e") == 0 and repetition("") == 0

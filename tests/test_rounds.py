@@ -323,6 +323,34 @@ def test_own_answers_of_pairs_without_a_prompt(settings, tmp_path):
     assert [row["chosen"] for row in made] == ["1", "2", "3"]
 
 
+def test_the_judge_is_watched_on_held_out_pairs(settings, tied_model, tmp_path, caplog):
+    """How often it prefers the chosen answer: once, each round where the policy is the judge."""
+    rows = [
+        {"prompt": f"yes {i}", "chosen": "no", "rejected": "no no" if i % 4 else "no"}
+        for i in range(16)
+    ]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"rounds": 1, "eval_prompts": 4}
+    with caplog.at_level("INFO"):
+        found = rounds(RoundsConfig(**settings | keys)).rounds
+    assert [line["judge_accuracy"] for line in found] == [0.5, 0.5]  # rows 0, 4, 8 and 12
+    assert "the judge prefers the chosen answer in 50% of pairs" in caplog.text
+    (pair, *_) = rows_of(tmp_path / "out/round-0/held-out-pairs.parquet")
+    assert (pair["responses"], pair["scores"]) == (["no", "no"], [-2.0, -2.0])
+    assert not (tmp_path / "out/round-1/held-out-pairs.parquet").exists()
+
+    out = str(tmp_path / "self")
+    of_self = {"judge": "self", "judge_model": str(tied_model), "output_dir": out}
+    found = rounds(RoundsConfig(**settings | keys | of_self | {"eval_prompts": 5})).rounds
+    scores = [
+        rows_of(tmp_path / f"self/round-{number}/held-out-pairs.parquet") for number in (0, 1)
+    ]
+    assert scores[0] != scores[1]
+    for line, pairs in zip(found, scores, strict=True):
+        wins = [(a > b) + (a == b) / 2 for a, b in (pair["scores"] for pair in pairs)]
+        assert line["judge_accuracy"] == sum(wins) / 5
+
+
 def test_what_stands_beside_a_prompt_goes_to_the_chat_template(settings, tmp_path):
     """In sampling and in the rows that are trained on."""
     tools = [{"type": "function", "function": {"name": "look"}}]

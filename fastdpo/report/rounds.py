@@ -43,6 +43,14 @@ PLANS = (
         axis=_AXIS,
     ),
     Plan(
+        "judge_accuracy",
+        "Pairs in which the judge prefers the chosen answer",
+        (Series("held out", "judge_accuracy", "--chosen"),),
+        "share of held-out pairs, ties count ½",
+        "share",
+        _AXIS,
+    ),
+    Plan(
         "endings",
         "How answers end and repeat",
         (

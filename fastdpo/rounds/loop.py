@@ -4,7 +4,7 @@
     output_dir/round-N/samples.parquet prompts with their answers
     output_dir/round-N/scored.parquet  the same with scores
     output_dir/round-N/train.parquet   what was trained on
-    output_dir/round-N/held-out.parquet
+    output_dir/round-N/held-out.parquet, and held-out-pairs.parquet of a judge that changes
     output_dir/round-N/model           the model of the round
 
 A stage whose file is there is not done again; one that was broken off goes on from the batches that
@@ -36,7 +36,7 @@ from ..training.output import METRICS
 from .devices import check_alone, train_on_devices
 from .pairing import Scored, check_loss, describe, make_rows, ratio_keys, reads_logps
 from .prompts import Prompts, load_prompts
-from .stages import add_logps, judged, logps, sample
+from .stages import add_logps, as_samples, judged, logps, sample
 from .verdict import check_judge
 from .watch import Watched, watched
 
@@ -257,7 +257,20 @@ class _Rounds:
             [each[0] for each in found["policy"]],
             [each[0] for each in found["start"]],
             [sum(row["engine_logps"][0]) if row["engine_logps"][0] else None for row in scored],
+            self._judged_pairs(config, number),
         ).as_dict()
+
+    def _judged_pairs(self, config: RoundsConfig, number: int) -> list[Any]:
+        """Scores of the answers of held-out pairs; once where the judge stays what it is."""
+        held_out = self.prompts.held_out
+        places = [i for i in range(len(held_out)) if held_out.pair(i) is not None]
+        if not places or config.judge == "row":
+            return []
+        folder = self.folder / (f"round-{number}" if config.judge == "self" else _START)
+        some = held_out.of(places)
+        pairs = as_samples(some, [some.pair(i) for i in range(len(some))])
+        scored, _ = judged(config, folder / "held-out-pairs.parquet", some, pairs, self.folder)
+        return list(scored["scores"])
 
     def _with(self, model: str) -> RoundsConfig:
         return self.config.choose("the round before", model_name_or_path=model)
@@ -322,5 +335,9 @@ def _describe(line: dict[str, Any]) -> str:
             f"{line['rows']} rows of {line['prompts']} prompts{describe(line['left_out'])}"
         )
     parts.append(f"{line['tokens']:.0f} tokens an answer")
+    if line["judge_accuracy"] is not None:
+        parts.append(
+            f"the judge prefers the chosen answer in {line['judge_accuracy']:.0%} of pairs"
+        )
     parts += [f"{count} answers: {reason}" for reason, count in line.get("failures", {}).items()]
     return ", ".join(parts) + "".join(f"; {said}" for said in line.get("said", ()))

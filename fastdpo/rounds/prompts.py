@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,12 @@ class Prompts:
             except BadRow as problem:
                 raise DataError(f"{self.where(index)}: {problem}") from None
         return None if answer is None else as_completion(prompt.text, str(answer))
+
+    def pair(self, index: int) -> tuple[str, str] | None:
+        """The row's chosen and rejected answer as text; None where it is no pair of those."""
+        row = self.all[index].row
+        sides = [_only_text(row.get(name)) for name in ("chosen", "rejected")]
+        return None if None in sides else (str(sides[0]), str(sides[1]))
 
     def of(self, places: Iterable[int]) -> Prompts:
         """Those at these places."""
@@ -128,6 +134,14 @@ def _with_room(config: RoundsConfig, sampler: Sampler, name: str) -> Prompts:
             "tokens or more: no room for an answer"
         )
     return Prompts(name, [prompt for prompt, _ in fit], [ids for _, ids in fit])
+
+
+def _only_text(answer: Any) -> str | None:
+    """An answer that is text, or one message of text."""
+    if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], Mapping):
+        message = {name: value for name, value in answer[0].items() if value is not None}
+        answer = message.get("content") if message.keys() == {"role", "content"} else None
+    return answer if isinstance(answer, str) else None
 
 
 def as_completion(prompt: Text, text: str) -> Any:

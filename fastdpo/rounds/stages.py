@@ -87,6 +87,17 @@ text, whether the model ended it, its tokens, and their log-probabilities by the
 """
 
 
+def as_samples(prompts: Prompts, answers: Sequence[Any]) -> datasets.Dataset:
+    """Answers that the rows have, as if they were sampled."""
+    return datasets.Dataset.from_dict(
+        {
+            "prompt": [json.dumps(prompt.text, ensure_ascii=False) for prompt in prompts.all],
+            "row": [prompt.number for prompt in prompts.all],
+            "responses": [list(each) for each in answers],
+        }
+    )
+
+
 def _seed(*parts: Any) -> int:
     return int(xxhash.xxh32_intdigest(json.dumps(parts).encode()))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ class Watched:
         engine_difference: |log π(y|x) of the engine − ours| over the tokens of an answer, the
             mean, nats a token; None where the engine gives none.
         unscored: held-out answers without a score.
+        judge_accuracy: the share of held-out pairs whose chosen answer the judge scores above the
+            rejected one, a tie counts ½; None where it scored no pair.
     """
 
     score: float | None
@@ -34,6 +36,7 @@ class Watched:
     kl: float
     engine_difference: float | None
     unscored: int
+    judge_accuracy: float | None
 
     def as_dict(self) -> dict[str, Any]:
         """As plain types."""
@@ -49,6 +52,7 @@ def watched(
     logps: Sequence[float],
     start_logps: Sequence[float],
     engine_logps: Sequence[float | None],
+    pairs: Sequence[tuple[float | None, float | None]] = (),
 ) -> Watched:
     """Measure a model's answers, one to each held-out prompt, beside those of the start.
 
@@ -57,29 +61,35 @@ def watched(
         logps: log π(y|x) of each answer.
         start_logps: log π_start(y|x).
         engine_logps: log π(y|x) by the engine that drew it.
+        pairs: scores of the chosen and the rejected answer of held-out pairs.
     """
     known = [score for score in scores if score is not None]
-    both = [
-        (mine, theirs)
-        for mine, theirs in zip(scores, start_scores, strict=True)
-        if mine is not None and theirs is not None
-    ]
     differences = [
         abs(theirs - ours) / count
         for theirs, ours, count in zip(engine_logps, logps, tokens, strict=True)
         if theirs is not None
     ]
-    wins = [1.0 if mine > theirs else 0.5 if mine == theirs else 0.0 for mine, theirs in both]
     return Watched(
         score=float(np.mean(known)) if known else None,
-        win_rate=float(np.mean(wins)) if wins else None,
+        win_rate=_share_above(zip(scores, start_scores, strict=True)),
         tokens=float(np.mean(tokens)),
         complete=float(np.mean(complete)),
         repetition=float(np.mean([repetition(text) for text in answers])),
         kl=float(np.sum(np.subtract(logps, start_logps)) / np.sum(tokens)),
         engine_difference=float(np.mean(differences)) if differences else None,
         unscored=len(scores) - len(known),
+        judge_accuracy=_share_above(pairs),
     )
+
+
+def _share_above(scores: Iterable[tuple[float | None, float | None]]) -> float | None:
+    """How often the first is above the second, a tie counts ½; None where there are none."""
+    wins = [
+        (one > other) + 0.5 * (one == other)
+        for one, other in scores
+        if one is not None and other is not None
+    ]
+    return float(np.mean(wins)) if wins else None
 
 
 def repetition(text: str, size: int = 4) -> float:
