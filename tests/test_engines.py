@@ -1,8 +1,12 @@
-"""Engines that are not installed here, by stand-ins with their interfaces: what they are asked for,
-and what is made of their answers.
+"""Engines that are not installed here, and their servers, by stand-ins with their interfaces: what
+they are asked for, and what is made of their answers.
 """
 
+import json
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -133,3 +137,158 @@ def test_an_engine_that_cannot_load_a_model_is_one_line(vllm, monkeypatch):
     monkeypatch.setitem(sys.modules, "sglang", None)
     with pytest.raises(ConfigError, match="pip install sglang"):
         load_engine(config("broken", "sglang"))
+
+
+@pytest.fixture
+def server():
+    """Answers as vLLM's and SGLang's servers do, to two answers of each prompt."""
+    state = SimpleNamespace(seen=[], refuse={}, known=set(), raw={})
+
+    def answer(path, body):
+        if path == "/v1/models":
+            return {"data": [{"id": "served"}]}
+        if path.endswith("load_lora_adapter"):
+            return state.known.add(body["lora_name"])
+        if path == "/update_weights_from_disk":
+            return {"success": "odd" not in body["model_path"], "message": "no"}
+        if path == "/v1/completions":
+            count = len(body["prompt"]) * body["n"]
+            choices = [
+                {
+                    "index": place,
+                    "text": f"answer {place}",
+                    "finish_reason": "length" if place % 2 else "stop",
+                    "token_ids": [7, place],
+                    "logprobs": {"token_logprobs": [-0.25, -0.5]},
+                }
+                for place in range(count)
+            ]
+            return {"choices": choices[::-1]}
+        if path == "/generate":
+            return [
+                {
+                    "text": f"answer {place}",
+                    "meta_info": {
+                        "finish_reason": {"type": "length" if place % 2 else "stop"},
+                        "output_token_logprobs": [(-0.25, 7, "a"), (-0.5, place, "b")],
+                    },
+                }
+                for place in range(len(body["input_ids"]))
+            ]
+        return None
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            length = int(self.headers.get("Content-Length") or 0)
+            body = json.loads(self.rfile.read(length)) if length else None
+            state.seen.append((self.path, body, self.headers.get("Authorization")))
+            data = state.raw.get(self.path)
+            if data is None:
+                data = json.dumps(answer(self.path, body)).encode()
+            self.send_response(state.refuse.get(self.path, 200))
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_GET = do_POST
+
+        def log_message(self, *args):
+            pass
+
+    made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    state.url = f"http://127.0.0.1:{made.server_port}"
+    yield state
+    made.shutdown()
+    made.server_close()
+
+
+WEIGHTS = {
+    "vllm": lambda path: [
+        (
+            "/collective_rpc",
+            {"method": "reload_weights", "kwargs": {"weights_path": path}},
+        ),
+        ("/reset_prefix_cache", {}),
+        ("/v1/models", None),
+    ],
+    "sglang": lambda path: [("/update_weights_from_disk", {"model_path": path})],
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_server_has_the_weights_by_their_path(name, tiny_model, server, monkeypatch):
+    """From whatever directory the run was started."""
+    monkeypatch.chdir(tiny_model.parent)
+    monkeypatch.setenv("FASTDPO_ENGINE_KEY", "secret")
+    keys = {"engine_url": f"{server.url}/", **SAMPLED}
+    engine = load_engine(config(tiny_model.name, name, **keys))
+    assert [one[:2] for one in server.seen] == WEIGHTS[name](str(tiny_model.resolve()))
+    assert {one[2] for one in server.seen} == {"Bearer secret"}
+    (first, second), (third, fourth) = engine.answer([[1, 2], [3]], 2, seed=9)
+    assert [one.text for one in (first, second, third, fourth)] == [f"answer {i}" for i in range(4)]
+    assert (first.complete, second.complete) == (True, False)
+    assert (fourth.ids, fourth.logps) == ((7, 3), (-0.25, -0.5))
+    path, asked, _ = server.seen[-1]
+    if name == "vllm":
+        expected = {"temperature": 0.7, "top_p": 0.9, "top_k": -1, "max_tokens": 11, "seed": 9}
+        expected |= {"model": "served", "prompt": [[1, 2], [3]], "n": 2}
+        assert path == "/v1/completions"
+        assert asked == expected | {"logprobs": 1, "return_token_ids": True}
+    else:
+        assert path == "/generate" and asked["input_ids"] == [[1, 2], [1, 2], [3], [3]]
+        assert [one["sampling_seed"] for one in asked["sampling_params"]] == [9, 10, 11, 12]
+        assert asked["return_logprob"] and "lora_path" not in asked
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("vllm", "/v1"), ("sglang", "")])
+def test_a_server_has_an_adapter_as_one(name, prefix, adapter, server):
+    """By a name of its weights; that it was not there before is no fault."""
+    server.refuse[f"{prefix}/unload_lora_adapter"] = 404
+    engine = load_engine(config(adapter, name, engine_url=server.url))
+    engine.answer([[1]], 2, seed=0)
+    unloaded, loaded, (_, asked, _) = server.seen
+    assert unloaded[0] == f"{prefix}/unload_lora_adapter"
+    called = loaded[1]["lora_name"]
+    assert loaded[:2] == (
+        f"{prefix}/load_lora_adapter",
+        {"lora_name": called, "lora_path": str(Path(adapter).resolve())},
+    )
+    assert asked["model" if name == "vllm" else "lora_path"] in (called, [called] * 2)
+    load_engine(config(adapter, name, engine_url=server.url))
+    assert server.seen[-1][1]["lora_name"] == called
+    weights = Path(adapter) / "adapter_model.safetensors"
+    weights.touch()
+    load_engine(config(adapter, name, engine_url=server.url))
+    assert server.seen[-1][1]["lora_name"] != called
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "status", "raw", "said"),
+    [
+        ("vllm", "/collective_rpc", 404, b"{}", "/collective_rpc: 404 Not Found"),
+        ("vllm", "/v1/completions", 200, b'{"choices": [{}]}', "no answer in the form of vLLM"),
+        ("vllm", "/v1/models", 200, b"<html>", "no answer in the form of vLLM"),
+        ("sglang", "/update_weights_from_disk", 200, b'{"success": false}', "were not taken"),
+        ("sglang", "/generate", 500, b"out of\nmemory", "500 Internal Server Error out of memory"),
+        ("sglang", "/generate", 200, b"[{}]", "no answer in the form of SGLang"),
+    ],
+)
+def test_a_server_that_refuses_is_one_line(tiny_model, server, name, path, status, raw, said):
+    server.refuse[path], server.raw[path] = status, raw
+    with pytest.raises(FastDPOError) as caught:
+        load_engine(config(tiny_model, name, engine_url=server.url)).answer([[1]], 1, seed=0)
+    assert said in str(caught.value) and "what was sampled is kept" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_server_that_is_not_there_is_one_line(tiny_model, server):
+    url = server.url
+    with pytest.raises(ConfigError, match="engine_url: transformers samples in this process"):
+        config(tiny_model, "transformers", engine_url=url)
+    with pytest.raises(ConfigError, match="engine_url: expected a URL such as http://host:8000"):
+        config(tiny_model, "vllm", engine_url="host:8000")
+    with pytest.raises(
+        FastDPOError, match=r"engine_url: http://127\.0\.0\.1:9/collective_rpc: .*refus"
+    ):
+        load_engine(config(tiny_model, "vllm", engine_url="http://127.0.0.1:9"))

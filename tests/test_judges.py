@@ -1,6 +1,7 @@
 """Judges of rounds, what is made of their scores, and what is watched."""
 
 import json
+import shutil
 import sys
 import threading
 from types import SimpleNamespace
@@ -10,14 +11,14 @@ import datasets
 import pytest
 import torch
 from endpoint_stand_in import endpoint_stand_in
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from fastdpo.config.rounds import RoundsConfig
 from fastdpo.data.write import writer_of
 from fastdpo.errors import ConfigError, DataError, FastDPOError
 from fastdpo.rounds import endpoint
 from fastdpo.rounds.endpoint import Endpoint
-from fastdpo.rounds.judges import Question, RewardModel, exact, from_file, same_value
+from fastdpo.rounds.judges import Implicit, Question, RewardModel, exact, from_file, same_value
 from fastdpo.rounds.pairing import Scored, check_loss, make_rows
 from fastdpo.rounds.watch import repetition, watched
 
@@ -108,6 +109,45 @@ def test_a_reward_model_scores_each_answer_as_alone(tokenizer, tmp_path):
 
 
 RoundsConfigStub: Any = SimpleNamespace(use_cpu=True)
+
+
+@pytest.fixture
+def with_template(tiny_model, tied_model, tokenizer, tmp_path):
+    """Judges of models whose chat template begins with a text: a classifier, and the policy."""
+
+    def make(name: str, begin: str) -> tuple[RewardModel, Implicit]:
+        changed = AutoTokenizer.from_pretrained(tiny_model)
+        without_tools = changed.chat_template.partition("{% endif %}")[2]
+        changed.chat_template = begin + without_tools
+        policy = shutil.copytree(tied_model, tmp_path / name / "policy")
+        classifier = tmp_path / name / "classifier"
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), num_attention_heads=2, num_labels=1, **sizes
+        )
+        LlamaForSequenceClassification(config).save_pretrained(classifier)
+        for folder in (policy, classifier):
+            changed.save_pretrained(folder)
+        keys = {"dtype": "float32", "use_cpu": True, "bf16": False, "max_length": 512, "beta": 0.5}
+        names = {"model_name_or_path": policy, "judge_model": str(tiny_model)}
+        return RewardModel(str(classifier), RoundsConfigStub), Implicit(
+            SimpleNamespace(**keys, **names)
+        )
+
+    return make
+
+
+def test_judges_that_are_models_have_what_the_chat_template_is_given(with_template):
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    given = {"tools": tools, "loud": True}
+    judges = with_template("asked", "{% if tools and loud %}big small {% endif %}")
+    always = with_template("always", "big small ")
+    for judge, other in zip(judges, always, strict=True):
+        plain = [Question(ASKED, ["yes", "no no"], {})]
+        found = judge([Question(ASKED, ["yes", "no no"], {}, given), *plain])
+        assert found[0] == pytest.approx(other(plain)[0], rel=1e-5)
+        assert found[1] != pytest.approx(found[0], rel=1e-3)
 
 
 # An endpoint

@@ -1,6 +1,7 @@
 """Rounds: sample, judge, train, again."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -87,6 +88,72 @@ def test_rows_are_those_that_the_loss_needs(settings, tmp_path, changes, columns
     if changes.get("reference") == "previous":
         config = (tmp_path / "out/round-1/model/training_config.yaml").read_text()
         assert "ref_model_name_or_path: null" in config
+
+
+@pytest.mark.parametrize("peft", [False, True])
+@pytest.mark.parametrize("reference", ["start", "previous"])
+def test_the_reference_is_the_start_or_the_round_before(settings, tmp_path, peft, reference):
+    """Of adapters too: a policy that is its reference has a loss of ln 2 in the first step."""
+    keys = {"reference": reference, "use_peft": peft, "lora_dropout": 0.0, "max_steps": 1}
+    rounds(RoundsConfig(**settings | keys | {"logging_steps": 1, "learning_rate": 1e-2}))
+    metrics = (tmp_path / "out/round-2/model/metrics.jsonl").read_text().splitlines()
+    apart = abs(json.loads(metrics[0])["loss"] - math.log(2))
+    assert apart > 1e-3 if reference == "start" else apart < 1e-6
+
+
+def test_losses_without_a_reference_are_given_none(settings, tmp_path):
+    result = rounds(RoundsConfig(**settings | {"loss_type": ["simpo"]}))
+    assert [line["taken"] for line in result.rounds] == [False, True, True]
+
+
+def test_files_that_change_between_starts(settings, tmp_path, caplog):
+    """Other prompts would be given the answers of the first ones; the rest may have been mended."""
+    raising = "def score(prompt, response, row):\n    return row['missing']\n"
+    file, judge = tmp_path / "prompts.jsonl", tmp_path / "judge.py"
+    written = file.read_text()
+    judge.write_text(raising)
+    config = RoundsConfig(**settings | {"rounds": 1})
+    with pytest.raises(FastDPOError, match="KeyError"):
+        rounds(config)
+    for changed in (written.replace("big", "small"), written[: written.rindex('{"')]):
+        file.write_text(changed)
+        with pytest.raises(ConfigError, match="dataset_name: these are not the prompts that the"):
+            rounds(config)
+    file.write_text("".join(json.dumps(row | {"missing": 1}) + "\n" for row in PROMPTS))
+    judge.write_text(JUDGE)
+    before = (tmp_path / "out/round-0/held-out-samples.parquet").read_bytes()
+    with caplog.at_level("WARNING"):
+        rounds(config)
+    assert "columns beside the prompts have changed since the last start" in caplog.text
+    assert f"{judge} has changed since the last start: scores of earlier rounds" in caplog.text
+    assert (tmp_path / "out/round-0/held-out-samples.parquet").read_bytes() == before
+    caplog.clear()
+    rounds(config)
+    assert "changed" not in caplog.text
+
+
+def test_an_answer_that_is_labelled_bad_is_not_the_better_one(settings, tmp_path):
+    rows = [{"prompt": f"yes {i}", "completion": "no", "label": i != 3} for i in range(6)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"judge": "row", "num_generations": 1, "rounds": 1, "eval_prompts": 1}
+    with pytest.raises(FastDPOError, match=r"row 4: no answer of its own.*label false"):
+        rounds(RoundsConfig(**settings | keys))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_prompts_of_text_and_of_messages_in_one_file(settings, tied_model, tmp_path, first):
+    """Whichever comes first; the policy as its own judge reads both, too."""
+    rows = [
+        {"prompt": [{"role": "user", "content": f"yes {i}"}] if (i + first) % 2 else f"yes {i}"}
+        for i in range(8)
+    ]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"judge": "self", "judge_model": str(tied_model), "rounds": 1, "eval_prompts": 1}
+    result = rounds(RoundsConfig(**settings | keys))
+    assert result.rounds[1]["taken"]
+    made = rows_of(tmp_path / "out/round-1/train.parquet")
+    assert {type(row["prompt"]) for row in made} == {str, list}
+    assert all(type(row["chosen"]) is type(row["prompt"]) for row in made)
 
 
 def test_the_same_command_goes_on_where_the_last_one_ended(settings, tmp_path, monkeypatch):

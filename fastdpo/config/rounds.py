@@ -51,6 +51,11 @@ class RoundKeys:
         "they are installed.",
         one_of("transformers", "continuous", "vllm", "sglang"),
     )
+    engine_url: str | None = key(
+        None,
+        "A server of the engine, vllm or sglang, that sees the same files: weights are handed to "
+        "it by their path; unset loads the engine in this process.",
+    )
     mask_truncated_completions: bool = key(
         True,
         "Answers that max_completion_length cut off are scored but not trained on; false trains on "
@@ -144,8 +149,17 @@ class RoundsConfig(RoundKeys, TrainConfig):
                 f"0 gives the same answer {self.num_generations} times (num_generations); expected "
                 "more",
             )
+        if self.engine_url is not None:
+            self._check_url("engine_url", self.engine_url, "http://host:8000")
+            if self.engine not in ("vllm", "sglang"):
+                raise self.error(
+                    "engine_url",
+                    f"{self.engine} samples in this process; expected engine: vllm or sglang",
+                )
         if judge.startswith(("http://", "https://")):
-            self._check_endpoint(judge)
+            self._check_url("judge", judge, "http://host:8000/v1")
+            if self.judge_model is None:
+                raise self.error("judge_model", "expected the name of a model at the endpoint")
         if judge == "self" and self.judge_model is None:
             raise self.error(
                 "judge_model",
@@ -169,15 +183,14 @@ class RoundsConfig(RoundKeys, TrainConfig):
             sampled = not set(OF_SAMPLING_POLICY).isdisjoint(self.loss_type)
             self._set(reference="previous" if sampled or (ratios and of_tokens) else "start")
 
-    def _check_endpoint(self, url: str) -> None:
+    def _check_url(self, name: str, url: str, example: str) -> None:
         try:
-            host = urlsplit(url).hostname
+            parts = urlsplit(url)
+            known = parts.scheme in ("http", "https") and parts.hostname
         except ValueError:
-            host = None
-        if not host:
-            raise self.error("judge", f"expected a URL such as http://host:8000/v1, got {url}")
-        if self.judge_model is None:
-            raise self.error("judge_model", "expected the name of a model at the endpoint")
+            known = False
+        if not known:
+            raise self.error(name, f"expected a URL such as {example}, got {url}")
 
     def of_round(self, **values: Any) -> TrainConfig:
         """The configuration of a round's training, with `values` for what the round sets."""

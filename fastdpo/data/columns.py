@@ -18,6 +18,8 @@ from .messages import Text, written_messages
 
 RowKind: TypeAlias = Literal["pair", "group", "label"]
 
+# What goes to the chat template beside the prompt.
+TEMPLATE_FIELDS = ("tools", "chat_template_kwargs")
 # Every column that is read as it stands.
 FIELDS = (
     "prompt",
@@ -30,8 +32,7 @@ FIELDS = (
     "logps",
     "completion",
     "label",
-    "tools",
-    "chat_template_kwargs",
+    *TEMPLATE_FIELDS,
 )
 # Those of them that hold text where they hold no messages.
 TEXT_FIELDS = ("prompt", "chosen", "rejected", "completion")

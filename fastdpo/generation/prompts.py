@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 
 from ..config import TrainConfig
-from ..data.columns import PROBLEM_COLUMN, RESPONSES, row_kinds
+from ..data.columns import PROBLEM_COLUMN, RESPONSES, TEMPLATE_FIELDS, row_kinds
 from ..data.layouts import to_canonical
 from ..data.layouts.looks import SYSTEM
 from ..data.layouts.mapping import by_columns
@@ -22,7 +22,6 @@ from ..errors import DataError
 logger = logging.getLogger(__name__)
 
 _ASKING = ("prompt", "instruction", "system", "history")
-_TEMPLATE = ("tools", "chat_template_kwargs")
 
 
 @dataclass(frozen=True)
@@ -100,13 +99,13 @@ def _alone(raw: datasets.Dataset, config: TrainConfig) -> Mapping[str, Any] | No
     """The columns of prompts without answers; None where the rows are those of a layout."""
     columns: Sequence[str] = raw.column_names
     if config.columns:
-        return config.columns if {*config.columns} <= {*_ASKING, *_TEMPLATE} else None
+        return config.columns if {*config.columns} <= {*_ASKING, *TEMPLATE_FIELDS} else None
     if config.layout or "prompt" not in columns:
         return None
     try:
         recognise(raw, str(config.dataset_name))
     except DataError:
-        names = {name: name for name in ("prompt", *_TEMPLATE) if name in columns}
+        names = {name: name for name in ("prompt", *TEMPLATE_FIELDS) if name in columns}
         system = next((name for name in SYSTEM if name in columns), None)
         return names if system is None else {**names, "system": system}
     return None

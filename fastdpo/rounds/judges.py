@@ -7,29 +7,33 @@ import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..config.rounds import RoundsConfig
+from ..data.columns import TEMPLATE_FIELDS
 from ..data.messages import Text
 from ..errors import ConfigError, DataError, FastDPOError, one_line
 from ..model.paths import run_device
 from ..scoring.reward import RewardModel as Implied
-from .prompts import as_completion
+from .prompts import as_columns, as_completion
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt with its answers, and the row that it stands in."""
+    """A prompt with its answers, the row that it stands in, and what the chat template is given
+    beside the prompt.
+    """
 
     prompt: Text
     answers: Sequence[str]
     row: Row
+    template: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Judge(ABC):
@@ -209,7 +213,7 @@ class RewardModel(Judge):
             raise ConfigError(f"judge: {path} has {labels} labels; expected a reward model, of 1")
 
     def __call__(self, questions: Sequence[Question]) -> list[list[float | None]]:
-        tokens = [self._encode(q.prompt, answer) for q in questions for answer in q.answers]
+        tokens = [self._encode(q, answer) for q in questions for answer in q.answers]
         scores: list[float | None] = [None] * len(tokens)
         order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
         for start in range(0, len(order), self.batch_size):
@@ -230,13 +234,15 @@ class RewardModel(Judge):
         out = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
         return [float(value) for value in out.logits[:, 0].float().cpu()]
 
-    def _encode(self, prompt: Text, answer: str) -> list[int]:
+    def _encode(self, question: Question, answer: str) -> list[int]:
+        prompt = question.prompt
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt + answer)["input_ids"])
         talk = [*prompt, *as_completion(prompt, answer)]
         if self.tokenizer.chat_template is None:
             raise DataError("judge: the reward model has no chat template; expected text prompts")
-        return list(self.tokenizer.apply_chat_template(talk, return_dict=True)["input_ids"])
+        found = self.tokenizer.apply_chat_template(talk, **question.template, return_dict=True)
+        return list(found["input_ids"])
 
 
 class Implicit(Judge):
@@ -252,8 +258,13 @@ class Implicit(Judge):
         )
 
     def __call__(self, questions: Sequence[Question]) -> list[list[float | None]]:
-        prompts = [q.prompt for q in questions for _ in q.answers]
+        each = [(q, answer) for q in questions for answer in q.answers]
+        columns = [as_columns(q.template) for q, _ in each]
         rest = iter(
-            self.reward(prompts, [as_completion(q.prompt, a) for q in questions for a in q.answers])
+            self.reward(
+                [q.prompt for q, _ in each],
+                [as_completion(q.prompt, answer) for q, answer in each],
+                **{name: [one.get(name) for one in columns] for name in TEMPLATE_FIELDS},
+            )
         )
         return [[next(rest) for _ in q.answers] for q in questions]

@@ -34,6 +34,7 @@ from ..terminal import progress_bars
 from ..training.changes import COMPARED, FIXED, FOLLOWED
 from ..training.output import METRICS
 from .devices import check_alone, train_on_devices
+from .inputs import check_inputs
 from .pairing import Scored, check_loss, describe, make_rows, ratio_keys, reads_logps
 from .prompts import Prompts, load_prompts
 from .stages import add_logps, as_samples, judged, logps, sample
@@ -66,10 +67,12 @@ def rounds(config: RoundsConfig) -> RoundsResult:
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with files.locked(folder, _refuse(folder)), progress_bars(config.disable_tqdm), reached(config):
-        _check_directory(folder, config)
+        begun = (folder / _START).exists()
+        _check_directory(folder, config, begun)
         check_loss(config)
         prompts = load_prompts(config)
         check_judge(config, folder, [prompts, prompts.held_out])
+        check_inputs(config, folder, prompts, begun)
         files.write_text(folder / CONFIG, config.to_yaml())
         return _Rounds(config, folder, prompts).run()
 
@@ -81,7 +84,7 @@ def _refuse(folder: Path) -> Callable[[], None]:
     return refuse
 
 
-def _check_directory(folder: Path, config: RoundsConfig) -> None:
+def _check_directory(folder: Path, config: RoundsConfig, begun: bool) -> None:
     """Raise ConfigError where the directory holds something else than these rounds."""
     file = folder / CONFIG
     if not file.exists():
@@ -90,7 +93,7 @@ def _check_directory(folder: Path, config: RoundsConfig) -> None:
                 "output_dir", f"{folder} holds other files; expected a new directory"
             )
         return
-    if not (folder / _START).exists():  # nothing was sampled yet
+    if not begun:
         return
     before = RoundsConfig.load(file).to_dict()
     for name, value in config.to_dict().items():
@@ -104,7 +107,8 @@ def _may_change(config: RoundsConfig, name: str) -> bool:
     """Whether a key decides nothing of what comes after."""
     if name in (*FIXED, *FOLLOWED, *COMPARED):
         return False
-    free = ("rounds", "judge_max_tokens", "check_data", "dataset_num_proc", "max_tokens_per_batch")
+    free = {"rounds", "judge_max_tokens", "engine_url", "check_data", "dataset_num_proc"}
+    free.add("max_tokens_per_batch")
     group = config.key_fields()[name].metadata["group"]
     return name in free or group in ("logging", "saving", "hub", "memory", "parallel")
 
@@ -229,13 +233,9 @@ class _Rounds:
             "eval_on_start": False,
             **ratio_keys(self.config),
         }
-        if self.config.reference == "start" and self.policy != self.start:
-            adapter = (Path(self.policy) / "adapter_config.json").is_file()
-            start_adapter = (Path(self.start) / "adapter_config.json").is_file()
-            if not adapter or start_adapter:  # an adapter's base is the start
-                values["ref_model_name_or_path"] = self.start
-        elif self.config.reference == "previous" and self.policy != self.start:
-            values["ref_model_name_or_path"] = self.policy
+        moved = self.config.reference == "start" and self.policy != self.start
+        if moved and self.config.needs_reference:
+            values["ref_model_name_or_path"] = self.start
         if (output / "trainer_state.json").exists():
             values["resume_from_checkpoint"] = True
         train_on_devices(self.config.of_round(**values), folder / "training.yaml")

@@ -12,7 +12,7 @@ from ..config.rounds import RoundsConfig
 from ..data.messages import Text
 from ..errors import DataError
 from ..losses import loss_of
-from .prompts import as_completion
+from .prompts import as_columns, as_completion
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Made:
         names = dict.fromkeys(name for row in self.rows for name in row)
         numbers = datasets.List(datasets.Value("float64"))
         kinds = {"label": datasets.Value("bool"), "scores": numbers, "logps": numbers}
-        texts = [name for name in names if isinstance(self.rows[0].get(name), str)]
+        texts = [name for name in names if all(isinstance(r.get(name), str) for r in self.rows)]
         kinds |= dict.fromkeys(texts, datasets.Value("string"))
         features = {name: kinds.get(name, datasets.Json()) for name in names}
         columns = {name: [row.get(name) for row in self.rows] for name in names}
@@ -90,12 +90,8 @@ def make_rows(
         if isinstance(made, str):
             left_out[made] = left_out.get(made, 0) + 1
             continue
-        tools = one.template.get("tools")
-        rest = {name: value for name, value in one.template.items() if name != "tools"}
-        beside = {"tools": tools} if tools else {}
-        beside |= {"chat_template_kwargs": rest} if rest else {}
         for row in _labelled(made) if reads == "label" else made:
-            rows.append({"prompt": one.prompt, **row, **beside})
+            rows.append({"prompt": one.prompt, **row, **as_columns(one.template)})
     differ = reads != "scores" or any(len(set(row["scores"])) > 1 for row in rows)
     if rows and not differ:
         left_out["whose answers all have the same score"] = len(rows)

@@ -48,7 +48,8 @@ class Prompts:
     def own(self, index: int) -> Any:
         """The row's own answer, for SPIN; None without one."""
         prompt = self.all[index]
-        named = (prompt.row.get(name) for name in _OWN)
+        bad = prompt.row.get("label") is False
+        named = (prompt.row.get(name) for name in _OWN if not (bad and name == "completion"))
         answer = next((one for one in named if one is not None and str(one).strip()), None)
         if isinstance(answer, list) and isinstance(prompt.text, list):
             try:
@@ -110,7 +111,7 @@ def load_prompts(config: RoundsConfig) -> Prompts:
             if kept.own(index) is None:
                 raise DataError(
                     f"{kept.where(index)}: no answer of its own; expected {', '.join(_OWN[:-1])} "
-                    f"or {_OWN[-1]} beside the prompt (judge: row)"
+                    f"or {_OWN[-1]} beside the prompt, and no label false (judge: row)"
                 )
     return Prompts(name, kept.all, kept.tokens, held, config.seed)
 
@@ -142,6 +143,13 @@ def _only_text(answer: Any) -> str | None:
         message = {name: value for name, value in answer[0].items() if value is not None}
         answer = message.get("content") if message.keys() == {"role", "content"} else None
     return answer if isinstance(answer, str) else None
+
+
+def as_columns(template: Mapping[str, Any]) -> dict[str, Any]:
+    """What a chat template is given beside a prompt, as columns of a row."""
+    rest = {name: value for name, value in template.items() if name != "tools"}
+    columns = {"tools": template.get("tools"), "chat_template_kwargs": rest}
+    return {name: value for name, value in columns.items() if value}
 
 
 def as_completion(prompt: Text, text: str) -> Any:

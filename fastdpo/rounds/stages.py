@@ -120,8 +120,8 @@ def judged(
     for start in tqdm(range(0, len(prompts), size), "judging", disable=config.disable_tqdm):
         scores += judge(
             [
-                Question(prompts.all[i].text, answers[i], prompts.all[i].row)
-                for i in range(start, min(start + size, len(prompts)))
+                Question(one.text, answers[i], one.row, one.template)
+                for i, one in enumerate(prompts.all[start : start + size], start)
             ]
         )
     counts = {"failures": judge.failures, "comparisons": judge.comparisons}

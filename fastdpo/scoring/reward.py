@@ -6,6 +6,7 @@ from typing import Any
 import datasets
 
 from ..config import TrainConfig
+from ..data.columns import TEMPLATE_FIELDS
 from ..errors import DataError
 from .responses import load_response_scorer
 from .rows import make_encoder, windows
@@ -46,16 +47,18 @@ class RewardModel:
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
     ) -> list[float]:
         """The reward of each completion to the prompt at the same place: texts, or lists of
-        messages. Other columns are not looked at.
+        messages. Of other columns `tools` and `chat_template_kwargs` go to the chat template.
 
         Raises:
             DataError: naming the first completion that cannot be scored.
         """
-        rows = [
-            {"prompt": prompt, "responses": [completion]}
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
-        dataset = datasets.Dataset.from_list(rows)
+        if len(prompts) != len(completions):
+            raise ValueError(f"{len(prompts)} prompts, {len(completions)} completions")
+        beside = {name: columns[name] for name in TEMPLATE_FIELDS if any(columns.get(name, ()))}
+        dataset = datasets.Dataset.from_dict(
+            {"prompt": list(prompts), "responses": [[one] for one in completions], **beside},
+            datasets.Features(dict.fromkeys(("prompt", "responses", *beside), datasets.Json())),
+        )
         encoder = make_encoder(
             dataset,
             self.scorer.tokenizer,

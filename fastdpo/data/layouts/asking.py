@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+from ..columns import TEMPLATE_FIELDS
 from ..messages import BadRow
 from .values import (
     ASKING,
@@ -107,8 +108,7 @@ def split_answer(
 
 def extras(raw: Raw, names: Names) -> dict[str, Any]:
     """What goes on to the chat template."""
-    kept = ("tools", "chat_template_kwargs")
-    return {name: raw.get(names[name]) for name in kept if name in names}
+    return {name: raw.get(names[name]) for name in TEMPLATE_FIELDS if name in names}
 
 
 def answers_after(asked: list[Message], named: Mapping[str, Any], what: str) -> list[list[Message]]:

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import xxhash
 
-from ..columns import FIELDS, LINE_COLUMN, PROBLEM_COLUMN, may_hold_prompt
+from ..columns import FIELDS, LINE_COLUMN, PROBLEM_COLUMN, TEMPLATE_FIELDS, may_hold_prompt
 from ..messages import BadRow, plain_message, unreadable
 from ..processes import processes_for
 from ..readers import stored
@@ -146,7 +146,7 @@ def _fields(reading: Reading) -> set[str]:
     if reading.function in (mapping.by_columns, pairs.text_arguments):
         fields = set(reading.names)
         return (fields | {"prompt"} if "instruction" in fields else fields) & set(FIELDS)
-    optional = {"tools", "chat_template_kwargs"} & set(reading.names)
+    optional = {*TEMPLATE_FIELDS} & set(reading.names)
     listed = {reading.names["as"]} if "as" in reading.names else set()
     return {*_MADE[reading.function], *optional, *listed}
 

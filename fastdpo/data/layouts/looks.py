@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ..columns import TEMPLATE_FIELDS
 from .sample import Sample
 from .values import ASKING, as_conversation, is_message, parsed
 
@@ -17,9 +18,7 @@ def with_shared(sample: Sample, names: Mapping[str, str | None], *more: str) -> 
     parts = {part: name for part, name in names.items() if name is not None}
     optional = {"system": sample.first_filled(*SYSTEM)}
     optional |= {name: name if sample.filled(name) else None for name in more}
-    optional |= {
-        name: name if name in sample.names else None for name in ("tools", "chat_template_kwargs")
-    }
+    optional |= {name: name if name in sample.names else None for name in TEMPLATE_FIELDS}
     return {part: name for part, name in optional.items() if name is not None} | parts
 
 
