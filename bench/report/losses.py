@@ -91,14 +91,17 @@ def score_block(folder: Path) -> str:
             f"{turns[-1]['response_tokens'] / responses:.0f}",
         )
         for name in ("padded", "sorted"):
-            ratios = [row["seconds"][name] / row["seconds"]["fastdpo"] for row in turns]
+            ratios = [
+                row["processor_seconds"][name] / row["processor_seconds"]["fastdpo"]
+                for row in turns
+            ]
             spread = f"{number(min(ratios))}–{number(max(ratios))}"
             speed = f"{statistics.median(ratios):.2f}×"
             lines.append([str(shots), *lengths, str(groups), name, speed, spread, str(len(ratios))])
     said = (
         "GSM8K questions with five solutions each after some solved ones, SmolLM2-135M, fp32: "
-        "response tokens a second of `fastdpo score` over those of padded batches of 8 through "
-        "transformers, in the order of the rows and sorted by length."
+        "response tokens a processor second of `fastdpo score` over those of padded batches of 8 "
+        "through transformers, in the order of the rows and sorted by length."
     )
     columns = (
         *("solved before", "prompt tokens", "response tokens", "questions"),
