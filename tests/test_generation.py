@@ -73,7 +73,11 @@ def test_an_answer_ends_at_the_models_own_end(tiny_model):
     one = sampler(tiny_model)
     end = one.tokenizer.eos_token_id
     assert one._answer([5, end, 6]).complete and not one._answer([5, 6]).complete
-    assert one._answer([5, end, 6]).text == one.tokenizer.decode([5])
+    answer = one._answer([5, end, 6], [-1.0, -2.0, -3.0])
+    assert answer.text == one.tokenizer.decode([5])
+    assert (answer.ids, answer.logps) == ((5, end), (-1.0, -2.0))
+    cut = one._answer([5, 6], [-1.0, -2.0])
+    assert (cut.ids, cut.logps) == ((5, 6), (-1.0, -2.0))
 
 
 @pytest.mark.parametrize(

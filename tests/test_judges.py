@@ -244,6 +244,14 @@ def test_an_endpoint_that_is_down_is_one_line_and_keeps_what_was_said(server, tm
     assert judge(server, tmp_path).spent == 10
 
 
+def test_after_a_failure_nothing_more_is_asked(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(endpoint, "_AT_ONCE", 1)
+    server.status = [401]
+    with pytest.raises(FastDPOError, match="401"):
+        judge(server, tmp_path)([Question("q", list("abcdefgh"), {})])
+    assert len(server.seen) <= 2  # the next one may have begun meanwhile
+
+
 def test_one_failing_request_loses_none_of_those_beside_it(server, tmp_path):
     server.status, together = [401], threading.Barrier(5)
     server.answers = lambda text: f"Score: {5 + 0 * together.wait()}"

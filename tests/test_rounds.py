@@ -333,8 +333,9 @@ def test_other_faults_before_the_first_answer(settings, tmp_path, capsys):
             rounds(RoundsConfig(**settings | changes))
         assert said in str(caught.value) and "\n" not in str(caught.value)
     assert len(rounds(RoundsConfig(**settings | {"rounds": 1})).rounds) == 2
-    with pytest.raises(ConfigError, match="beta: differs from the rounds in"):
-        rounds(RoundsConfig(**settings | {"beta": 0.7}))
+    for name, value in {"beta": 0.7, "global_batch_size": 4}.items():
+        with pytest.raises(ConfigError, match=f"{name}: differs from the rounds in"):
+            rounds(RoundsConfig(**settings | {name: value}))
     more = {"judge_max_tokens": 5, "logging_steps": 3, "max_tokens_per_batch": 4096}
     assert len(rounds(RoundsConfig(**settings | more)).rounds) == 3
     (tmp_path / "full").mkdir()
