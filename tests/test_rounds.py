@@ -22,6 +22,8 @@ from fastdpo import files
 from fastdpo.cli import main
 from fastdpo.config.rounds import RoundsConfig
 from fastdpo.errors import ConfigError, FastDPOError
+from fastdpo.model.sampler import Answer
+from fastdpo.rounds import stages
 from fastdpo.rounds.loop import LOG, rounds
 from fastdpo.rounds.prompts import load_prompts
 
@@ -446,6 +448,29 @@ def test_what_stands_beside_a_prompt_goes_to_the_chat_template(settings, tmp_pat
     rounds(config)
     (row, *_) = rows_of(tmp_path / "out/round-1/train.parquet")
     assert row["prompt"] == asked and row["tools"] == tools
+
+
+def test_every_batch_of_every_round_has_a_seed_of_its_own(settings, tmp_path, monkeypatch):
+    seeds = []
+
+    class Engine:
+        def answer(self, prompts, number, seed):
+            seeds.append(seed)
+            return [[Answer("yes", True, (1,), (0.0,))] * number for _ in prompts]
+
+    monkeypatch.setattr(stages, "load_engine", lambda config: Engine())
+    config = RoundsConfig(**settings)
+    prompts = load_prompts(config)
+    again = config.choose("test", seed=7)
+    for folder, keys, number in (("1", config, 1), ("2", config, 2), ("other", again, 1)):
+        for name in ("samples", "held-out-samples"):
+            stages.sample(keys, tmp_path / folder / f"{name}.parquet", prompts, 2, number)
+    assert len(seeds) == len(set(seeds)) == 3 * 2 * 3
+    seeds.clear()
+    stages.sample(config, tmp_path / "3" / "samples.parquet", prompts, 2, 1)
+    first = list(seeds)
+    stages.sample(config, tmp_path / "4" / "samples.parquet", prompts, 2, 1)
+    assert seeds == first * 2
 
 
 def test_log_probabilities_are_of_the_tokens_that_were_drawn(settings, tmp_path):
