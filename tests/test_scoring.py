@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdpo import RewardModel, TrainConfig, score
 from fastdpo.cli import main
+from fastdpo.data import plan
 from fastdpo.errors import ConfigError, DataError, ModelError
 from fastdpo.scoring.measures import label_accuracy
-from fastdpo.scoring.rows import WINDOW
+from fastdpo.scoring.responses import load_response_scorer
+from fastdpo.scoring.rows import WINDOW, make_encoder, windows
 
 KEYS = {"use_cpu": True, "bf16": False, "disable_tqdm": True}
 GROUPS = [
@@ -68,6 +70,34 @@ def test_every_response_has_the_log_probability_that_the_model_gives_it(make_con
     assert result.rows.column_names[:3] == ["prompt", "responses", "scores"]
     assert result.summary["responses"] == 5
     assert result.summary["pairs"] == 3
+
+
+def test_a_group_larger_than_a_row_of_training_is_not_split(make_config, monkeypatch):
+    """Its prompt would be computed once more for each part; a budget that was given holds."""
+    monkeypatch.setitem(plan.TOKENS_PER_ROW, "cpu", 128)
+    row = {"prompt": "yes " * 40, "responses": ["no " * count for count in (5, 10, 15, 20, 25)]}
+    found = {}
+    for budget in (None, 128, 512):
+        scorer = load_response_scorer(make_config(max_tokens_per_batch=budget))
+        encoder = make_encoder(
+            datasets.Dataset.from_list([row]), scorer.tokenizer, "rows", None, scorer.vocab_size
+        )
+        ((groups, _),) = windows(datasets.Dataset.from_list([row]), encoder)
+        seen, compute = [], scorer.policy.response_logps
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                scorer.policy,
+                "response_logps",
+                lambda batch, seen=seen, compute=compute: (
+                    seen.append(batch.input_ids.numel()) or compute(batch)
+                ),
+            )
+            (scores,) = scorer(groups)
+        found[budget] = (seen, scores.logps)
+    whole = len(groups[0].prompt) + sum(map(len, groups[0].responses))
+    assert found[None][0] == found[512][0] == [whole] and 128 < whole < 4 * 128
+    assert len(found[128][0]) > 1
+    assert found[None][1] == pytest.approx(found[128][1], rel=1e-5)
 
 
 def test_rows_keep_their_place_over_windows_and_those_that_cannot_be_scored_say_why(make_config):

@@ -12,7 +12,7 @@ import numpy as np
 from ..config import TrainConfig
 from ..data.batch import make_batch
 from ..data.groups import Group
-from ..data.plan import reference_budget, reference_rows, row_budget
+from ..data.plan import part_tokens, reference_budget, reference_rows, row_budget
 from ..model.adapter import adopt_adapter
 from ..model.load import (
     check_model_files,
@@ -29,6 +29,8 @@ from ..training.online import OnlineReference
 from .measures import Values
 
 logger = logging.getLogger(__name__)
+
+_LARGER_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,21 @@ class ResponseScorer:
             for i, group in enumerate(groups)
         ]
 
+    def _row_tokens(self, groups: Sequence[Group]) -> int:
+        """Tokens of a row at most: as many as the largest group has, up to four times those of a
+        row of training, as prompts of groups that are split are computed more than once.
+        """
+        layout, kind = self.policy.layout.name, self.policy.device.type
+        budget = reference_budget(row_budget(self.config, kind), kind)
+        if self.config.max_tokens_per_batch is not None:
+            return budget
+        whole = (part_tokens(g, range(len(g.responses)), layout) for g in groups)
+        return max(budget, min(_LARGER_ROWS * budget, max(whole, default=0)))
+
     def _logps(self, groups: Sequence[Group], scorer: Scorer) -> list[np.ndarray]:
         found = [np.zeros(len(group.responses)) for group in groups]
         layout, device = scorer.layout.name, scorer.device
-        budget = reference_budget(row_budget(self.config, device.type), device.type)
+        budget = self._row_tokens(groups)
         wanted = [(i, r) for i, group in enumerate(groups) for r in range(len(group.responses))]
         for window in reference_rows(groups, wanted, max_tokens=budget, layout=layout):
             for row in window:
