@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdpo import TrainConfig, score
 from fastdpo.cli import main
+from fastdpo.data.load import Reader
 from fastdpo.errors import ConfigError
 from fastdpo.generation.chat import _harmless
 from fastdpo.model.sampler import Sampler, Sampling
@@ -122,6 +123,30 @@ def test_prompts_come_from_pairs_without_one_and_from_the_command_line(
     assert isinstance(row["prompt"], str) and isinstance(row["responses"][0], str)
     assert asked["prompt"] == [{"role": "user", "content": row["prompt"]}]
     assert asked["responses"][0][0]["role"] == "assistant"
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
+def test_rows_that_differ_in_type_are_written_as_they_are(tiny_model, tmp_path, name):
+    def called(**arguments):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+    user = {"role": "user", "content": "the cat"}
+    rows = [
+        {"prompt": "42", "meta": 1, "n": 1},
+        {"prompt": [user, called(a=1), user], "meta": "7", "n": 2},
+        {"prompt": [user, called(b=None, c=[]), user], "meta": {"k": 1}, "n": None},
+    ]
+    source, out = tmp_path / "prompts.jsonl", tmp_path / name
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["sample", str(tiny_model), "--dataset_name", str(source), "-o", str(out)]
+    assert main([*words, "--max_new_tokens", "2", *KEYS]) == 0
+    found = Reader("train", all_columns=True).read(str(out)).with_format(None)
+    assert [{key: row[key] for key in rows[0]} for row in found] == rows
+    assert [type(row["responses"][0]) for row in found] == [str, list, list]
+    if name == "out.jsonl":
+        written = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [row["prompt"] for row in written] == [row["prompt"] for row in rows]
 
 
 def test_a_chat_goes_on_from_what_was_said(tiny_model, capsys, monkeypatch):

@@ -219,6 +219,15 @@ def test_a_file_is_scored_into_another_with_every_column(make_config, tmp_path, 
     assert [json.loads(line) for line in lines if line] == written
 
 
+def test_rows_in_memory_need_not_agree_in_their_types(make_config):
+    rows = [
+        {"prompt": "the cat ", "responses": ["sat"], "meta": 1, "of": {"a": 1}},
+        {"prompt": "a dog ", "responses": ["ran"], "meta": "x", "of": {"b": None}},
+    ]
+    result = score(make_config(), rows)
+    assert [{key: row[key] for key in rows[0]} for row in result.rows] == rows
+
+
 def test_what_is_wrong_is_one_line(make_config, tmp_path, capsys):
     model = str(make_config().model_name_or_path)
     data = tmp_path / "rows.jsonl"

@@ -1,17 +1,15 @@
 """`fastdpo sample`: answers to one prompt, or to those of a data set."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 from tqdm import tqdm
 
 from .. import terminal
 from ..arguments import own_flags
 from ..data.columns import LINE_COLUMN, PREFERENCES, PROBLEM_COLUMN
-from ..data.write import writer_of
+from ..data.write import json_line, writer_of
 from ..errors import ConfigError
 from ..model.sampler import Answer, Sampler
 from .command import SAMPLING, model_config, number, sampling
@@ -80,11 +78,11 @@ def run(arguments: Sequence[str]) -> None:
         for index, answers in tqdm(found, "sample", len(rows), disable=config.disable_tqdm):
             rows[index] = with_answers(rows[index], answers)
         if write is not None:
-            write(datasets.Dataset.from_list(rows))
+            write(rows)
             print(f"{len(rows)} rows, {counts['number']} answers each: {given['output']}")
             return
     for row in rows:
-        print(json.dumps(row, ensure_ascii=False))
+        print(json_line(row))
 
 
 def with_answers(row: Mapping[str, Any], answers: Sequence[Answer]) -> dict[str, Any]:

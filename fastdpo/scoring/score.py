@@ -17,7 +17,7 @@ from ..config import TrainConfig
 from ..data.dataset import RowsInMemory
 from ..data.layouts import to_canonical
 from ..data.load import Reader
-from ..data.write import writer_of
+from ..data.write import as_dataset, writer_of
 from ..errors import ConfigError, DataError
 from ..hub import reached
 from ..model.lent import lent
@@ -127,10 +127,9 @@ def _in_memory(rows: RowsInMemory) -> datasets.Dataset:
         return rows
     if isinstance(rows, str | Mapping) or not isinstance(rows, Sequence) or not rows:
         raise DataError("rows: expected a list of dicts or a datasets.Dataset, with rows")
-    try:
-        return datasets.Dataset.from_list([dict(row) for row in rows])
-    except (TypeError, ValueError) as error:  # pyarrow's are ValueErrors
-        raise DataError(f"rows: cannot be one data set ({error})") from error
+    if not all(isinstance(row, Mapping) for row in rows):
+        raise DataError("rows: expected a list of dicts or a datasets.Dataset, with rows")
+    return as_dataset(rows)
 
 
 def _readable(config: TrainConfig, dataset: datasets.Dataset, name: str) -> datasets.Dataset:
