@@ -1,6 +1,7 @@
 """Arguments of a command that are no keys of a configuration."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 
 from .errors import ConfigError
 
@@ -44,3 +45,22 @@ def own_flags(
                 raise ConfigError(f"--{name}: expected {values.get(name, 'nothing')} ({see})")
             given[name] = found
     return words, given, on
+
+
+def check_output(output: Path, read: Iterable[Path]) -> None:
+    """Refuse to write over what is read, or over a file of a directory that is read.
+
+    Args:
+        output: the file to write.
+        read: files and directories, some of which may not be there.
+
+    Raises:
+        ConfigError: it is one of them.
+    """
+    if not output.exists():
+        return
+    for path in read:
+        if not path.exists():
+            continue
+        if output.samefile(path) or path.resolve() in output.resolve().parents:
+            raise ConfigError(f"{output}: is read here; expected another file to write to")

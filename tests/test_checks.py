@@ -260,3 +260,26 @@ def test_what_is_wrong_is_one_line(tmp_path, capsys):
     assert "not found" in capsys.readouterr().err
     with pytest.raises(DataError, match="missing columns"):
         check(datasets.Dataset.from_list([{"a": "b"}]), "rows")
+
+
+def test_what_is_read_is_not_written_over(tmp_path, capsys):
+    data, link = tmp_path / "pairs.json", tmp_path / "link.json"
+    data.write_text(json.dumps(pairs(3)))
+    link.symlink_to(data)
+    before, config = data.read_text(), tmp_path / "config.yaml"
+    config.write_text(f"datasets: [{{path: json, data_files: [{data}]}}]\n")
+    for words in (
+        [str(data), "-o", str(data)],
+        [str(data), "-o", str(link)],
+        [str(tmp_path), "-o", str(data)],
+        [str(config), "-o", str(data)],
+        ["other.json", "--test", str(data), "-o", str(data)],
+        ["other.json", "--eval_dataset_name", str(data), "-o", str(data)],
+    ):
+        assert main(["check", *words]) == 2
+        assert "is read here; expected another file to write to" in capsys.readouterr().err
+    assert main(["check", str(data), "-o", str(tmp_path / "found.jsonl")]) == 2
+    assert "--output: expected a file named .json" in capsys.readouterr().err
+    assert data.read_text() == before
+    assert main(["check", str(data), "-o", str(tmp_path / "found.json")]) == 0
+    assert main(["check", str(data), "-o", str(tmp_path / "found.json")]) == 0

@@ -203,12 +203,22 @@ def test_a_merged_adapter_is_a_model_with_its_numbers(adapter, tiny_model, tmp_p
         (["sample", "{model}", "--prompt", "a", "--temperature", "hot"], "--temperature"),
         (["sample", "{tmp}/none", "--prompt", "a"], "none"),
         (["chat", "{model}", "--betta", "1"], "betta"),
+        (
+            ["sample", "{model}", "--dataset_name", "{tmp}/data.jsonl", "-o", "{tmp}/data.jsonl"],
+            "data.jsonl: is read here; expected another file to write to",
+        ),
+        (
+            ["sample", "{model}", "--dataset_name", "{tmp}", "-o", "{tmp}/data.jsonl"],
+            "is read here",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line(words, error, tiny_model, adapter, tmp_path, capsys):
     (tmp_path / "something").write_text("kept")
+    (tmp_path / "data.jsonl").write_text('{"prompt": "kept"}\n')
     words = [w.format(model=tiny_model, adapter=adapter, tmp=tmp_path) for w in words]
     assert main(words) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and error in said and said.count("\n") == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["something"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data.jsonl", "something"]
+    assert (tmp_path / "data.jsonl").read_text() == '{"prompt": "kept"}\n'

@@ -238,6 +238,8 @@ def test_what_is_wrong_is_one_line(make_config, tmp_path, capsys):
     assert main(["score", *words, "-o", "rows.txt"]) == 2
     error = "error: rows.txt: expected a file named .jsonl, .jsonl.gz or .parquet\n"
     assert capsys.readouterr().err == error
+    assert main(["score", *words, "-o", str(data)]) == 2
+    assert f"{data}: is read here" in capsys.readouterr().err
     assert main(["score", *words, "-o"]) == 2
     assert "--output: expected a file (fastdpo score --help)" in capsys.readouterr().err
     assert main(["score", "--dataset_name", str(data)]) == 2
@@ -246,7 +248,7 @@ def test_what_is_wrong_is_one_line(make_config, tmp_path, capsys):
         score(make_config(devices=2), [{"prompt": "a ", "completion": "b"}])
     with pytest.raises(DataError, match="expected a list of dicts"):
         score(make_config(), [])
-    assert not (tmp_path / "rows.txt").exists()
+    assert not (tmp_path / "rows.txt").exists() and "question" in data.read_text()
 
 
 def test_the_policy_is_a_reward_function_of_trls_form(adapter, tiny_model, make_config):

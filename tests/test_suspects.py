@@ -85,6 +85,7 @@ def test_groups_have_a_line_for_each_comparison(check, tiny_model):
             ["--suspects", "out.txt", "--model_name_or_path", "MODEL"],
             "expected a file named",
         ),
+        (PAIRS, ["--suspects", "DATA", "--model_name_or_path", "MODEL"], "is read here"),
         (
             [{"prompt": "a ", "completion": "sat", "label": True}],
             ["--label_errors", "--model_name_or_path", "MODEL"],
@@ -95,7 +96,9 @@ def test_groups_have_a_line_for_each_comparison(check, tiny_model):
 def test_what_is_wrong_is_one_line(rows, words, said, tmp_path, capsys, tiny_model):
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = [str(tiny_model) if word == "MODEL" else word for word in words]
+    before, places = data.read_text(), {"MODEL": str(tiny_model), "DATA": str(data)}
+    words = [places.get(word, word) for word in words]
     assert main(["check", str(data), *FLAGS, *words]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+    assert data.read_text() == before

@@ -1,6 +1,7 @@
 """Which data sets are read and how: the names that `layout`, `columns` and `datasets` may hold."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 LAYOUTS = (
@@ -57,6 +58,21 @@ _TEXTS = ("path", "name", "data_dir", "split", "layout")
 _NUMBERS = ("fraction", "weight")
 ENTRY = (*_TEXTS, "data_files", "columns", *_NUMBERS)
 """The keys of an entry of `datasets`."""
+
+
+def paths_read(entries: Sequence[Mapping[str, Any]], *names: str | None) -> Iterator[Path]:
+    """Where data sets of these names, and those of the entries of `datasets`, lie if that is on a
+    disk.
+    """
+    yield from (Path(name).expanduser() for name in names if name is not None)
+    for entry in entries:
+        root, files = Path(entry["path"]), entry.get("data_files") or ()
+        yield root
+        by_split = files.values() if isinstance(files, Mapping) else [files]
+        for listed in by_split:
+            for name in [listed] if isinstance(listed, str) else listed:
+                below = Path(entry.get("data_dir") or "") / name
+                yield from (below, root / below)
 
 
 def known_fields(columns: Mapping[str, Any]) -> bool:

@@ -7,7 +7,8 @@ from typing import Any
 from tqdm import tqdm
 
 from .. import terminal
-from ..arguments import own_flags
+from ..arguments import check_output, own_flags
+from ..config.datasets import paths_read
 from ..data.columns import LINE_COLUMN, PREFERENCES, PROBLEM_COLUMN
 from ..data.write import json_line, writer_of
 from ..errors import ConfigError
@@ -60,6 +61,8 @@ def run(arguments: Sequence[str]) -> None:
         for name, default in (("number", "1"), ("batch_size", "8"))
     }
     write = writer_of(Path(given["output"])) if "output" in given else None
+    if write is not None:
+        check_output(Path(given["output"]), paths_read([], config.dataset_name))
     prompts = [] if "prompt" in given else read_prompts(config)
     with terminal.withheld(), terminal.progress_bars(config.disable_tqdm):
         sampler = Sampler.load(config)

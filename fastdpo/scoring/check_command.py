@@ -1,19 +1,21 @@
 """`fastdpo check`: a data set before anything is trained on it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import datasets
 
 from .. import terminal
-from ..arguments import own_flags
+from ..arguments import check_output, own_flags
 from ..checks.check import Checked, check
 from ..checks.findings import Finding
 from ..checks.show import describe
 from ..config import TrainConfig
+from ..config.datasets import paths_read
 from ..data.load import load_rows
 from ..data.write import writer_of
+from ..errors import ConfigError
 from ..files import write_text
 
 USAGE = """\
@@ -36,7 +38,7 @@ its tokens and truncation is looked at. Takes the keys of fastdpo train; a file 
                       else by log-probability a token
   --suspects FILE     the same, and write all pairs, the likeliest errors first: .jsonl, .jsonl.gz
                       or .parquet
-  -o, --output FILE   write what was found as JSON, with every row's number
+  -o, --output FILE   write what was found, with every row's number: .json
   --json              print that instead of a table
 
 Near duplicates and languages need pip install 'fastdpo[check]'.
@@ -62,12 +64,23 @@ def run(arguments: Sequence[str]) -> None:
         config.require("model_name_or_path")
     if suspects is not None:
         writer_of(suspects)  # a name of no kind is an error before anything is read
+    _check_outputs(given, config)
     with terminal.heard("json" not in switches), terminal.progress_bars(config.disable_tqdm):
         found = check_config(config, given.get("test"), judged, suspects)
     text = json.dumps(found.as_dict(), indent=2, ensure_ascii=False)
     if "output" in given:
         write_text(Path(given["output"]), text + "\n")
     print(text if "json" in switches else describe(found))
+
+
+def _check_outputs(given: Mapping[str, str], config: TrainConfig) -> None:
+    """Refuse what would write over the data, or write two things to one file."""
+    output = given.get("output")
+    if output is not None and Path(output).suffix != ".json":
+        raise ConfigError(f"--output: expected a file named .json, got {output}")
+    for name in given.keys() & {"output", "suspects"}:
+        names = (config.dataset_name, config.eval_dataset_name, given.get("test"))
+        check_output(Path(given[name]), paths_read(config.datasets, *names))
 
 
 def check_config(

@@ -13,7 +13,9 @@ from typing import Any
 import datasets
 from tqdm import tqdm
 
+from ..arguments import check_output
 from ..config import TrainConfig
+from ..config.datasets import paths_read
 from ..data.dataset import RowsInMemory
 from ..data.layouts import to_canonical
 from ..data.load import Reader
@@ -80,6 +82,8 @@ def score(
     """
     write = None if output is None else writer_of(Path(output))
     _check(config, rows, model, tokenizer)
+    if output is not None:
+        check_output(Path(output), paths_read(config.datasets, config.dataset_name))
     with (
         progress_bars(config.disable_tqdm),
         reached(config),
