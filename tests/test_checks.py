@@ -262,6 +262,21 @@ def test_what_is_wrong_is_one_line(tmp_path, capsys):
         check(datasets.Dataset.from_list([{"a": "b"}]), "rows")
 
 
+def test_several_data_sets_are_read_as_one_and_each_row_once(tmp_path, capsys):
+    rows = pairs(30)
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    first.write_text("".join(json.dumps(row) + "\n" for row in rows[:20]))
+    second.write_text("".join(json.dumps(row) + "\n" for row in [*rows[20:], rows[3]]))
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"datasets: [{{path: {first}, weight: 0.25}}, {{path: {second}, weight: 2.5}}]\n"
+    )
+    assert main(["check", str(config)]) == 0
+    said = capsys.readouterr().out
+    assert f"{first}: rows 1 to 20\n{second}: rows 21 to 31\n" in said
+    assert "31 rows" in said and "1 rows repeat an earlier one" in said and "as row 4" in said
+
+
 def test_what_is_read_is_not_written_over(tmp_path, capsys):
     data, link = tmp_path / "pairs.json", tmp_path / "link.json"
     data.write_text(json.dumps(pairs(3)))

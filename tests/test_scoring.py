@@ -219,6 +219,21 @@ def test_a_file_is_scored_into_another_with_every_column(make_config, tmp_path, 
     assert [json.loads(line) for line in lines if line] == written
 
 
+def test_several_data_sets_are_scored_as_one(make_config, tmp_path):
+    rows = [
+        {"prompt": "the cat ", "chosen": "sat", "rejected": "ran", "id": 1},
+        {"prompt": "a dog ", "chosen": "ran far", "rejected": "sat", "id": 2},
+    ]
+    entries = []
+    for row in rows:
+        file = tmp_path / f"{row['id']}.jsonl"
+        file.write_text(json.dumps(row) + "\n")
+        entries.append({"path": str(file), "weight": 3.0})
+    result = score(make_config(datasets=entries))
+    assert result.rows["id"][:] == [1, 2]
+    assert result.columns == score(make_config(), rows).columns
+
+
 def test_rows_in_memory_need_not_agree_in_their_types(make_config):
     rows = [
         {"prompt": "the cat ", "responses": ["sat"], "meta": 1, "of": {"a": 1}},

@@ -3,10 +3,12 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import datasets
 
+from ..data.sources import Mixture
 from ..errors import ConfigError
 from .duplicates import contradictions, exact_duplicates, near_duplicates, repeated_responses
 from .faults import (
@@ -52,7 +54,8 @@ class Checked:
     """What the checks of a data set found.
 
     Attributes:
-        summary: rows, responses, pairs, seconds, and how many findings there are of each level.
+        summary: rows, responses, pairs, seconds, and how many findings there are of each level;
+            of several data sets read as one, `parts`: the name, first and last row of each.
         findings: the gravest first.
         lengths: see `lengths_of`.
     """
@@ -131,6 +134,7 @@ def _summed(
     findings.sort(key=lambda finding: LEVELS.index(finding.level))
     summary = {
         "source": source,
+        **_parts(source),
         "rows": of,
         "read": len(texts.rows) + len(texts.bad),
         "layout": texts.kind,
@@ -140,3 +144,11 @@ def _summed(
         **{level: sum(f.level == level for f in findings) for level in LEVELS},
     }
     return Checked(summary, findings, lengths)
+
+
+def _parts(source: str) -> dict[str, Any]:
+    if not isinstance(source, Mixture):
+        return {}
+    ends = accumulate(part.length for part in source.parts)
+    named = zip(source.parts, ends, strict=True)
+    return {"parts": [[part.name, end - part.length + 1, end] for part, end in named]}

@@ -15,6 +15,7 @@ def describe(found: Checked) -> str:
         f"{said['source']}: {said['rows']} rows{part}: {said['responses']} responses, "
         f"{said['pairs']} pairs, in {said['seconds']:.1f} s"
     ]
+    lines += [f"{name}: rows {first} to {last}" for name, first, last in said.get("parts", ())]
     lines += _length_table(found.lengths)
     for finding in found.findings:
         count = f"{finding.count} " if finding.rows else ""

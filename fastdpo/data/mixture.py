@@ -78,6 +78,12 @@ def load_mixture(
     return Mixture.of(parts), _joined(taken, [entry["path"] for entry in entries])
 
 
+def each_once(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """The same data sets with every row once, whatever their shares and weights."""
+    shares = ("fraction", "weight")
+    return [{key: entry[key] for key in entry if key not in shares} for entry in entries]
+
+
 def _read(entry: Entry, reader: Reader) -> datasets.Dataset:
     path, files, folder = entry["path"], entry.get("data_files"), entry.get("data_dir")
     if files is None and folder is None:

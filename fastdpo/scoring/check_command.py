@@ -17,6 +17,7 @@ from ..data.load import load_rows
 from ..data.write import writer_of
 from ..errors import ConfigError
 from ..files import write_text
+from .rows import read_mixture
 
 USAGE = """\
 fastdpo check: what is wrong with a data set, and what a model may learn from it by mistake
@@ -100,7 +101,6 @@ def check_config(
     Raises:
         FastDPOError: data or a model that cannot be read.
     """
-    name = str(config.dataset_name)
     source = (test, "train") if test is not None else None
     if source is None and config.evaluates:
         source = config.eval_source
@@ -109,7 +109,11 @@ def check_config(
         from ..model.load import load_tokenizer
 
         tokenizer = load_tokenizer(config)
-    dataset = _load(config, name, config.dataset_train_split)
+    if config.datasets:
+        dataset, name = read_mixture(config)
+    else:
+        name = str(config.dataset_name)
+        dataset = _load(config, name, config.dataset_train_split)
     also: list[Finding] = []
     if judged:
         from .suspects import judge

@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from ..config import TrainConfig
 from ..data.columns import (
     LINE_COLUMN,
     PREFERENCES,
@@ -20,6 +21,7 @@ from ..data.columns import (
 )
 from ..data.encode import KEPT, PROMPT_TOO_LONG, Encoder
 from ..data.groups import Group
+from ..data.mixture import each_once, load_mixture
 from ..data.needs import NOTHING
 from ..data.prompts import repeats_prompt
 
@@ -45,6 +47,23 @@ class ScoredRow:
     comparisons: tuple[tuple[int, int], ...] = ()
     label: bool | None = None
     reason: str | None = None
+
+
+def read_mixture(config: TrainConfig) -> tuple[datasets.Dataset, str]:
+    """The rows of the key `datasets`, each once, and a name that knows whose they are.
+
+    Raises:
+        DataError: data sets that cannot be read, or not as one.
+    """
+    name, rows = load_mixture(
+        each_once(config.datasets),
+        seed=config.seed,
+        num_proc=config.dataset_num_proc,
+        skip_bad_rows=True,
+        layout=config.layout,
+        columns=config.columns,
+    )
+    return rows, name
 
 
 def holds_responses(columns: Collection[str]) -> bool:

@@ -27,7 +27,14 @@ from ..model.load import check_given
 from ..terminal import progress_bars, withheld
 from .measures import Accuracy, Values, label_accuracy
 from .responses import GroupScores, ResponseScorer, load_response_scorer
-from .rows import READERS_OWN, ScoredRow, holds_responses, make_encoder, windows
+from .rows import (
+    READERS_OWN,
+    ScoredRow,
+    holds_responses,
+    make_encoder,
+    read_mixture,
+    windows,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -90,9 +97,7 @@ def score(
         nullcontext() if model is None else lent(model),
         withheld(),
     ):
-        name = "rows" if rows is not None else str(config.dataset_name)
-        dataset = _load(config) if rows is None else _in_memory(rows)
-        readable = _readable(config, dataset, name)
+        dataset, readable, name = _read(config, rows)
         if by is not None and by not in dataset.column_names:
             raise DataError(f"{name}: no column {by}; there are {', '.join(dataset.column_names)}")
         scorer = load_response_scorer(config, model, tokenizer)
@@ -113,6 +118,18 @@ def _check(config: TrainConfig, rows: Any, model: Any, tokenizer: Any) -> None:
         check_given(model, config)
     if (config.devices or 1) > 1:
         raise config.error("devices", "fastdpo score runs on one device; expected 1")
+
+
+def _read(
+    config: TrainConfig, rows: RowsInMemory | None
+) -> tuple[datasets.Dataset, datasets.Dataset, str]:
+    """The rows as they are and in columns that can be scored, and what to call them."""
+    if rows is None and config.datasets:
+        dataset, name = read_mixture(config)
+        return dataset, dataset, name
+    name = "rows" if rows is not None else str(config.dataset_name)
+    dataset = _load(config) if rows is None else _in_memory(rows)
+    return dataset, _readable(config, dataset, name), name
 
 
 def _load(config: TrainConfig) -> datasets.Dataset:
