@@ -76,6 +76,53 @@ def test_contradictions_are_found_both_rows_of_them():
     assert finding.rows == (4, 51) and finding.level == "error"
 
 
+def test_every_row_of_a_contradiction_is_named():
+    row = {"prompt": "is it so?", "chosen": "yes it is", "rejected": "no"}
+    turned = row | {"chosen": row["rejected"], "rejected": row["chosen"]}
+    again = row | {"chosen": "Yes, it is!"}
+    for rows in ([row, again, turned], [turned, row, again], [row, row, row, turned]):
+        finding = found([*rows, *pairs(20)])["contradiction"]
+        assert finding.rows == tuple(range(1, len(rows) + 1))
+        assert [number for number, _ in finding.examples] == list(finding.rows)
+    groups = [
+        {"prompt": "a", "responses": ["x", "y", "x", "y"], "scores": scores}
+        for scores in ([1, 2, 4, 3], [2, 1, 4, 3])
+    ]
+    assert found(groups)["contradiction"].rows == (1, 2)
+    verdicts = [
+        {"prompt": "a", "responses": ["x", "y"], "scores": scores} for scores in ([1, 2], [2, 1])
+    ]
+    names = found(verdicts)
+    assert names["contradiction"].rows == (1, 2) and "exact_duplicate" not in names
+
+
+def test_labels_of_one_response_that_differ_are_a_contradiction():
+    row = {"prompt": "is it so?", "completion": "yes", "label": True}
+    code = {"prompt": "code", "completion": "a + b", "label": True}
+    rows = [row, code, row | {"completion": "Yes", "label": False}, row]
+    names = found([*rows, code | {"completion": "a - b", "label": False}])
+    assert names["contradiction"].rows == (1, 3, 4)
+    assert "the same response with the other label" in names["contradiction"].text
+    assert names["exact_duplicate"].rows == (4,)
+
+
+def test_calls_and_thoughts_are_what_a_response_says():
+    def answer(a, **more):
+        call = {"type": "function", "function": {"name": "f", "arguments": json.dumps({"a": a})}}
+        return [{"role": "assistant", "content": "", "tool_calls": [call], **more}]
+
+    prompt = [{"role": "user", "content": "call it"}]
+    rows = [{"prompt": prompt, "chosen": answer(a), "rejected": answer(a + 9)} for a in range(5)]
+    names = found(rows)
+    assert not {"empty_response", "identical_responses", "exact_duplicate"} & set(names)
+    assert found([rows[0], rows[0]])["exact_duplicate"].rows == (2,)
+    assert found([rows[0] | {"rejected": answer(0)}])["identical_responses"].rows == (1,)
+    thoughts = rows[0] | {"rejected": answer(0, reasoning_content="hm")}
+    assert "identical_responses" not in found([thoughts])
+    parts = [{"role": "assistant", "content": [{"type": "text", "text": " "}]}]
+    assert found([rows[0] | {"rejected": parts}])["empty_response"].rows == (1,)
+
+
 def test_prompts_that_are_evaluated_on_too():
     train, test = pairs(200), pairs(60, seed=1)
     test[5] = test[5] | {"prompt": train[8]["prompt"].title()}
@@ -84,6 +131,18 @@ def test_prompts_that_are_evaluated_on_too():
     assert names["shared_prompt"].rows == (6,) and "row 9" in names["shared_prompt"].examples[0][1]
     assert names["near_shared_prompt"].rows == (7,)
     assert matches(["a b c"], ["a b c", "x y z"]) == {0: 0}
+
+
+def test_a_question_under_another_system_message_is_nearly_the_same():
+    def asked(system, text):
+        prompt = [{"role": "system", "content": system}, {"role": "user", "content": text}]
+        sides = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+        return {"prompt": prompt[not system :], **sides}
+
+    names = found([asked("", "why so?"), asked("", "how?")], [asked("Be kind.", "Why so?")])
+    assert "shared_prompt" not in names
+    assert names["near_shared_prompt"].rows == (1,)
+    assert names["near_shared_prompt"].examples[0][1].startswith("like row 1")
 
 
 @pytest.mark.parametrize("beside", ["", " é"])
@@ -148,6 +207,19 @@ def test_lengths_that_decide_are_a_warning():
     assert "longer response wins 100%" in finding.text and "scores 1.000" in finding.text
 
 
+def test_lengths_that_decide_labels_are_a_warning():
+    rows = [
+        {"prompt": f"{i}", "completion": "a" * (5 if i % 2 else 40 + i), "label": i % 2 == 1}
+        for i in range(60)
+    ]
+    finding = found(rows)["length_bias"]
+    assert finding.level == "warning" and "scores 1.000" in finding.text
+    assert finding.text.startswith("the shorter response is the desirable one in 100%")
+    even = [row | {"completion": "a" * (i // 2)} for i, row in enumerate(rows)]
+    finding = found(even)["length_bias"]
+    assert finding.level == "note" and "scores 0.500" in finding.text
+
+
 FORMED = {
     "a list": "text\n- one\n- two",
     "a heading": "# Title\ntext",
@@ -207,7 +279,9 @@ def test_languages_and_answers_in_another(tmp_path):
 
 def test_a_library_that_is_missing_is_a_note(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "rensa", None)
-    finding = found(pairs(10))["near_duplicates"]
+    names = found(pairs(10), [*pairs(1), *pairs(1, seed=1)])
+    assert names["shared_prompt"].rows == (1,) and "rensa" in names["near_shared_prompts"].text
+    finding = names["near_duplicates"]
     assert finding.level == "note" and "pip install 'fastdpo[check]'" in finding.text
 
 

@@ -97,7 +97,12 @@ def check(
     texts = read_texts(dataset, source)
     findings = [*_all(_THOROUGH, texts), *also]
     if test is not None:
-        findings += shared_prompts(texts, read_texts(*test))
+        held_out = read_texts(*test)
+
+        def near_shared_prompts(train: Texts) -> Iterator[Finding]:
+            return shared_prompts(train, held_out)
+
+        findings += _all((near_shared_prompts,), texts)
     if tokenizer is None:
         lengths = word_lengths(texts)
     else:

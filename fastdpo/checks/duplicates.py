@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import xxhash
 
 from .findings import Finding, of_rows
@@ -11,11 +12,13 @@ from .texts import Texts, words_alone
 
 
 def exact_duplicates(texts: Texts) -> Iterator[Finding]:
-    """Rows that repeat an earlier one but for white space and case."""
+    """Rows that repeat an earlier one, and what it says of its responses, but for white space and
+    case.
+    """
     first: dict[bytes, int] = {}
     found = []
     for place, row in enumerate(texts.rows):
-        earlier = first.setdefault(_digest(row_texts(texts, place)), row)
+        earlier = first.setdefault(_digest([*row_texts(texts, place), texts.verdict(place)]), row)
         if earlier != row:
             found.append((row, f"as row {earlier}: {texts.prompts[place]}"))
     yield from of_rows(
@@ -45,23 +48,47 @@ def near_duplicates(texts: Texts) -> Iterator[Finding]:
 
 
 def contradictions(texts: Texts) -> Iterator[Finding]:
-    """Pairs of one prompt that are stated both ways round; punctuation and case do not count."""
-    stated: dict[bytes, int] = {}
-    found = []
+    """Pairs of one prompt that are stated both ways round, punctuation and case aside; responses
+    with both labels, white space and case aside.
+    """
+    both = _Stated()
     prompts = [words_alone(prompt) for prompt in texts.prompts]
     asked = Counter(prompts[row] for row, _, _ in texts.pairs.tolist())
     for row, winner, loser in texts.pairs.tolist():
         if asked[prompts[row]] == 1:
             continue
-        parts = [prompts[row], *(words_alone(texts.responses[i]) for i in (winner, loser))]
-        if parts[1] == parts[2]:
-            continue
-        other = stated.get(_digest([parts[0], parts[2], parts[1]]))
-        if other is not None:
-            found += [(number, texts.prompts[row]) for number in (other, texts.rows[row])]
-        stated.setdefault(_digest(parts), texts.rows[row])
-    text = "rows contradict another one: of one prompt, the same two responses the other way round"
+        won, lost = (words_alone(texts.responses[i]) for i in (winner, loser))
+        if won != lost:
+            both.add([prompts[row], *sorted((won, lost))], won < lost, row)
+    for response in np.flatnonzero(texts.labels >= 0).tolist():
+        row = texts.place_of(response)
+        parts = [texts.plain_prompts[row], texts.plain_responses[response]]
+        both.add(parts, bool(texts.labels[response]), row)
+    found = [(texts.rows[row], texts.prompts[row]) for row in both.contradicted()]
+    what = "response with the other label"
+    if len(texts.pairs):
+        what = "two responses the other way round"
+    text = f"rows contradict another one: of one prompt, the same {what}"
     yield from of_rows("contradiction", "error", found, len(texts.rows), text)
+
+
+class _Stated:
+    """Statements, each with the places of the rows that make it one way or the other."""
+
+    def __init__(self) -> None:
+        self.rows: dict[bytes, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+
+    def add(self, parts: Sequence[str], way: bool, row: int) -> None:
+        self.rows[_digest(parts)][way].append(row)
+
+    def contradicted(self) -> list[int]:
+        """The rows of statements made both ways, each row once, those of a statement together."""
+        return list(
+            dict.fromkeys(
+                row for one, other in self.rows.values() if one and other
+                for row in sorted([*one, *other])
+            )
+        )  # fmt: skip
 
 
 def repeated_responses(texts: Texts) -> Iterator[Finding]:

@@ -41,24 +41,37 @@ _OPENING = 3  # words
 
 
 def length_bias(texts: Texts) -> Iterator[Finding]:
-    """How often the longer response is the better one, and what a rule of length alone scores."""
-    if not len(texts.pairs):
-        return
+    """How often the longer response is the better one, and what a rule of length alone scores; of
+    labelled responses, among all pairs of a desirable and an undesirable one.
+    """
     better, worse = texts.compared
+    if not len(better) or not len(worse):
+        return
     sizes = np.array([len(response) for response in texts.responses])
-    longer = int((sizes[better] > sizes[worse]).sum())
-    shorter = int((sizes[better] < sizes[worse]).sum())
-    pairs = len(better)
+    if len(texts.pairs):
+        pairs = len(better)
+        longer = int((sizes[better] > sizes[worse]).sum())
+        shorter = int((sizes[better] < sizes[worse]).sum())
+        spread = math.sqrt(longer + shorter)
+        what = "wins {} of the pairs"
+    else:
+        pairs = len(better) * len(worse)
+        others = np.sort(sizes[worse])
+        longer = int(np.searchsorted(others, sizes[better], "left").sum())
+        shorter = pairs - int(np.searchsorted(others, sizes[better], "right").sum())
+        spread = math.sqrt(pairs * (len(better) + len(worse) + 1) / 3)  # Mann and Whitney's
+        what = "is the desirable one in {} of all pairs of one and an undesirable one"
     score = (max(longer, shorter) + (pairs - longer - shorter) / 2) / pairs
     side = "longer" if longer >= shorter else "shorter"
-    strong = abs(longer - shorter) > _UNLIKELY * math.sqrt(longer + shorter) and score >= 0.6
+    strong = abs(longer - shorter) > _UNLIKELY * spread and score >= 0.6
+    share = f"{max(longer, shorter) / pairs:.0%}"
     yield Finding(
         "length_bias",
         "warning" if strong else "note",
         max(longer, shorter),
         pairs,
-        f"the {side} response wins {max(longer, shorter) / pairs:.0%} of the pairs: a rule that "
-        f"takes the {side} one scores {score:.3f}",
+        f"the {side} response {what.format(share)}: a rule that takes the {side} one scores "
+        f"{score:.3f}",
     )
 
 

@@ -9,7 +9,7 @@ from .texts import Texts
 
 def shared_prompts(train: Texts, test: Texts, near: bool = True) -> Iterator[Finding]:
     """Rows to evaluate on whose prompt is trained on, but for white space and case; with `near`,
-    also those that share four fifths of their three-word phrases.
+    also those that share four fifths of their three-word phrases, system messages aside.
     """
     known: dict[str, int] = {}
     for row, prompt in zip(train.rows, train.plain_prompts, strict=True):
@@ -25,7 +25,7 @@ def shared_prompts(train: Texts, test: Texts, near: bool = True) -> Iterator[Fin
     yield from of_rows("shared_prompt", "error", found, len(test.rows), text)
     if not near or not rest:
         return
-    like = matches([test.prompts[place] for place in rest], train.prompts)
+    like = matches([test.questions[place] for place in rest], train.questions)
     found = [
         (
             test.rows[rest[mine]],

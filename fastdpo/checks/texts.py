@@ -1,5 +1,6 @@
 """The rows of a data set as texts, for checks that need no tokenizer."""
 
+import json
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -11,11 +12,12 @@ import datasets
 import numpy as np
 
 from ..data.columns import PROBLEM_COLUMN, RowKind, row_kind
-from ..data.messages import BadRow, Text
+from ..data.messages import BadRow, Text, plain_message
 from ..data.prompts import repeats_prompt
 from ..data.rows import parse_row
 
 _BATCH = 1000
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
 @dataclass
@@ -26,6 +28,7 @@ class Texts:
         kind: the layout they were read in.
         rows: the number of each row that could be read, from 1.
         prompts: a row's prompt, messages joined.
+        questions: the same without system messages, where there are others.
         first: where a row's responses begin in `responses`; one entry more than rows.
         responses: texts of all responses.
         pairs: (C, 3) int64: a row's place in `rows`, and winner and loser in `responses`.
@@ -36,6 +39,7 @@ class Texts:
     kind: RowKind
     rows: list[int] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
+    questions: list[str] = field(default_factory=list)
     first: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
     responses: list[str] = field(default_factory=list)
     pairs: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.int64))
@@ -61,9 +65,20 @@ class Texts:
         """The same of the responses."""
         return [plain(text) for text in self.responses]
 
+    def verdict(self, place: int) -> str:
+        """What a row, by its place, says of its responses, as text."""
+        start, end = self.first[place], self.first[place + 1]
+        begin, stop = np.searchsorted(self.pairs[:, 0], (place, place + 1))
+        pairs = sorted(tuple(pair) for pair in (self.pairs[begin:stop, 1:] - start).tolist())
+        return f"{self.labels[start:end].tolist()} {pairs}"
+
+    def place_of(self, response: int) -> int:
+        """The place of the row that a response stands in."""
+        return int(np.searchsorted(self.first, response, side="right")) - 1
+
     def row_of(self, response: int) -> int:
         """The number of the row that a response stands in."""
-        return self.rows[int(np.searchsorted(self.first, response, side="right")) - 1]
+        return self.rows[self.place_of(response)]
 
 
 def read_texts(dataset: datasets.Dataset, source: str, limit: int | None = None) -> Texts:
@@ -98,6 +113,7 @@ def read_texts(dataset: datasets.Dataset, source: str, limit: int | None = None)
             labels += [-1 if said.label is None else int(said.label)] * len(row.responses)
             found.rows.append(int(places[number - 1]) + 1)
             found.prompts.append(as_text(row.prompt))
+            found.questions.append(as_text(_asked(row.prompt)))
             found.responses += [as_text(response) for response in row.responses]
             first.append(len(found.responses))
     found.first = np.array(first, np.int64)
@@ -119,6 +135,12 @@ class _AnyRole:
         return 0
 
 
+def _asked(prompt: Text) -> Text:
+    if isinstance(prompt, str):
+        return prompt
+    return [m for m in prompt if m.get("role") not in ("system", "developer")] or prompt
+
+
 def as_text(value: Text) -> str:
     """A text, or the contents of messages with who said them where that is not clear."""
     if isinstance(value, str):
@@ -129,8 +151,21 @@ def as_text(value: Text) -> str:
 
 
 def _content(message: Mapping[str, Any]) -> str:
-    content = message.get("content")
-    return content if isinstance(content, str) else "" if content is None else str(content)
+    """What a message says: its thoughts, its text and its calls."""
+    content = plain_message(message).get("content")
+    parts = [message[name] for name in _THOUGHTS if message.get(name)]
+    parts += [] if content is None else [content if isinstance(content, str) else str(content)]
+    listed = [*(message.get("tool_calls") or ()), message.get("function_call")]
+    parts += [_call(call) for call in listed if call]
+    return "\n".join(str(part) for part in parts if part != "")
+
+
+def _call(call: Mapping[str, Any]) -> str:
+    function = call.get("function") or call
+    given = function.get("arguments")
+    if not isinstance(given, str):
+        given = json.dumps(given, ensure_ascii=False, sort_keys=True, default=str)
+    return f"{function.get('name')}({given})"
 
 
 _NOT_WORDS = re.compile(r"[\W_]+")
