@@ -219,6 +219,31 @@ def test_a_file_is_scored_into_another_with_every_column(make_config, tmp_path, 
     assert [json.loads(line) for line in lines if line] == written
 
 
+def test_columns_of_the_users_own_are_not_replaced(make_config, tmp_path, capsys):
+    row = {"prompt": "the cat ", "chosen": "sat", "rejected": "ran"}
+    own = {"margin": 7.0, "chosen_logp": "mine", "unscored": "mine"}
+    data, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    data.write_text(json.dumps(row | own) + "\n")
+    words = ["--model_name_or_path", str(make_config().model_name_or_path), "--use_cpu"]
+    words += ["--dataset_name", str(data)]
+    assert main(["score", *words, "-o", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "columns that fastdpo score writes: chosen_logp, margin, unscored;" in error
+    assert not out.exists() and error.count("\n") == 1
+    assert main(["score", *words]) == 0
+    result = score(make_config(), [row | own])
+    assert {key: result.rows[0][key] for key in own} == own
+    assert result.columns["margin"] == score(make_config(), [row]).columns["margin"]
+
+
+def test_what_an_earlier_score_wrote_is_gone(make_config, adapter):
+    rows = [{"prompt": "the cat ", "chosen": "sat", "rejected": "ran", "id": 1}]
+    first = score(make_config(model_name_or_path=str(adapter)), rows).rows
+    assert "chosen_reward" in first.column_names
+    second = score(make_config(), first).rows
+    assert second.to_list() == score(make_config(), rows).rows.to_list()
+
+
 def test_several_data_sets_are_scored_as_one(make_config, tmp_path):
     rows = [
         {"prompt": "the cat ", "chosen": "sat", "rejected": "ran", "id": 1},

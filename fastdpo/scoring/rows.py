@@ -15,6 +15,7 @@ from ..data.columns import (
     PREFERENCES,
     PROBLEM_COLUMN,
     RESPONSES,
+    RowKind,
     may_hold_prompt,
     other_texts,
     row_kinds,
@@ -73,6 +74,15 @@ def holds_responses(columns: Collection[str]) -> bool:
     return bool(row_kinds(_completed(dict.fromkeys(columns, ()))))
 
 
+def kind_of(dataset: datasets.Dataset, source: str) -> RowKind:
+    """The layout that rows are scored in.
+
+    Raises:
+        DataError: where columns are missing.
+    """
+    return NOTHING.choose_kind(_completed(dict.fromkeys(dataset.column_names, ())), source)
+
+
 def make_encoder(
     dataset: datasets.Dataset,
     tokenizer: Any,
@@ -85,7 +95,7 @@ def make_encoder(
     Raises:
         DataError: where columns are missing.
     """
-    kind = NOTHING.choose_kind(_completed(dict.fromkeys(dataset.column_names, ())), source)
+    kind = kind_of(dataset, source)
     return Encoder(
         tokenizer=tokenizer,
         kind=kind,

@@ -25,12 +25,14 @@ from ..hub import reached
 from ..model.lent import lent
 from ..model.load import check_given
 from ..terminal import progress_bars, withheld
+from .columns import own_names, score_columns, scored_before
 from .measures import Accuracy, Values, label_accuracy
 from .responses import GroupScores, ResponseScorer, load_response_scorer
 from .rows import (
     READERS_OWN,
     ScoredRow,
     holds_responses,
+    kind_of,
     make_encoder,
     read_mixture,
     windows,
@@ -59,7 +61,9 @@ class ScoreResult:
     responses are better, `accuracy` by measure and, with `by`, `by`: the same of each value.
     """
     rows: datasets.Dataset
-    """The rows with every column that they had, and the new ones."""
+    """The rows with every column that they had, and the new ones; those of an earlier score are
+    gone.
+    """
 
 
 def score(
@@ -82,7 +86,8 @@ def score(
         model: a transformers causal language model in place of `model_name_or_path`.
         tokenizer: its tokenizer, in place of the one at `model_name_or_path`.
         by: a column; accuracies are also given for each of its values.
-        output: a .jsonl, .jsonl.gz or .parquet file to write the rows to.
+        output: a .jsonl, .jsonl.gz or .parquet file to write the rows to, which must have no other
+            columns of the new ones' names.
 
     Raises:
         FastDPOError: anything wrong with configuration, data or model.
@@ -100,6 +105,13 @@ def score(
         dataset, readable, name = _read(config, rows)
         if by is not None and by not in dataset.column_names:
             raise DataError(f"{name}: no column {by}; there are {', '.join(dataset.column_names)}")
+        kind = kind_of(readable, name)
+        clashing = [] if scored_before(kind, dataset) else own_names(kind, dataset)
+        if clashing and output is not None:
+            raise DataError(
+                f"{name}: has columns that fastdpo score writes: {', '.join(clashing)}; expected "
+                "other names for them"
+            )
         scorer = load_response_scorer(config, model, tokenizer)
         result = _score(scorer, dataset, readable, name, by)
         if write is not None:
@@ -193,7 +205,7 @@ def _score(
             bar.update(len(some))
     seconds = time.perf_counter() - start
     values = [None if one is None else one.values(scorer.config.beta) for one in scores]
-    columns = _columns(encoder.kind, rows, scores, values)
+    columns = score_columns(encoder.kind, rows, scores, values)
     tokens = sum(int(one.tokens.sum()) for one in scores if one is not None)
     summary = {
         "rows": len(rows),
@@ -205,51 +217,13 @@ def _score(
         "reference": scorer.measured_from,
         **_agreement(rows, values, None if by is None else dataset[by]),
     }
-    kept = dataset.remove_columns(
-        [c for c in dataset.column_names if c in (*READERS_OWN, *columns)]
-    )
+    again = scored_before(encoder.kind, dataset)
+    left = {*READERS_OWN, *(own_names(encoder.kind, dataset) if again else ())}
+    kept = dataset.remove_columns([c for c in dataset.column_names if c in left])
     for column, items in columns.items():
-        kept = kept.add_column(column, items)
+        if column not in kept.column_names:
+            kept = kept.add_column(column, items)
     return ScoreResult(columns, summary, kept)
-
-
-def _columns(
-    kind: str,
-    rows: Sequence[ScoredRow],
-    scores: Sequence[GroupScores | None],
-    values: Sequence[Values | None],
-) -> dict[str, list[Any]]:
-    """The new columns, named after the layout."""
-    if not any(scores):
-        return {"unscored": [row.reason for row in rows]}
-    measured: dict[str, list[list[Any] | None]] = {
-        "logp": [None if one is None else one.logps.tolist() for one in scores],
-        "tokens": [None if one is None else one.tokens.tolist() for one in scores],
-    }
-    if any(one is not None and one.ref_logps is not None for one in scores):
-        measured["ref_logp"] = [
-            None if one is None or one.ref_logps is None else one.ref_logps.tolist()
-            for one in scores
-        ]
-        measured["reward"] = [None if v is None else v["reward"].tolist() for v in values]
-    first = next(iter(next(v for v in values if v is not None)))
-    columns: dict[str, list[Any]] = {}
-    if kind == "pair":
-        for place, response in enumerate(("chosen", "rejected")):
-            for name, items in measured.items():
-                columns[f"{response}_{name}"] = [item and item[place] for item in items]
-        columns["margin"] = [
-            None if v is None else float(v[first][0] - v[first][1]) for v in values
-        ]
-    elif kind == "label":
-        columns |= {name: [item and item[0] for item in items] for name, items in measured.items()}
-    else:
-        plural = {"logp": "logps", "tokens": "tokens", "ref_logp": "ref_logps", "reward": "rewards"}
-        columns |= {f"response_{plural[name]}": items for name, items in measured.items()}
-        columns["best"] = [None if v is None else int(v[first].argmax()) for v in values]
-    if any(row.reason for row in rows):
-        columns["unscored"] = [row.reason for row in rows]
-    return columns
 
 
 def _agreement(
