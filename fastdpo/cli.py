@@ -219,7 +219,7 @@ def _plan(arguments: Sequence[str]) -> None:
         raise ConfigError(f"--hosts: expected a whole number of at least 1, got {hosts}")
     print(
         plan(
-            TrainConfig.parse(words),
+            TrainConfig.parse(words, (*values, "json")),
             gpu=flags.get("gpu"),
             json="json" in switches,
             hosts=int(hosts),

@@ -332,6 +332,9 @@ def test_what_is_wrong_is_one_line(tmp_path, capsys):
     assert "dataset_name" in capsys.readouterr().err
     assert main(["check", str(tmp_path / "none.jsonl")]) == 2
     assert "not found" in capsys.readouterr().err
+    for flag, near in (("--tset", "test"), ("--jsn", "json"), ("--bta", "beta")):
+        assert main(["check", "pairs.jsonl", flag, "x"]) == 2
+        assert f"the nearest known key is {near}\n" in capsys.readouterr().err
     with pytest.raises(DataError, match="missing columns"):
         check(datasets.Dataset.from_list([{"a": "b"}]), "rows")
 

@@ -203,6 +203,9 @@ def test_a_merged_adapter_is_a_model_with_its_numbers(adapter, tiny_model, tmp_p
         (["sample", "{model}", "--prompt", "a", "--temperature", "hot"], "--temperature"),
         (["sample", "{tmp}/none", "--prompt", "a"], "none"),
         (["chat", "{model}", "--betta", "1"], "betta"),
+        (["chat", "{model}", "--sistem", "x"], "the nearest known key is system"),
+        (["sample", "{model}", "--temprature", "0"], "the nearest known key is temperature"),
+        (["merge", "{model}", "--max_shards", "1"], "the nearest known key is max_shard_size"),
         (
             ["sample", "{model}", "--dataset_name", "{tmp}/data.jsonl", "-o", "{tmp}/data.jsonl"],
             "data.jsonl: is read here; expected another file to write to",

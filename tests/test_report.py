@@ -1,6 +1,7 @@
 """Reports of runs that were made by hand: what is read, said, drawn, compared and escaped."""
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -90,7 +91,43 @@ def test_damaged_lines_and_numbers_that_are_none_are_left_out(made):
     (made / "data_checks.json").write_text('"no"', encoding="utf-8")
     (made / "training_config.yaml").write_text("a: [", encoding="utf-8")
     (made / "trainer_state.json").unlink()
-    assert "not finished: step 61" in Document(page(read_run(made))).text
+    text = Document(page(read_run(made))).text
+    unread = "training_config.yaml, report.json, data_checks.json"
+    assert "not finished: step 61" in text and f"cannot be read: {unread}" in text
+    assert (
+        "Not known: training_config.yaml cannot be read" in text and "has its default" not in text
+    )
+
+
+def test_a_run_that_ended_in_no_number_looks_so(made, tmp_path):
+    with (made / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 61, "loss": NaN}\n{"step": 62, "loss": Infinity, "grad_norm": 1.5}\n')
+    run = read_run(made)
+    text = Document(page(run)).text
+    assert run.lost == {"loss": 61} and run.last("loss") is None
+    assert "; loss is no number since step 61" in text and "Not a number" in text
+    assert "Training loss no number" in text and re.search(r" loss [\d.]+ – num_tokens", text)
+    assert advice.advise(run)[0].name == "no_number"
+    other = read_run(write_run(tmp_path / "second"))
+    assert "; loss is no number since step 61" in Document(comparison_page([run, other])).text
+    with (made / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 63, "loss": 0.5}\n')
+    assert not read_run(made).lost
+
+
+def test_a_configuration_that_cannot_be_read_differs_in_no_key(made, tmp_path):
+    broken = write_run(tmp_path / "second")
+    (broken / "training_config.yaml").write_text("a: [", encoding="utf-8")
+    third = write_run(tmp_path / "third", beta=0.5)
+    assert differing([read_run(made), read_run(broken)]) == {}
+    found = differing([read_run(path) for path in (made, broken, third)])
+    assert found == {"beta": ["0.2", "not known", "0.5"]}
+
+
+def test_a_finished_run_without_metrics_has_no_steps(made):
+    (made / "metrics.jsonl").write_text("", encoding="utf-8")
+    (made / "report.json").unlink()
+    assert "finished; no step is logged" in Document(page(read_run(made))).text
 
 
 @pytest.mark.parametrize(
@@ -237,6 +274,7 @@ def _every_advice(folder):
     held_out |= {"eval_rewards/accuracies": lambda s: 0.5 + 0.32 * s}
     flat = {"loss": lambda s: 0.6931, "rewards/accuracies": lambda s: 0.5}
     paths = (
+        write_run(folder / "z", curves={"loss": lambda s: math.nan}),
         write_run(folder / "x", facts=longer, curves=spoiled, held_out=held_out),
         write_run(folder / "y", curves=flat, noise=0.003),
     )

@@ -282,6 +282,8 @@ def test_what_is_wrong_is_one_line(make_config, tmp_path, capsys):
     assert f"{data}: is read here" in capsys.readouterr().err
     assert main(["score", *words, "-o"]) == 2
     assert "--output: expected a file (fastdpo score --help)" in capsys.readouterr().err
+    assert main(["score", *words, "--outptu", "rows.jsonl"]) == 2
+    assert "the nearest known key is output\n" in capsys.readouterr().err
     assert main(["score", "--dataset_name", str(data)]) == 2
     assert "model_name_or_path" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="one device"):

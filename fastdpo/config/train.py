@@ -1,6 +1,6 @@
 """One run's configuration: read from YAML and flags, checked as a whole, written back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,12 @@ class TrainConfig(Keys):
             self._set(loss_type=["kto"], origins={**self.origins, "loss_type": KTO_ORIGIN})
 
     @classmethod
-    def parse(cls, arguments: Sequence[str]) -> Self:
+    def parse(cls, arguments: Sequence[str], flags: Iterable[str] = ()) -> Self:
         """Read `config.yaml --beta 0.2 --max_steps 50`; the file is optional and flags win over it.
+
+        Args:
+            arguments: the command line, without the command and its own flags.
+            flags: those, which an unknown key may have meant.
 
         Raises:
             ConfigError: see the class, and for keys that are unknown, gone or not honoured.
@@ -78,7 +82,7 @@ class TrainConfig(Keys):
         if len(words) > 1:
             found = f"{len(words)}: {' '.join(words)}"
             raise ConfigError(f"expected one configuration file, got {found}")
-        return cls._build({**(read_yaml(words[0]) if words else {}), **given})
+        return cls._build({**(read_yaml(words[0]) if words else {}), **given}, flags)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -91,11 +95,11 @@ class TrainConfig(Keys):
         return cls._build({name: Given(value, place) for name, value in values.items()})
 
     @classmethod
-    def _build(cls, given: Mapping[str, Given]) -> Self:
+    def _build(cls, given: Mapping[str, Given], flags: Iterable[str] = ()) -> Self:
         own = cls.key_fields()
         for name, entry in given.items():
             if name not in own:
-                check_foreign_key(name, entry, own)
+                check_foreign_key(name, entry, [*own, *flags])
         given = with_peers(given)
         values = {name: entry.value for name, entry in given.items() if name in own}
         return cls(**values, origins={name: given[name].place for name in values})

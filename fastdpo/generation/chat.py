@@ -41,7 +41,10 @@ def run(arguments: Sequence[str]) -> None:
     """
     values = SAMPLING | {"base": "a model", "system": "a text"}
     words, given, _ = own_flags(arguments, values, (), "fastdpo chat --help")
-    config, how = model_config(words, "chat"), sampling(given, temperature=0.7, max_new_tokens=512)
+    config, how = (
+        model_config(words, "chat", values),
+        sampling(given, temperature=0.7, max_new_tokens=512),
+    )
     with terminal.withheld(), terminal.progress_bars(True):
         samplers = {"": Sampler.load(config)}
         if "base" in given:

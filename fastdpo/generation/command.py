@@ -1,6 +1,6 @@
 """What `fastdpo chat`, `fastdpo sample` and `fastdpo merge` read of a command line alike."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ SAMPLING = {
 }
 
 
-def model_config(words: Sequence[str], command: str) -> TrainConfig:
-    """The configuration of a command whose one word is the model.
+def model_config(words: Sequence[str], command: str, flags: Iterable[str]) -> TrainConfig:
+    """The configuration of a command, with flags of its own, whose one word is the model.
 
     Raises:
         ConfigError: no model, more than one, or keys that are wrong.
@@ -25,7 +25,7 @@ def model_config(words: Sequence[str], command: str) -> TrainConfig:
     rest = list(words)
     if rest and not rest[0].startswith("-"):
         rest[:1] = ["--model_name_or_path", rest[0]]
-    config = TrainConfig.parse(rest)
+    config = TrainConfig.parse(rest, flags)
     if config.model_name_or_path is None:
         raise ConfigError(f"expected a model: fastdpo {command} MODEL (fastdpo {command} --help)")
     return config

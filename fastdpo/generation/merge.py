@@ -37,7 +37,7 @@ def run(arguments: Sequence[str]) -> None:
     """
     values = {"output": "a directory", "max_shard_size": "a size such as 5GB"}
     words, given, _ = own_flags(arguments, values, (), "fastdpo merge --help")
-    config = model_config(words, "merge")
+    config = model_config(words, "merge", values)
     if "output" not in given:
         raise ConfigError("--output: expected a directory (fastdpo merge --help)")
     path = new_directory(given["output"])

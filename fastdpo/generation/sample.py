@@ -53,7 +53,7 @@ def run(arguments: Sequence[str]) -> None:
         "batch_size": "a number of prompts",
     }
     words, given, _ = own_flags(arguments, values, (), "fastdpo sample --help")
-    config, how = model_config(words, "sample"), sampling(given)
+    config, how = model_config(words, "sample", values), sampling(given)
     if ("prompt" in given) == (config.dataset_name is not None):
         raise ConfigError("expected one of --prompt and --dataset_name (fastdpo sample --help)")
     counts = {

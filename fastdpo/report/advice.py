@@ -144,6 +144,22 @@ def margins_exploding(run: Run) -> Advice | None:
     )
 
 
+def no_number(run: Run) -> Advice | None:
+    """A loss or the gradients are NaN or infinite, and were so to the end."""
+    lost = [name for name in ("loss", "eval_loss", "grad_norm") if name in run.lost]
+    if not lost:
+        return None
+    step = min(run.lost[name] for name in lost)
+    return Advice(
+        "no_number",
+        "warning",
+        "Not a number",
+        f"{' and '.join(lost)}: NaN or infinite from step {step:.0f} on.",
+        f"Go on from a checkpoint before step {step:.0f} (resume_from_checkpoint), with a lower "
+        "learning_rate, more warmup_steps, a max_grad_norm, bf16 or dtype float32.",
+    )
+
+
 def loss_flat(run: Run) -> Advice | None:
     """Nothing is learned."""
     loss, accuracy = run.curve("loss"), run.curve("rewards/accuracies")
@@ -183,6 +199,7 @@ def improved(run: Run) -> Advice | None:
 
 
 RULES: tuple[Rule, ...] = (
+    no_number,
     loss_flat,
     over_fit,
     perfect_from_start,

@@ -15,7 +15,7 @@ from .. import files
 from ..version import __version__
 from . import charts
 from .advice import advise
-from .runs import REPORT, Run, differing, read_run
+from .runs import CONFIG, REPORT, Run, differing, read_run
 from .text import number, seconds, visible
 
 RELOADS = 30
@@ -71,7 +71,7 @@ def page(run: Run) -> str:
         checks=_checks(run),
         samples=_samples(run),
         no_samples=facts.get("no_samples"),
-        changed=run.changed(),
+        changed=None if CONFIG in run.unread else run.changed(),
         figures=_last_values(run),
     )
 
@@ -137,11 +137,17 @@ def _embedded(figure: dict[str, Any]) -> Markup:
 def _status(run: Run) -> tuple[str, str]:
     """In which state a run is: a word for the style, and words for people."""
     of = f" of {run.total_steps:,}" if run.total_steps else ""
+    faults = f"; cannot be read: {', '.join(run.unread)}" if run.unread else ""
+    lost = [name for name in ("loss", "eval_loss") if name in run.lost]
+    for name in lost:
+        faults = f"; {name} is no number since step {run.lost[name]:,.0f}{faults}"
     if run.live:
-        return "live", f"running: step {run.step:,}{of}"
+        return "live", f"running: step {run.step:,}{of}{faults}"
     if run.finished:
-        return "finished", f"finished: {run.total_steps or run.step:,} steps"
-    return "open", f"not finished: step {run.step:,}{of}"
+        steps = run.total_steps or run.step
+        said = f"finished: {steps:,} steps" if steps else "finished; no step is logged"
+        return "open" if lost else "finished", f"{said}{faults}"
+    return "open", f"not finished: step {run.step:,}{of}{faults}"
 
 
 def _summary(run: Run) -> list[tuple[str, str]]:
@@ -182,7 +188,9 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
             continue
         show = (lambda v: f"{v:.0%}") if "accuracies" in metric else number
         before = f"from {show(curve.values[0])} at step {curve.steps[0]:.0f}"
-        tiles.append((title, show(curve.values[-1]), before if len(curve) > 1 else ""))
+        last = run.last(metric)
+        value = "no number" if last is None else show(last)
+        tiles.append((title, value, before if len(curve) > 1 or last is None else ""))
     speed = run.curve("tokens_per_second")
     if speed:
         middle = sorted(speed.values)[len(speed) // 2]
@@ -244,9 +252,9 @@ def _is_turn(value: Any) -> bool:
 
 def _last_values(run: Run) -> list[tuple[str, str, str]]:
     """The first and the last value of every metric."""
-    names = dict.fromkeys(name for row in run.rows for name in row if name != "step")
-    made = [(name, run.curve(name)) for name in sorted(names)]
-    return [(name, number(curve.values[0]), number(curve.values[-1])) for name, curve in made]
+    names = {name for row in run.rows for name in row if name != "step"} | {*run.lost}
+    made = [(name, next(iter(run.curve(name).values), None)) for name in sorted(names)]
+    return [(name, number(first), number(run.last(name))) for name, first in made]
 
 
 def _rows_of(value: Any) -> list[dict[str, Any]]:

@@ -41,6 +41,8 @@ class Run:
         checks: `data_checks.json`.
         finished: whether the run reached its end and saved its model.
         live: whether the run itself is writing the page, and goes on.
+        lost: metrics that were no number in the end, and the step since which.
+        unread: files of it that cannot be read.
     """
 
     name: str
@@ -51,6 +53,8 @@ class Run:
     checks: dict[str, Any] = field(default_factory=dict)
     finished: bool = False
     live: bool = False
+    lost: dict[str, float] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
 
     @property
     def step(self) -> int:
@@ -68,8 +72,10 @@ class Run:
         return Curve([(row["step"], row[name]) for row in self.rows if name in row])
 
     def last(self, name: str) -> float | None:
-        """The last value of a metric; None where it was never logged."""
+        """The last value of a metric; None where it was never logged, or is no number."""
         curve = self.curve(name)
+        if name in self.lost:
+            return None
         return curve.values[-1] if curve else None
 
     def changed(self) -> dict[str, tuple[str, str]]:
@@ -100,15 +106,23 @@ def read_run(path: Path, name: str | None = None, live: bool = False) -> Run:
             f"{path}: holds no {METRICS}, so no run of fastdpo; expected a run's output_dir"
         )
     state = as_object(files.read_json(path / STATE))
+    lines = read_lines(path / METRICS)
+    read = {
+        CONFIG: read_config(path / CONFIG),
+        FACTS: as_object(files.read_json(path / FACTS)),
+        CHECKS: as_object(files.read_json(path / CHECKS)),
+    }
     return Run(
         name=name or path.resolve().name,
         path=path,
-        rows=read_rows(read_lines(path / METRICS)),
-        config=read_config(path / CONFIG),
-        facts=as_object(files.read_json(path / FACTS)),
-        checks=as_object(files.read_json(path / CHECKS)),
+        rows=read_rows(lines),
+        config=read[CONFIG],
+        facts=read[FACTS],
+        checks=read[CHECKS],
         finished=bool(state.get("finished")),
         live=live,
+        lost=_lost(lines),
+        unread=tuple(name for name, found in read.items() if not found and (path / name).is_file()),
     )
 
 
@@ -125,14 +139,29 @@ def read_runs(paths: list[Path]) -> list[Run]:
 
 
 def differing(runs: list[Run]) -> dict[str, list[str]]:
-    """The values, as text, of every key that is not the same in all runs; what says where things
-    lie is left out.
+    """The values, as text, of every key that is not the same in all runs whose configuration can
+    be read; what says where things lie is left out.
     """
     found = {}
     for name in TrainConfig.key_fields():
-        values = [shown(run.config.get(name)) for run in runs]
-        if len(set(values)) > 1 and name not in (*_PLACES, *_SECRET):
+        values = [shown(run.config.get(name)) if run.config else "not known" for run in runs]
+        known = {value for run, value in zip(runs, values, strict=True) if run.config}
+        if len(known) > 1 and name not in (*_PLACES, *_SECRET):
             found[name] = values
+    return found
+
+
+def _lost(lines: Iterable[Any]) -> dict[str, float]:
+    """Metrics whose last values are no numbers, and the step since which they are none."""
+    found: dict[str, float] = {}
+    for values in lines:
+        if not isinstance(values, dict) or not _is_number(values.get("step")):
+            continue
+        for name, value in values.items():
+            if _is_number(value):
+                found.pop(name, None)
+            elif isinstance(value, float):
+                found.setdefault(name, values["step"])
     return found
 
 

@@ -54,10 +54,11 @@ def run(arguments: Sequence[str]) -> None:
     """
     values = dict.fromkeys(("output", "test", "suspects"), "a file")
     usage = "fastdpo check --help"
-    words, given, switches = own_flags(arguments, values, ("json", "label_errors"), usage)
+    on = ("json", "label_errors")
+    words, given, switches = own_flags(arguments, values, on, usage)
     if words and not words[0].startswith("-") and Path(words[0]).suffix not in (".yaml", ".yml"):
         words[:1] = ["--dataset_name", words[0]]
-    config = TrainConfig.parse(words)
+    config = TrainConfig.parse(words, (*values, *on))
     config.require("dataset_name")
     suspects = Path(given["suspects"]) if "suspects" in given else None
     judged = "label_errors" in switches or suspects is not None

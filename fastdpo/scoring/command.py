@@ -38,7 +38,7 @@ def run(arguments: Sequence[str]) -> None:
     """
     values = {"output": "a file", "by": "a column"}
     words, given, switches = own_flags(arguments, values, ("json",), "fastdpo score --help")
-    config = TrainConfig.parse(words)
+    config = TrainConfig.parse(words, (*values, "json"))
     config.require("model_name_or_path", "dataset_name")
     from .score import score
 
