@@ -149,6 +149,29 @@ def test_rows_that_differ_in_type_are_written_as_they_are(tiny_model, tmp_path, 
         assert [row["prompt"] for row in written] == [row["prompt"] for row in rows]
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"responses": ["a", "b"], "scores": [1, 2]}, {"responses": [], "scores": [1]},
+         {"responses": ["a", None], "scores": [1, 2]}],
+        [{"completion": "a", "label": True}, {"completion": "a", "label": None}],
+        [{"chosen": "a", "rejected": "b"}, {"chosen": None, "rejected": "b"}],
+    ],
+)  # fmt: skip
+def test_faults_of_what_a_sample_replaces_stop_nothing(tiny_model, tmp_path, capsys, rows):
+    source = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"the cat {i} ", **row} for i, row in enumerate(rows)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["sample", str(tiny_model), "--dataset_name", str(source), "--max_new_tokens", "2"]
+    assert main([*words, *KEYS]) == 0
+    written = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in written] == [row["prompt"] for row in rows]
+    assert all({*row} == {"prompt", "responses", "complete"} for row in written)
+    source.write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[1] | {"prompt": None}) + "\n")
+    assert main([*words, *KEYS]) == 2
+    assert "row 2: prompt: expected text" in capsys.readouterr().err
+
+
 def test_a_chat_goes_on_from_what_was_said(tiny_model, capsys, monkeypatch):
     lines = "hello\nand now\n/reset\nhello\n/exit\nnever\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))

@@ -310,6 +310,24 @@ def test_the_policy_is_a_reward_function_of_trls_form(adapter, tiny_model, make_
         RewardModel(str(adapter / "nothing"), **KEYS)
 
 
+def test_what_is_too_long_for_a_reward_does_not_end_a_run(adapter, caplog):
+    reward = RewardModel(str(adapter), max_length=32, **KEYS)
+    prompts = ["the cat " * 40, "the cat ", "the cat "]
+    with caplog.at_level("WARNING", "fastdpo"):
+        none, long, short = reward(prompts, ["sat", "ran far " * 40, "ran"])
+        reward(prompts, ["sat", "ran far " * 40, "ran"])
+    assert none is None and short == pytest.approx(reward(["the cat "], ["ran"])[0], rel=1e-4)
+    assert long is not None and math.isfinite(long)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        "implicit_reward: 1 prompts reach max_length, 32 tokens, and have no reward",
+        "implicit_reward: 1 completions are cut at max_length, 32 tokens",
+    ]
+    assert reward([], []) == []
+    with pytest.raises(DataError, match="as many completions as prompts, got 1 for 2"):
+        reward(["a ", "b "], ["c"])
+
+
 def test_a_chat_is_scored_as_its_template_writes_it(tiny_model):
     reward = RewardModel(str(tiny_model), str(tiny_model), **KEYS)
     prompt = [{"role": "user", "content": "hello"}]

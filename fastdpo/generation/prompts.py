@@ -1,7 +1,7 @@
 """The prompts of a data set: those of preference rows, as training reads them, or prompts alone."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,8 +41,12 @@ class Prompt:
     template: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_prompts(config: TrainConfig) -> list[Prompt]:
+def read_prompts(config: TrainConfig, answers: bool = True) -> list[Prompt]:
     """The prompts of `dataset_name`.
+
+    Args:
+        config: names the data.
+        answers: whether the answers of a row, and what it says of them, have to be whole.
 
     Raises:
         DataError: a row without one, unless `skip_bad_rows` leaves it out; or none at all.
@@ -52,7 +56,7 @@ def read_prompts(config: TrainConfig) -> list[Prompt]:
     raw = reader.read(name)
     prompts: list[Prompt] = []
     bad: list[str] = []
-    for number, (row, parse) in enumerate(_rows(raw, config), 1):
+    for number, (row, parse) in enumerate(_rows(raw, config, answers), 1):
         try:
             prompts.append(parse(row, number))
         except BadRow as problem:
@@ -70,7 +74,9 @@ def read_prompts(config: TrainConfig) -> list[Prompt]:
 _Parse = Callable[[Mapping[str, Any], int], Prompt]
 
 
-def _rows(raw: datasets.Dataset, config: TrainConfig) -> Iterator[tuple[Mapping[str, Any], _Parse]]:
+def _rows(
+    raw: datasets.Dataset, config: TrainConfig, answers: bool
+) -> Iterator[tuple[Mapping[str, Any], _Parse]]:
     """Every row with what makes a prompt of it."""
     names = _alone(raw, config)
     if names is not None:
@@ -84,7 +90,12 @@ def _rows(raw: datasets.Dataset, config: TrainConfig) -> Iterator[tuple[Mapping[
     def parse(row: Mapping[str, Any], number: int) -> Prompt:
         if row.get(PROBLEM_COLUMN):
             raise BadRow(str(row[PROBLEM_COLUMN]))
-        found = parse_row(row, kind, repeated=repeated)
+        try:
+            found = parse_row(row, kind, repeated=repeated)
+        except BadRow:
+            if answers or "prompt" not in row:
+                raise
+            return _read_alone(row, number, _named(row))
         named: dict[str, Any] = dict(zip(found.names, found.responses, strict=True))
         if kind == "group":
             named = {RESPONSES[kind][0]: list(found.responses)}
@@ -105,10 +116,14 @@ def _alone(raw: datasets.Dataset, config: TrainConfig) -> Mapping[str, Any] | No
     try:
         recognise(raw, str(config.dataset_name))
     except DataError:
-        names = {name: name for name in ("prompt", *TEMPLATE_FIELDS) if name in columns}
+        names = _named(columns)
         system = next((name for name in SYSTEM if name in columns), None)
         return names if system is None else {**names, "system": system}
     return None
+
+
+def _named(columns: Collection[str]) -> dict[str, str]:
+    return {name: name for name in ("prompt", *TEMPLATE_FIELDS) if name in columns}
 
 
 def _read_alone(row: Mapping[str, Any], number: int, names: Mapping[str, Any]) -> Prompt:

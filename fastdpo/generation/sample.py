@@ -63,7 +63,7 @@ def run(arguments: Sequence[str]) -> None:
     write = writer_of(Path(given["output"])) if "output" in given else None
     if write is not None:
         check_output(Path(given["output"]), paths_read([], config.dataset_name))
-    prompts = [] if "prompt" in given else read_prompts(config)
+    prompts = [] if "prompt" in given else read_prompts(config, answers=False)
     with terminal.withheld(), terminal.progress_bars(config.disable_tqdm):
         sampler = Sampler.load(config)
         if "prompt" in given:

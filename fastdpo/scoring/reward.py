@@ -1,5 +1,6 @@
 """A policy as a reward function for other trainers."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from ..data.columns import TEMPLATE_FIELDS
 from ..errors import DataError
 from .responses import load_response_scorer
 from .rows import make_encoder, windows
+
+logger = logging.getLogger(__name__)
 
 
 class RewardModel:
@@ -42,18 +45,26 @@ class RewardModel:
                 f"expected a model, since {policy} is no adapter whose base could be the reference",
             )
         self.__name__ = "implicit_reward"  # which TRL logs it under
+        self._said: set[str] = set()
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
-    ) -> list[float]:
+    ) -> list[float | None]:
         """The reward of each completion to the prompt at the same place: texts, or lists of
-        messages. Of other columns `tools` and `chat_template_kwargs` go to the chat template.
+        messages; None, which TRL leaves out, where the prompt alone reaches `max_length`. A
+        completion beyond that is scored up to there. Of other columns `tools` and
+        `chat_template_kwargs` go to the chat template.
 
         Raises:
-            DataError: naming the first completion that cannot be scored.
+            DataError: naming the first completion that cannot be scored; lists of other lengths.
         """
         if len(prompts) != len(completions):
-            raise ValueError(f"{len(prompts)} prompts, {len(completions)} completions")
+            raise DataError(
+                f"expected as many completions as prompts, got {len(completions)} for "
+                f"{len(prompts)}"
+            )
+        if not prompts:
+            return []
         beside = {name: columns[name] for name in TEMPLATE_FIELDS if any(columns.get(name, ()))}
         dataset = datasets.Dataset.from_dict(
             {"prompt": list(prompts), "responses": [[one] for one in completions], **beside},
@@ -66,10 +77,15 @@ class RewardModel:
             self.scorer.config.max_length,
             self.scorer.vocab_size,
         )
-        rewards: list[float] = []
+        rewards: list[float | None] = []
         for groups, scored in windows(dataset, encoder):
             scores = self.scorer(groups)
+            self._say("prompts reach {}, and have no reward", [row.too_long for row in scored])
+            self._say("completions are cut at {}", [row.cut for row in scored])
             for row in scored:
+                if row.too_long:
+                    rewards.append(None)
+                    continue
                 if row.reason is not None:
                     raise DataError(f"completions, row {len(rewards) + 1}: {row.reason}")
                 found = scores[row.group]
@@ -78,3 +94,10 @@ class RewardModel:
                 gain = found.logps[place] - found.ref_logps[place]
                 rewards.append(float(self.scorer.config.beta * gain))
         return rewards
+
+    def _say(self, what: str, holds: Sequence[bool]) -> None:
+        """Say for how many of a batch this holds, the first time that it does."""
+        if any(holds) and what not in self._said:
+            self._said.add(what)
+            limit = f"max_length, {self.scorer.config.max_length} tokens"
+            logger.warning(f"{self.__name__}: {sum(holds)} {what.format(limit)}")

@@ -24,6 +24,7 @@ from ..data.encode import KEPT, PROMPT_TOO_LONG, Encoder
 from ..data.groups import Group
 from ..data.mixture import each_once, load_mixture
 from ..data.needs import NOTHING
+from ..data.notes import TRUNCATED
 from ..data.prompts import repeats_prompt
 
 READERS_OWN = (LINE_COLUMN, PROBLEM_COLUMN)
@@ -41,6 +42,8 @@ class ScoredRow:
         comparisons: (winner, loser) among its own responses, as the row states them.
         label: whether its response is a good one, where it says that.
         reason: why it cannot be scored; it has no responses then.
+        too_long: whether that is a prompt of `max_length` tokens or more.
+        cut: whether a response is scored up to `max_length` alone.
     """
 
     group: int = 0
@@ -48,6 +51,8 @@ class ScoredRow:
     comparisons: tuple[tuple[int, int], ...] = ()
     label: bool | None = None
     reason: str | None = None
+    too_long: bool = False
+    cut: bool = False
 
 
 def read_mixture(config: TrainConfig) -> tuple[datasets.Dataset, str]:
@@ -146,7 +151,7 @@ def _group(
         if outcome != KEPT:
             long = f"the prompt alone reaches max_length, {max_length} tokens"
             reason = long if outcome == PROMPT_TOO_LONG else str(row["reason"])
-            rows.append(ScoredRow(reason=reason))
+            rows.append(ScoredRow(reason=reason, too_long=outcome == PROMPT_TOO_LONG))
             continue
         prompt = np.asarray(row["prompt_ids"], np.int32)
         index, known = by_prompt.setdefault(prompt.tobytes(), (len(groups), {}))
@@ -161,5 +166,6 @@ def _group(
             places.append(place)
         pairs = zip(row["winners"], row["losers"], strict=True)
         label = next(iter(row["labels"]), None)
-        rows.append(ScoredRow(index, tuple(places), tuple(pairs), label))
+        cut = TRUNCATED in row["notes"]
+        rows.append(ScoredRow(index, tuple(places), tuple(pairs), label, cut=cut))
     return groups, rows
