@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 from peft import PeftModel
@@ -170,6 +171,22 @@ def test_faults_of_what_a_sample_replaces_stop_nothing(tiny_model, tmp_path, cap
     source.write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[1] | {"prompt": None}) + "\n")
     assert main([*words, *KEYS]) == 2
     assert "row 2: prompt: expected text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["sample", "--prompt", "a"], ["chat"], ["merge", "-o", "x"]])
+def test_a_hub_that_cannot_be_reached_is_asked_once(words, monkeypatch, capsys, caplog):
+    asked = []
+
+    def refuse():
+        asked.append(1)
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("fastdpo.hub.get_session", refuse)
+    monkeypatch.setattr("huggingface_hub.utils._http.get_session", refuse)
+    assert main([words[0], "nobody/no-such-model", *words[1:]]) == 2
+    assert "hub: https://huggingface.co cannot be reached (no network)" in caplog.text
+    assert "nobody/no-such-model" in capsys.readouterr().err and len(asked) == 1
 
 
 def test_a_chat_goes_on_from_what_was_said(tiny_model, capsys, monkeypatch):

@@ -205,6 +205,10 @@ def test_keys_from_a_file_and_from_flags(tmp_path: Path) -> None:
     config = TrainConfig.parse(flags)
     assert config.columns == {"prompt": "q"}
     assert config.datasets == [{"path": "a"}, {"path": "b"}]
+    whole = TrainConfig.parse(["--datasets", ' [{"path": "a"}, {"path": "b"}]'])
+    assert whole.datasets == config.datasets
+    with pytest.raises(ConfigError, match="--datasets: expected a list"):
+        TrainConfig.parse(["--datasets", '[{"path": "a"}, 3]'])
 
 
 def test_a_run_with_datasets_needs_data_to_evaluate_on(

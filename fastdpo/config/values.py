@@ -91,12 +91,20 @@ def _name(member: Any) -> str:
 
 def _read(value: Any, member: Any) -> Any:
     if get_origin(member) is list:
+        of = get_args(member)[0]
         entries = value if isinstance(value, list | tuple) else [value]
-        return [_read(entry, get_args(member)[0]) for entry in entries]
+        if get_origin(of) is dict and len(entries) == 1 and _is_list(entries[0]):
+            entries = json.loads(entries[0])
+        return [_read(entry, of) for entry in entries]
     if get_origin(member) is dict and get_args(member)[1] is not Any:
         return _entries(value, get_args(member)[1])
     readers = {bool: _boolean, int: _whole, float: _number, str: _text, dict: _mapping}
     return readers[get_origin(member) or member](value)
+
+
+def _is_list(value: Any) -> bool:
+    """Whether this is a flag's text for a whole list, in JSON."""
+    return isinstance(value, str) and value.lstrip().startswith("[")
 
 
 def _spells(value: Any, words: frozenset[str]) -> bool:

@@ -10,6 +10,7 @@ from transformers import TextStreamer, set_seed
 from .. import terminal
 from ..arguments import own_flags
 from ..errors import DataError
+from ..hub import reached
 from ..model.sampler import Answer, Sampler, Sampling
 from .command import SAMPLING, model_config, sampling
 
@@ -45,10 +46,12 @@ def run(arguments: Sequence[str]) -> None:
         model_config(words, "chat", values),
         sampling(given, temperature=0.7, max_new_tokens=512),
     )
-    with terminal.withheld(), terminal.progress_bars(True):
+    with reached(config), terminal.withheld(), terminal.progress_bars(True):
         samplers = {"": Sampler.load(config)}
         if "base" in given:
-            base = Sampler.load(config.choose("--base", model_name_or_path=given["base"]))
+            other = config.choose("--base", model_name_or_path=given["base"])
+            with reached(other):
+                base = Sampler.load(other)
             samplers = {"before": base, "after": samplers[""]}
         set_seed(config.seed)
         Chat(samplers, how, given.get("system")).talk()

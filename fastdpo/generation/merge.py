@@ -1,13 +1,16 @@
 """`fastdpo merge`: an adapter added to its base's weights, as a model of its own."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from .. import terminal
 from ..arguments import own_flags
+from ..config import TrainConfig
 from ..errors import ConfigError
 from ..files import atomic_directory
+from ..hub import reached
 from ..model.load import check_model_files, load_model, load_model_config, load_tokenizer
 from ..model.place import find_model
 from ..model.save import save_weights
@@ -40,7 +43,11 @@ def run(arguments: Sequence[str]) -> None:
     config = model_config(words, "merge", values)
     if "output" not in given:
         raise ConfigError("--output: expected a directory (fastdpo merge --help)")
-    path = new_directory(given["output"])
+    with reached(config):
+        _merge(config, new_directory(given["output"]), given.get("max_shard_size", "5GB"))
+
+
+def _merge(config: TrainConfig, path: Path, size: str) -> None:
     place = find_model(config)
     if place.adapter is None:
         raise ConfigError(f"{place.given}: is no adapter, there is nothing to merge")
@@ -51,7 +58,6 @@ def run(arguments: Sequence[str]) -> None:
         whole = config.choose("fastdpo merge", dtype="float32", use_peft=False)
         model = load_model(whole, torch.device("cpu")).to(dtype)
         with atomic_directory(path) as folder:
-            size = given.get("max_shard_size", "5GB")
             try:
                 save_weights(model, folder, max_shard_size=size)
             except ValueError as error:

@@ -12,6 +12,7 @@ from ..config.datasets import paths_read
 from ..data.columns import LINE_COLUMN, PREFERENCES, PROBLEM_COLUMN
 from ..data.write import json_line, writer_of
 from ..errors import ConfigError
+from ..hub import reached
 from ..model.sampler import Answer, Sampler
 from .command import SAMPLING, model_config, number, sampling
 from .prompts import Prompt, read_prompts
@@ -63,8 +64,8 @@ def run(arguments: Sequence[str]) -> None:
     write = writer_of(Path(given["output"])) if "output" in given else None
     if write is not None:
         check_output(Path(given["output"]), paths_read([], config.dataset_name))
-    prompts = [] if "prompt" in given else read_prompts(config, answers=False)
-    with terminal.withheld(), terminal.progress_bars(config.disable_tqdm):
+    with reached(config), terminal.withheld(), terminal.progress_bars(config.disable_tqdm):
+        prompts = [] if "prompt" in given else read_prompts(config, answers=False)
         sampler = Sampler.load(config)
         if "prompt" in given:
             chat = sampler.tokenizer.chat_template is not None

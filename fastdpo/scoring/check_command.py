@@ -17,6 +17,7 @@ from ..data.load import load_rows
 from ..data.write import writer_of
 from ..errors import ConfigError
 from ..files import write_text
+from ..hub import reached
 from .rows import read_mixture
 
 USAGE = """\
@@ -67,7 +68,11 @@ def run(arguments: Sequence[str]) -> None:
     if suspects is not None:
         writer_of(suspects)  # a name of no kind is an error before anything is read
     _check_outputs(given, config)
-    with terminal.heard("json" not in switches), terminal.progress_bars(config.disable_tqdm):
+    with (
+        terminal.heard("json" not in switches),
+        terminal.progress_bars(config.disable_tqdm),
+        reached(config),
+    ):
         found = check_config(config, given.get("test"), judged, suspects)
     text = json.dumps(found.as_dict(), indent=2, ensure_ascii=False)
     if "output" in given:

@@ -11,7 +11,6 @@ from ..checks.texts import Texts, read_texts
 from ..config import TrainConfig
 from ..data.write import writer_of
 from ..errors import DataError
-from ..hub import reached
 from ..terminal import withheld
 from .measures import TIE
 from .responses import ResponseScorer, load_response_scorer
@@ -107,7 +106,7 @@ def judge(config: TrainConfig, dataset: datasets.Dataset, source: str) -> Verdic
     Raises:
         FastDPOError: a model that cannot be loaded; rows that state no pairs.
     """
-    with reached(config), withheld():
+    with withheld():
         scorer = load_response_scorer(config)
         pairs = list(_judged(scorer, dataset, source))
     if not pairs:
