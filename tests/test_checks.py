@@ -84,6 +84,7 @@ def test_every_row_of_a_contradiction_is_named():
         finding = found([*rows, *pairs(20)])["contradiction"]
         assert finding.rows == tuple(range(1, len(rows) + 1))
         assert [number for number, _ in finding.examples] == list(finding.rows)
+        assert finding.examples[-1][1] == f"against row 1: {row['prompt']}"
     groups = [
         {"prompt": "a", "responses": ["x", "y", "x", "y"], "scores": scores}
         for scores in ([1, 2, 4, 3], [2, 1, 4, 3])

@@ -64,7 +64,10 @@ def contradictions(texts: Texts) -> Iterator[Finding]:
         row = texts.place_of(response)
         parts = [texts.plain_prompts[row], texts.plain_responses[response]]
         both.add(parts, bool(texts.labels[response]), row)
-    found = [(texts.rows[row], texts.prompts[row]) for row in both.contradicted()]
+    found = [
+        (texts.rows[row], f"against row {texts.rows[other]}: {texts.prompts[row]}")
+        for row, other in both.contradicted().items()
+    ]
     what = "response with the other label"
     if len(texts.pairs):
         what = "two responses the other way round"
@@ -81,14 +84,17 @@ class _Stated:
     def add(self, parts: Sequence[str], way: bool, row: int) -> None:
         self.rows[_digest(parts)][way].append(row)
 
-    def contradicted(self) -> list[int]:
-        """The rows of statements made both ways, each row once, those of a statement together."""
-        return list(
-            dict.fromkeys(
-                row for one, other in self.rows.values() if one and other
-                for row in sorted([*one, *other])
-            )
-        )  # fmt: skip
+    def contradicted(self) -> dict[int, int]:
+        """The rows of statements made both ways, those of a statement together, and of each the
+        first that makes it the other way.
+        """
+        found: dict[int, int] = {}
+        for one, other in self.rows.values():
+            if one and other:
+                against = dict.fromkeys(one, other[0]) | dict.fromkeys(other, one[0])
+                for row in sorted(against):
+                    found.setdefault(row, against[row])
+        return found
 
 
 def repeated_responses(texts: Texts) -> Iterator[Finding]:
