@@ -91,7 +91,7 @@ def test_layouts_and_mixtures_are_read_as_the_run_reads_them(go, tmp_path):
     assert lines[0].startswith("checks: 14 rows: 1 error,")
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    parts = [{"path": str(tmp_path / "pairs.jsonl")}, {"path": str(other)}]
+    parts = [{"path": str(tmp_path / "pairs.jsonl")}, {"path": str(other), "weight": 3.0}]
     lines, _, _ = go(FAULTY, output="mixed", datasets=parts, dataset_name=None)
     assert lines[0].startswith("checks: 26 rows: ")
 

@@ -143,6 +143,10 @@ def test_judges_that_are_models_have_what_the_chat_template_is_given(with_templa
     given = {"tools": tools, "loud": True}
     judges = with_template("asked", "{% if tools and loud %}big small {% endif %}")
     always = with_template("always", "big small ")
+    long = Question([{"role": "user", "content": "yes " * 600}], ["no", "yes"], {})
+    implicit = judges[1]
+    assert implicit([long, Question("q", ["", "42"], {})])[0] == [None, None]
+    assert implicit.failures == {"the prompt reaches max_length": 2}
     for judge, other in zip(judges, always, strict=True):
         plain = [Question(ASKED, ["yes", "no no"], {})]
         found = judge([Question(ASKED, ["yes", "no no"], {}, given), *plain])
@@ -355,7 +359,7 @@ def test_what_the_chat_template_is_given_stays_with_a_row(tmp_path):
     made = make_rows(
         config(), [scored(["a", "b"], [1, 2], template=template), scored("ab", [1, 2])]
     )
-    writer_of(tmp_path / "train.parquet")(made.dataset())
+    writer_of(tmp_path / "train.parquet")(made.rows)
     first, second = datasets.Dataset.from_parquet(str(tmp_path / "train.parquet"))
     assert first["tools"] == tools and first["chat_template_kwargs"] == {"enable_thinking": False}
     assert first["chosen"] == [{"role": "assistant", "content": "b"}] and second["tools"] is None

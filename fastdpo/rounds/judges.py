@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import sys
 from abc import ABC, abstractmethod
@@ -267,4 +268,8 @@ class Implicit(Judge):
                 **{name: [one.get(name) for one in columns] for name in TEMPLATE_FIELDS},
             )
         )
-        return [[next(rest) for _ in q.answers] for q in questions]
+        found = [[next(rest) for _ in q.answers] for q in questions]
+        for value in itertools.chain(*found):
+            if value is None:
+                count_one(self.failures, "the prompt reaches max_length")
+        return found

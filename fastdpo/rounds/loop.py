@@ -171,7 +171,7 @@ class _Rounds:
             return
         if reads_logps(self.config):
             add_logps(config, folder / "logps.json", made.rows)
-        writer_of(folder / "train.parquet")(made.dataset())
+        writer_of(folder / "train.parquet")(made.rows)
         with _timed(times, "training"):
             self._train(folder)
         line["loss"] = _last_loss(folder / "model" / METRICS)

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import datasets
-
 from ..config.rounds import RoundsConfig
 from ..data.messages import Text
 from ..errors import DataError
@@ -40,17 +38,6 @@ class Made:
 
     rows: list[dict[str, Any]]
     left_out: dict[str, int]
-
-    def dataset(self) -> datasets.Dataset:
-        """The rows, with messages and what a chat template is given as they are."""
-        names = dict.fromkeys(name for row in self.rows for name in row)
-        numbers = datasets.List(datasets.Value("float64"))
-        kinds = {"label": datasets.Value("bool"), "scores": numbers, "logps": numbers}
-        texts = [name for name in names if all(isinstance(r.get(name), str) for r in self.rows)]
-        kinds |= dict.fromkeys(texts, datasets.Value("string"))
-        features = {name: kinds.get(name, datasets.Json()) for name in names}
-        columns = {name: [row.get(name) for row in self.rows] for name in names}
-        return datasets.Dataset.from_dict(columns, datasets.Features(features))
 
 
 def check_loss(config: RoundsConfig) -> None:

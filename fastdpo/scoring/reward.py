@@ -4,10 +4,9 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
-
 from ..config import TrainConfig
 from ..data.columns import TEMPLATE_FIELDS
+from ..data.write import as_dataset
 from ..errors import DataError
 from .responses import load_response_scorer
 from .rows import make_encoder, windows
@@ -66,10 +65,10 @@ class RewardModel:
         if not prompts:
             return []
         beside = {name: columns[name] for name in TEMPLATE_FIELDS if any(columns.get(name, ()))}
-        dataset = datasets.Dataset.from_dict(
-            {"prompt": list(prompts), "responses": [[one] for one in completions], **beside},
-            datasets.Features(dict.fromkeys(("prompt", "responses", *beside), datasets.Json())),
-        )
+        values = [prompts, [[one] for one in completions], *beside.values()]
+        names = ("prompt", "responses", *beside)
+        rows = [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]
+        dataset = as_dataset(rows)
         encoder = make_encoder(
             dataset,
             self.scorer.tokenizer,

@@ -16,7 +16,7 @@ from ..data.columns import FIELDS, row_kinds
 from ..data.dataset import RowsInMemory
 from ..data.layouts import to_canonical
 from ..data.load import load_rows
-from ..data.mixture import load_mixture
+from ..data.mixture import each_once, load_mixture
 from ..errors import one_line
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,9 @@ def _read(
         return _given(config, rows, "rows"), test
     if config.datasets:
         seed = config.seed if config.data_seed is None else config.data_seed
-        name, mixed = load_mixture(config.datasets, seed=seed, **_how(config), skip_bad_rows=True)
+        name, mixed = load_mixture(
+            each_once(config.datasets), seed=seed, **_how(config), skip_bad_rows=True
+        )
         return (mixed, str(name)), test
     return _loaded(config, str(config.dataset_name), config.dataset_train_split), test
 
