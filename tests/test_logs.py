@@ -141,7 +141,7 @@ def test_every_line_is_counted_once_with_its_reason(tmp_path):
         "no JSON": 1,
         "no JSON object": 1,
         "no messages": 1,
-        "no answer of text": 1,
+        "no answer": 1,
         "the request failed": 1,
         "says what an earlier line says": 1,
         "all answers to its prompt are rated alike": 2,
@@ -167,6 +167,146 @@ def test_groups_hold_all_rated_answers_and_labels_each_of_them(tmp_path):
         (says("y"), True),
     ]
     assert outcomes == {"used": 2, "its rating is in the middle": 1}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        lambda system: {"system": system, "messages": ask("q"), "response": "A"},
+        lambda system: {"messages": [{"role": "system", "content": system}, *ask("q"), *says("A")]},
+        lambda system: {
+            "request": {"instructions": system, "input": "q"},
+            "response": {"output": [{"type": "message", "content": [{"text": "A"}]}]},
+        },
+        lambda system: {
+            "request": {"input": "q"},
+            "response": {"instructions": system, "output": "A"},
+        },
+        lambda system: {
+            "request": {
+                "system": [{"type": "text", "text": system}],
+                "messages": [{"role": "system", "content": system}, *ask("q")],
+            },
+            "response": {"content": [{"type": "text", "text": "A"}]},
+            "metadata": {"system": "linux"},
+        },
+    ],
+)
+def test_a_system_prompt_is_part_of_what_was_asked(asked, tmp_path):
+    lines = [asked("Be kind") | {"thumb": "up"}, asked("Be rude") | {"thumb": "down"}]
+    rows, outcomes = made(lines, tmp_path)
+    assert rows == [] and outcomes == {"nothing to compare it with": 2}
+    lines.append(flat("q", "B", thumb="down", system="Be kind"))
+    rows, _ = made(lines, tmp_path)
+    system = {"role": "system", "content": "Be kind"}
+    assert rows == [{"prompt": [system, *ask("q")], "chosen": says("A"), "rejected": says("B")}]
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+READ_CALL = {**CALL, "function": {"name": "f", "arguments": {"a": 1}}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+
+
+@pytest.mark.parametrize("tool", [TOOL, {"type": "function", **TOOL["function"]}])
+def test_tool_calls_stay(tool, tmp_path):
+    result = {"role": "tool", "tool_call_id": "c1", "content": "42"}
+    calling = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    asked = [*ask("q"), calling, result]
+    lines = [
+        {"tools": [tool], "messages": asked, "response": "A", "thumb": "up"},
+        {"tools": [tool], "messages": asked, "response": "B", "thumb": "down"},
+        {"messages": asked, "response": "C", "thumb": "up"},
+        {
+            "request": {"tools": [tool], "messages": ask("r")},
+            "response": {"choices": [{"message": calling, "finish_reason": "tool_calls"}]},
+            "thumb": "up",
+        },
+        {"tools": [tool], **flat("r", "No.", thumb="down")},
+    ]
+    rows, outcomes = made(lines, tmp_path)
+    called = {"role": "assistant", "content": "", "tool_calls": [READ_CALL]}
+    assert rows == [
+        {
+            "prompt": [*ask("q"), called, result],
+            "chosen": says("A"),
+            "rejected": says("B"),
+            "tools": [TOOL],
+        },
+        {"prompt": ask("r"), "chosen": [called], "rejected": says("No."), "tools": [TOOL]},
+    ]
+    assert outcomes == {"used": 4, "nothing to compare it with": 1}
+    written = tmp_path / "pairs.jsonl"
+    written.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert load_rows(str(written), "train")[0]["prompt"][1]["tool_calls"] == [READ_CALL]
+
+
+def test_calls_that_differ_by_their_names_alone_are_one_answer(tmp_path):
+    calls = [[{**CALL, "id": name}] for name in ("c1", "c2")]
+    lines = [
+        flat("q", [{"role": "assistant", "content": "", "tool_calls": call}], rating=rating)
+        for rating, call in enumerate(calls)
+    ]
+    assert made(lines, tmp_path) == ([], {"best and worst answer are the same": 2})
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
+CUT = {"role": "assistant", "content": "cut"}
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (
+            flat("q", "A") | {"messages": [{"role": "user", "content": [{"text": "w"}, IMAGE]}]},
+            "a part that is not text: image_url",
+        ),
+        (
+            {"input": "q", "output": [{"type": "function_call", "name": "f", "arguments": "{}"}]},
+            "a part that is not text: function_call",
+        ),
+        (flat("q", "A", messages=[{"role": "Wizard", "content": "q"}]), "unknown role"),
+        (flat("q", "A", messages=[*ask("q"), *says("B")]), "end with another answer"),
+        (flat("q", [*says("A"), *says("B")]), "more than one answer"),
+        ({"messages": ask("q"), "choices": [{"message": CUT, "finish_reason": "length"}]}, "cut"),
+        (
+            {
+                "request": {"input": "q"},
+                "response": {"output": "A", "incomplete_details": {"a": 1}},
+            },
+            "cut",
+        ),
+        ({"request": {"input": "q", "previous_response_id": "r"}, "output": "A"}, "said before"),
+        (flat("q", "A", tools="f"), "tools that training cannot read"),
+        (flat("q", "A", messages=[*ask(" "), *ask("q")]), "an empty message"),
+    ],
+)
+def test_a_line_that_cannot_be_a_row_of_text_is_left_out_with_its_reason(line, reason, tmp_path):
+    rows, outcomes = made([line | {"thumb": "up"}], tmp_path, "labels")
+    assert rows == [] and len(outcomes) == 1 and reason in next(iter(outcomes))
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        (
+            {
+                "prompt": "q",
+                "output": [
+                    {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "Hm"}]},
+                    {"type": "message", "content": [{"type": "output_text", "text": "A"}]},
+                ],
+            },
+            "A",
+        ),
+        ({"prompt": "q", "choices": [{"text": "one"}, {"text": "two"}]}, "one"),
+        (flat("q", "A", messages=[*ask("q"), *says("A")]), "A"),
+        (flat("q", "A", messages=[{"role": "Human", "content": "q"}]), "A"),
+        (flat("q", [{"type": "text", "text": "A"}, {"type": "text", "text": "B"}]), "AB"),
+    ],
+)
+def test_the_answer_is_what_was_shown(line, answer, tmp_path):
+    rows, _ = made([line | {"thumb": "up"}], tmp_path, "labels")
+    assert rows == [{"prompt": ask("q"), "completion": says(answer), "label": True}]
 
 
 def test_columns_of_other_names(tmp_path):

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import xxhash
 
 from ..errors import DataError
-from .exchange import Exchange, read_exchange
+from .exchange import Exchange, read_exchange, said
 from .mask import Masker
 
 To = Literal["pairs", "labels", "groups"]
@@ -126,9 +126,14 @@ class _Unmasked(Masker):
 
 
 def _summary(number: int, found: Exchange) -> _Seen:
-    answer = xxhash.xxh3_64_intdigest(" ".join(found.answer.split()).encode())
-    edited = found.edited is not None and found.edited.strip() != found.answer.strip()
+    answer = xxhash.xxh3_64_intdigest(_words(found.answer).encode())
+    edited = found.edited is not None and said(found.edited) != said(found.answer)
     return _Seen(number, answer, found.rating, found.thumb, edited)
+
+
+def _words(answer: list[dict[str, Any]]) -> str:
+    parts = [[role, " ".join(text.split()), *calls] for role, text, *calls in said(answer)]
+    return json.dumps(parts, sort_keys=True)
 
 
 def _plan_pairs(
@@ -223,10 +228,9 @@ def _rows(
             continue
         made = []
         if number in edits:
-            made.append(_pair(found, str(found.edited), found.answer))
+            made.append(_row(found, chosen=found.edited, rejected=found.answer))
         if number in plan.labels:
-            row: dict[str, Any] = {"prompt": found.messages, "completion": _said(found.answer)}
-            made.append({**row, "label": plan.labels[number]})
+            made.append(_row(found, completion=found.answer, label=plan.labels[number]))
         if number in wanted:
             known[number] = found
         for job in wanted.get(number, ()):
@@ -235,11 +239,11 @@ def _rows(
                 continue
             parts = [known[n] for n in job]
             if job in scores:
-                responses = [_said(part.answer) for part in parts]
-                row = {"prompt": parts[0].messages, "responses": responses}
-                made.append({**row, "scores": scores[job]})
+                responses = [part.answer for part in parts]
+                made.append(_row(parts[0], responses=responses, scores=scores[job]))
             else:
-                made.append(_pair(parts[0], parts[0].answer, parts[1].answer))
+                better, worse = parts
+                made.append(_row(better, chosen=better.answer, rejected=worse.answer))
             for n in job:
                 needed[n] -= 1
                 if not needed[n]:
@@ -252,12 +256,9 @@ def _rows(
                 yield row
 
 
-def _pair(asked: Exchange, better: str, worse: str) -> dict[str, Any]:
-    return {"prompt": asked.messages, "chosen": _said(better), "rejected": _said(worse)}
-
-
-def _said(text: str) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": text}]
+def _row(asked: Exchange, **rest: Any) -> dict[str, Any]:
+    tools = {"tools": asked.tools} if asked.tools else {}
+    return {"prompt": asked.messages, **rest, **tools}
 
 
 def _exchanges(
