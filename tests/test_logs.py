@@ -105,6 +105,126 @@ def test_an_edit_beats_what_it_changed(tmp_path):
     assert outcomes == {"used": 1, "no rating": 1}
 
 
+@pytest.mark.parametrize("to", ["pairs", "groups"])
+def test_ratings_of_different_kinds_are_not_compared(to, tmp_path):
+    lines = [flat("q", "A", thumb="up"), flat("q", "B", stars=2), flat("q", "C", score=0.5)]
+    assert made(lines, tmp_path, to) == ([], {"nothing to compare it with": 3})
+    rows, _ = made([*lines, flat("q", "D", stars=1), flat("q", "E", thumb=-1)], tmp_path, to)
+    first, second = rows
+    if to == "pairs":
+        assert (first["chosen"], first["rejected"]) == (says("B"), says("D"))
+        assert (second["chosen"], second["rejected"]) == (says("A"), says("E"))
+    else:
+        assert (first["scores"], second["scores"]) == ([2, 1], [1, 0])
+
+
+def test_ratings_of_two_kinds_that_say_the_opposite_make_one_pair(tmp_path):
+    lines = [
+        *(flat("q", answer, stars=n) for answer, n in (("A", 5), ("B", 1))),
+        *(flat("q", answer, thumb=n) for answer, n in (("A", "down"), ("B", "up"))),
+    ]
+    rows, outcomes = made(lines, tmp_path)
+    assert len(rows) == 1
+    assert outcomes == {"used": 2, "another rating or retry says the opposite": 2}
+
+
+def labels(lines: list, tmp_path: Path) -> dict[str, bool]:
+    rows, _ = made(lines, tmp_path, "labels")
+    return {row["completion"][0]["content"]: row["label"] for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("ratings", "expected"),
+    [
+        ([{"thumb": 1}, {"thumb": 0}, {"stars": 5}, {"stars": 4}], [True, False, True, True]),
+        ([{"vote": "1"}, {"vote": "-1"}, {"vote": 0}], [True, False, None]),
+        ([{"vote": "+1"}, {"feedback": "👎"}], [True, False]),
+        ([{"thumb": 1}, {"thumb": 1}], [True, True]),
+        ([{"stars": 4}, {"stars": 5}, {"stars": 3}], [True, True, None]),
+        ([{"stars": 1}], [False]),
+        ([{"rating": 1}], [None]),
+        ([{"rating": 7}, {"rating": 4}], [True, False]),
+        ([{"rating": 2000}, {"rating": 1000}], [None, None]),
+        ([{"score": 0.6}, {"score": 0.9}], [True, True]),
+        ([{"reward": -3.5}, {"reward": 2.5}, {"reward": 0}], [False, True, None]),
+        ([{"rating": "n/a", "thumb": "up"}], [True]),
+    ],
+)
+def test_labels_are_told_by_the_middle_of_a_scale(ratings, expected, tmp_path):
+    lines = [flat(f"q{i}", f"{i}", **rating) for i, rating in enumerate(ratings)]
+    found = labels(lines, tmp_path)
+    assert [found.get(f"{i}") for i in range(len(ratings))] == expected
+
+
+def test_an_answer_with_several_ratings_has_their_mean(tmp_path):
+    lines = [flat("q", "A", stars=5), flat("q", "A", stars=1), flat("q", "B", stars=4)]
+    rows, outcomes = made(lines, tmp_path)
+    assert rows == [{"prompt": ask("q"), "chosen": says("B"), "rejected": says("A")}]
+    assert outcomes == {"used": 3}
+    lines = [flat("q", "A", thumb="up"), flat("q", "A", thumb="down")]
+    assert made(lines, tmp_path, "labels") == ([], {"its rating is in the middle": 2})
+    rows, outcomes = made([*lines, flat("q", "A", thumb="up")], tmp_path, "labels")
+    assert [row["label"] for row in rows] == [True]
+    assert outcomes == {"used": 2, "says what an earlier line says": 1}
+
+
+@pytest.mark.parametrize(
+    ("first", "retry", "beats"),
+    [
+        ({}, {"thumb": "down"}, False),
+        ({"thumb": "up"}, {}, False),
+        ({"stars": 5}, {"thumb": "up"}, False),
+        ({"thumb": "up"}, {"thumb": "up"}, False),
+        ({"thumb": "down"}, {}, True),
+        ({"thumb": "down"}, {"stars": 4}, True),
+        ({}, {"stars": 5}, True),
+    ],
+)
+def test_a_retry_says_nothing_against_a_rating(first, retry, beats, tmp_path):
+    lines = [flat("q", "A", id=1, **first), flat("q", "B", id=2, retry_of=1, **retry)]
+    rows, _ = made(lines, tmp_path)
+    pair = {"prompt": ask("q"), "chosen": says("B"), "rejected": says("A")}
+    assert rows == ([pair] if beats else [])
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [flat("q", "B", id=2, retry_of=1), flat("q", "A", id=1)],
+        [flat("q", "A", id=1), flat("z", "C", id=1), flat("q", "B", id=2, retry_of=1)],
+        [flat("q", "A", id=1), flat("q", "A", id=2, retry_of=1), flat("q", "B", retry_of=2)],
+        [
+            flat("q", "A", user="a", conversation_id="a"),
+            flat("q", "C", user="b"),
+            flat("q", "B", user="a", conversation_id="a", regenerated=True),
+            flat("q", "D", user="c", regenerated=True),
+        ],
+    ],
+)
+def test_a_retry_finds_what_it_retried(lines, tmp_path):
+    rows, _ = made(lines, tmp_path)
+    assert rows == [{"prompt": ask("q"), "chosen": says("B"), "rejected": says("A")}]
+
+
+def test_retries_of_a_talk_that_begins_with_one_say_nothing(tmp_path):
+    lines = [
+        *(flat("q", answer, conversation_id="c", regenerated=True) for answer in "CB"),
+        flat("q", "A", conversation_id="c"),
+    ]
+    assert made(lines, tmp_path)[0] == []
+
+
+def test_answers_that_differ_by_personal_data_alone_are_no_pair(tmp_path):
+    first, second = "Mail a@x.com now", "Mail b@y.org now"
+    lines = [
+        flat("q", first, edited=second),
+        flat("r", first, thumb="up"),
+        flat("r", second, thumb="down"),
+    ]
+    assert made(lines, tmp_path, masker=Masker())[0] == []
+    assert len(made(lines, tmp_path)[0]) == 2
+
+
 def test_a_retry_beats_the_answer_before_it(tmp_path):
     lines = [
         flat("q", "first", id="1"),
@@ -119,7 +239,8 @@ def test_a_retry_beats_the_answer_before_it(tmp_path):
         (says("third"), says("first")),
         (says("three"), says("one")),
     ]
-    assert outcomes == {"used": 4, "no rating": 2}
+    missing = "the answer that it retries is not in the log"
+    assert outcomes == {"used": 4, "no rating": 1, missing: 1}
 
 
 def test_every_line_is_counted_once_with_its_reason(tmp_path):
@@ -151,16 +272,16 @@ def test_every_line_is_counted_once_with_its_reason(tmp_path):
 
 
 def test_groups_hold_all_rated_answers_and_labels_each_of_them(tmp_path):
-    lines = [flat("q", a, score=s) for a, s in (("x", 0.1), ("y", 0.9), ("z", 0.5), ("x", 0.2))]
+    lines = [flat("q", a, score=s) for a, s in (("x", 0.1), ("y", 0.9), ("z", 0.5), ("x", 0.3))]
     rows, outcomes = made(lines, tmp_path, "groups")
     assert rows == [
         {
             "prompt": ask("q"),
             "responses": [says("x"), says("y"), says("z")],
-            "scores": [0.1, 0.9, 0.5],
+            "scores": [0.2, 0.9, 0.5],
         }
     ]
-    assert outcomes["used"] == 3
+    assert outcomes == {"used": 4}
     rows, outcomes = made(lines[:3], tmp_path, "labels")
     assert [(row["completion"], row["label"]) for row in rows] == [
         (says("x"), False),
@@ -246,7 +367,7 @@ def test_calls_that_differ_by_their_names_alone_are_one_answer(tmp_path):
         flat("q", [{"role": "assistant", "content": "", "tool_calls": call}], rating=rating)
         for rating, call in enumerate(calls)
     ]
-    assert made(lines, tmp_path) == ([], {"best and worst answer are the same": 2})
+    assert made(lines, tmp_path) == ([], {"nothing to compare it with": 2})
 
 
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}

@@ -9,36 +9,19 @@ import gzip
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import xxhash
 
 from ..errors import DataError
-from .exchange import Exchange, read_exchange, said
+from .exchange import Exchange, read_exchange
 from .mask import Masker
+from .messages import said
+from .plan import Plan, Retries, Seen
 
 To = Literal["pairs", "labels", "groups"]
-USED = "used"
-_SINGLE = "nothing to compare it with"
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What is kept of a line."""
-
-    number: int
-    answer: int  # a hash
-    rating: float | None
-    thumb: bool
-    edited: bool
-
-    @property
-    def value(self) -> float:
-        """The rating of one that has any."""
-        assert self.rating is not None
-        return self.rating
 
 
 @dataclass
@@ -48,17 +31,6 @@ class Made:
     rows: Iterator[dict[str, Any]]
     outcomes: Counter[str]
     masked: Counter[str]
-
-
-@dataclass
-class _Plan:
-    """Rows to make: lines by their numbers, the better first; the answers that were edited."""
-
-    pairs: list[tuple[int, int]] = field(default_factory=list)
-    edits: list[int] = field(default_factory=list)
-    groups: list[list[tuple[int, float]]] = field(default_factory=list)
-    labels: dict[int, bool] = field(default_factory=dict)
-    outcomes: dict[int, str] = field(default_factory=dict)
 
 
 def make_rows(
@@ -84,39 +56,24 @@ def make_rows(
         DataError: a file that cannot be read.
     """
     names = names or {}
-    plan = _Plan()
-    prompts: dict[bytes, list[_Seen]] = defaultdict(list)
-    places: dict[str, int] = {}
-    retries: list[tuple[bytes, _Seen, int | None]] = []
-    talks: dict[tuple[str | None, bytes], int] = {}
-    seen_lines: set[bytes] = set()
+    masker = masker or _Unmasked()
+    plan, retries = Plan(), Retries()
+    prompts: dict[bytes, list[Seen]] = defaultdict(list)
     for number, found in _exchanges(paths, names):
         if isinstance(found, str):
             plan.outcomes[number] = found
             continue
-        seen, key = _summary(number, found), found.key
-        same = xxhash.xxh3_128_digest(repr((key, seen.answer, seen.rating, seen.edited)).encode())
-        if same in seen_lines and not found.edited:
-            plan.outcomes[number] = "says what an earlier line says"
-            continue
-        seen_lines.add(same)
-        prompts[key].append(seen)
-        before = talks.get((found.conversation, key))
-        if found.name is not None:
-            places[found.name] = number
-        if found.retry_of is not None:
-            retries.append((key, seen, places.get(found.retry_of)))
-        elif found.regenerated:
-            retries.append((key, seen, before))
-        talks[found.conversation, key] = number
+        seen = _summary(number, found, masker)
+        prompts[seen.key].append(seen)
+        retries.add(seen, found)
+    masker.counts.clear()
     if to == "pairs":
-        _plan_pairs(plan, prompts, retries, min_margin)
+        plan.plan_pairs(prompts, retries, min_margin)
     elif to == "groups":
-        _plan_groups(plan, prompts)
+        plan.plan_groups(prompts)
     else:
-        _plan_labels(plan, prompts)
+        plan.plan_labels(prompts)
     outcomes = Counter(plan.outcomes.values())
-    masker = masker or _Unmasked()
     return Made(_rows(paths, names, plan, masker), outcomes, masker.counts)
 
 
@@ -125,10 +82,12 @@ class _Unmasked(Masker):
         return value
 
 
-def _summary(number: int, found: Exchange) -> _Seen:
-    answer = xxhash.xxh3_64_intdigest(_words(found.answer).encode())
-    edited = found.edited is not None and said(found.edited) != said(found.answer)
-    return _Seen(number, answer, found.rating, found.thumb, edited)
+def _summary(number: int, found: Exchange, masker: Masker) -> Seen:
+    """What is kept of a line: answers are compared as they are written, without personal data."""
+    written = masker(found.answer)
+    answer = xxhash.xxh3_64_intdigest(_words(written).encode())
+    edited = found.edited is not None and said(masker(found.edited)) != said(written)
+    return Seen(number, found.key, answer, found.rating, found.kind, edited)
 
 
 def _words(answer: list[dict[str, Any]]) -> str:
@@ -136,82 +95,8 @@ def _words(answer: list[dict[str, Any]]) -> str:
     return json.dumps(parts, sort_keys=True)
 
 
-def _plan_pairs(
-    plan: _Plan,
-    prompts: Mapping[bytes, list[_Seen]],
-    retries: Sequence[tuple[bytes, _Seen, int | None]],
-    min_margin: float,
-) -> None:
-    for answers in prompts.values():
-        for one in answers:
-            if one.edited:
-                plan.edits.append(one.number)
-                plan.outcomes[one.number] = USED
-        rated = [one for one in answers if one.rating is not None]
-        if len(rated) >= 2:
-            best = max(rated, key=lambda one: one.value)
-            worst = min(rated, key=lambda one: one.value)
-            margin = best.value - worst.value
-            reason = None
-            if margin <= 0:
-                reason = "all answers to its prompt are rated alike"
-            elif margin < min_margin:
-                reason = f"ratings differ by less than {min_margin:g}"
-            elif best.answer == worst.answer:
-                reason = "best and worst answer are the same"
-            else:
-                plan.pairs.append((best.number, worst.number))
-                plan.outcomes[best.number] = plan.outcomes[worst.number] = USED
-            for one in rated:
-                plan.outcomes.setdefault(one.number, reason or "neither the best nor the worst")
-    used = {number for pair in plan.pairs for number in pair}
-    for key, seen, before in retries:
-        earlier = next((one for one in prompts[key] if one.number == before), None)
-        if earlier is None or {seen.number, earlier.number} & used:
-            continue
-        if earlier.answer == seen.answer:
-            plan.outcomes.setdefault(seen.number, "the retry gave the same answer")
-        else:
-            plan.pairs.append((seen.number, earlier.number))
-            plan.outcomes[seen.number] = plan.outcomes[earlier.number] = USED
-    _explain_rest(plan, prompts)
-
-
-def _plan_groups(plan: _Plan, prompts: Mapping[bytes, list[_Seen]]) -> None:
-    for answers in prompts.values():
-        rated: dict[int, _Seen] = {}
-        for one in answers:
-            if one.rating is not None:
-                rated.setdefault(one.answer, one)
-        if len(rated) >= 2 and len({one.rating for one in rated.values()}) > 1:
-            plan.groups.append([(one.number, one.value) for one in rated.values()])
-            plan.outcomes |= dict.fromkeys((one.number for one in rated.values()), USED)
-    _explain_rest(plan, prompts)
-
-
-def _plan_labels(plan: _Plan, prompts: Mapping[bytes, list[_Seen]]) -> None:
-    rated = [one for answers in prompts.values() for one in answers if one.rating is not None]
-    numbers = [one.value for one in rated if not one.thumb]
-    middle = (min(numbers) + max(numbers)) / 2 if numbers else 0.0
-    for one in rated:
-        limit = 0.5 if one.thumb else middle
-        if one.value == limit:
-            plan.outcomes[one.number] = "its rating is in the middle"
-        else:
-            plan.labels[one.number] = one.value > limit
-            plan.outcomes[one.number] = USED
-    _explain_rest(plan, prompts)
-
-
-def _explain_rest(plan: _Plan, prompts: Mapping[bytes, list[_Seen]]) -> None:
-    for answers in prompts.values():
-        for one in answers:
-            reason = "no rating" if one.rating is None else _SINGLE
-            plan.outcomes.setdefault(one.number, reason)
-
-
 def _rows(
-    paths: Sequence[Path], names: Mapping[str, str], plan: _Plan, masker: Masker
+    paths: Sequence[Path], names: Mapping[str, str], plan: Plan, masker: Masker
 ) -> Iterator[dict[str, Any]]:
     """The rows, each as soon as the last of its lines has been read."""
     wanted: dict[int, list[tuple[int, ...]]] = defaultdict(list)
