@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -452,13 +453,39 @@ def test_columns_of_other_names(tmp_path):
         ("version 1.2.3 and 999.1.1.1 at 10:30:00", "version 1.2.3 and 999.1.1.1 at 10:30:00"),
         ("key sk-proj-abcdefghij0123456789 is", "key [KEY] is"),
         ("ghp_0123456789abcdefghij0123", "[KEY]"),
+        ("card 4111 1111 1111 1111 12/26, CVV 123", "card [CARD] 12/26, CVV 123"),
+        ("card 4111 1111 1111 1111 123", "card [CARD] 123"),
+        ("2 4111-1111-1111-1111", "2 [CARD]"),
+        ("Amex 3782 822463 10005", "Amex [CARD]"),
+        ("1.0000000000000 and 0000000000000", "1.0000000000000 and 0000000000000"),
+        ("0.4111111111111111", "0.4111111111111111"),
+        ("IBAN BE68 5390 0754 7034 BIC KREDBEBB", "IBAN [IBAN] BIC KREDBEBB"),
+        ("sk-ant-api03-AbCdEf0123456789AbCdEf0123456789-xyz", "[KEY]"),
+        ("sk-proj-aB3_dE-fG5hI7jK9lM1nO3pQ5rS7tU9vW1xY3z", "[KEY]"),
+        ("pk_user_account_identifier_2024", "pk_user_account_identifier_2024"),
+        ("glpat-abcdefghij1234567890", "[KEY]"),
+        (
+            "-----BEGIN RSA PRIVATE KEY-----\nMIIEabcdefghijklm\n-----END RSA PRIVATE KEY----- x",
+            "[KEY] x",
+        ),
+        ("a -----BEGIN PRIVATE KEY----- begins it", "a -----BEGIN PRIVATE KEY----- begins it"),
+        ("0170 1234567, 030/1234567 or 020 7946 0958", "[PHONE], [PHONE] or [PHONE]"),
+        ("06 12 34 56 78 or 555 123 4567", "[PHONE] or [PHONE]"),
+        ("1-800-555-1234", "[PHONE]"),
+        ("x[::2], a[1::2], b[1000::2], c[1:10:2]", "x[::2], a[1::2], b[1000::2], c[1:10:2]"),
+        ("use ::add, a::add and std::b00::c0de", "use ::add, a::add and std::b00::c0de"),
+        ("http://[2001:db8::1]/ and fe80::1%eth0", "http://[[IP]]/ and [IP]%eth0"),
+        ("react@18.2.0 lodash@4.17.21-beta.rc", "react@18.2.0 lodash@4.17.21-beta.rc"),
+        ("version 1.2.3.4, Chrome/120.0.0.1", "version 1.2.3.4, Chrome/120.0.0.1"),
+        ("127.0.0.1, 0.0.0.0, 255.255.255.0", "127.0.0.1, 0.0.0.0, 255.255.255.0"),
+        ("at 10.0.0.1. Then http://10.0.0.2:80/", "at [IP]. Then http://[IP]:80/"),
         ("in 2024 there were 1,234,567 of 48", "in 2024 there were 1,234,567 of 48"),
     ],
 )
 def test_personal_data_is_masked_by_its_patterns(text, masked):
     masker = Masker()
     assert masker([{"content": text}]) == [{"content": masked}]
-    assert masker.counts.total() == masked.count("[")
+    assert masker.counts.total() == len(re.findall(r"\[[A-Z]+\]", masked))
 
 
 def test_the_command_writes_what_training_reads(tmp_path, capsys):

@@ -22,8 +22,8 @@ fastdpo pairs: preference data from a request log with ratings, thumbs, edits or
 Each line is a request with its response, as OpenAI's interface or its batches write them, or flat:
 messages and response, with a rating, score, thumb or feedback, an edited_response, or retry_of the
 id of another line. An edit beats what it changed, the best rated answer to a prompt the worst one,
-and a retry the answer that it retries. Mail addresses, phone and card numbers, IBANs, IP addresses and
-keys are masked by their patterns; names of people are not.
+and a retry the answer that it retries. Mail addresses, phone and card numbers, IBANs, IP addresses
+and keys are masked by their patterns; names of people are not.
 
   -o, --output FILE      a .jsonl file that fastdpo train reads
   --to KIND              pairs, labels (desirable above the middle of the ratings' scale) or groups
