@@ -5,12 +5,14 @@ import json
 import re
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from data_samples import CHATML, make_tokenizer
 
 from fastdpo.cli import main
 from fastdpo.data.load import load_rows
 from fastdpo.data.tokenize import tokenize_dataset
+from fastdpo.errors import DataError
 from fastdpo.logs.mask import Masker
 from fastdpo.logs.pairs import make_rows
 
@@ -242,6 +244,45 @@ def test_a_retry_beats_the_answer_before_it(tmp_path):
     ]
     missing = "the answer that it retries is not in the log"
     assert outcomes == {"used": 4, "no rating": 1, missing: 1}
+
+
+@pytest.mark.parametrize("name", ["log.json", "log.json.gz", "log.jsonl.zst", "log.json.zst"])
+def test_logs_are_read_as_lists_and_packed(name, tmp_path):
+    lines = [flat("q", answer, rating=n) for n, answer in enumerate("ab")]
+    text = "\n".join(map(json.dumps, lines)) if "jsonl" in name else json.dumps(lines, indent=1)
+    path = tmp_path / name
+    packing = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+    with pa.output_stream(str(path), compression=packing) as file:
+        file.write(text.encode())
+    assert [row["chosen"] for row in make_rows([path]).rows] == [says("b")]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("", "no rows to make; the log is empty"),
+        ("prompt,chosen\n", "1 lines: no JSON; expected JSONL"),
+        ('"text"\n', "1 lines: no JSON object; expected JSONL"),
+    ],
+)
+def test_a_log_that_is_none_is_told(text, error, tmp_path, capsys):
+    log = tmp_path / "log.jsonl"
+    log.write_text(text)
+    assert main(["pairs", str(log), "-o", str(tmp_path / "out.jsonl")]) == 2
+    assert error in capsys.readouterr().err
+
+
+def test_a_damaged_log_is_named(tmp_path):
+    whole = gzip.compress(json.dumps(flat("q", "a" * 999)).encode())
+    for name, data in (("a.gz", whole[:20] + b"xxxx" + whole[24:]), ("a.zst", b"no zstd")):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(DataError, match=f"{name}: cannot be read"):
+            make_rows([tmp_path / name])
+
+
+def test_texts_and_numbers_that_cannot_be_written(tmp_path):
+    lines = [flat("q", "\ud83d", rating=1), flat("q", "a", rating=10**400)]
+    assert made(lines, tmp_path) == ([], {"no valid Unicode": 1, "no rating": 1})
 
 
 def test_every_line_is_counted_once_with_its_reason(tmp_path):
@@ -520,6 +561,12 @@ def test_the_command_writes_what_training_reads(tmp_path, capsys):
             "no regular expression",
         ),
         (["{tmp}/log.jsonl", "-o", "{tmp}/x.jsonl", "--columns", "stars=a"], "--columns: expected"),
+        (
+            ["{tmp}/log.jsonl", "-o", "{tmp}/x.jsonl", "--columns", "rating=strs"],
+            "no line has strs",
+        ),
+        (["{tmp}/log.jsonl", "-o", "{tmp}/x.jsonl", "--mask_pattern", ""], "got nothing"),
+        (["{tmp}/log.jsonl", "-o", "{tmp}/../{tmp.name}/log.jsonl"], "is a log that is read"),
         (["{tmp}/log.jsonl", "-o", "{tmp}/x.jsonl", "--margin", "1"], "--margin: unknown"),
     ],
 )

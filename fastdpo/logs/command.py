@@ -9,6 +9,7 @@ from ..arguments import own_flags
 from ..errors import ConfigError, DataError
 from ..files import atomic_file
 from .exchange import FIELDS
+from .lines import NO_JSON, NO_OBJECT
 from .mask import Masker
 from .pairs import Made, To, make_rows
 
@@ -53,18 +54,20 @@ def run(arguments: Sequence[str]) -> None:
         raise ConfigError(f"{unknown[0]}: unknown (fastdpo pairs --help)")
     if not words or not given.get("output", "").endswith(".jsonl"):
         raise ConfigError("expected fastdpo pairs LOG -o FILE.jsonl (fastdpo pairs --help)")
+    logs, path = [Path(word) for word in words], Path(given["output"])
+    if path.exists() and any(log.exists() and log.samefile(path) for log in logs):
+        raise ConfigError(f"-o {path}: is a log that is read; expected another file")
     to = given.get("to", "pairs")
     if to not in ("pairs", "labels", "groups"):
         raise ConfigError(f"--to: expected pairs, labels or groups, got {to}")
     masker = None if "no_mask" in switches else Masker(given.get("mask_pattern"))
     made = make_rows(
-        [Path(word) for word in words],
+        logs,
         cast(To, to),
         names=_names(given.get("columns")),
         min_margin=_margin(given.get("min_margin", "0")),
         masker=masker,
     )
-    path = Path(given["output"])
     print(f"{_write(made.rows, path, made)} rows: {path}")
     print(table(made))
 
@@ -72,7 +75,10 @@ def run(arguments: Sequence[str]) -> None:
 def _write(rows: Iterator[dict[str, Any]], path: Path, made: Made) -> int:
     first = next(rows, None)
     if first is None:
-        raise DataError(f"no rows to make; {table(made, ', ')}")
+        found = table(made, ", ") or "the log is empty"
+        if made.outcomes.keys() <= {NO_JSON, NO_OBJECT}:
+            found += "; expected JSONL or a JSON list, plain or packed as .gz or .zst"
+        raise DataError(f"no rows to make; {found}")
     count = 1
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(json.dumps(first, ensure_ascii=False) + "\n")

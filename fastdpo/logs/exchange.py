@@ -115,16 +115,20 @@ def _all(
 ) -> Iterator[tuple[str, Any]]:
     """All that may be the value of a field, the likeliest first, each with its name."""
     if field in names:
-        value: Any = line
-        path = names[field].split(".")
-        for part in path:
-            value = value.get(part) if isinstance(value, Mapping) else None
-        yield path[-1], value
+        yield names[field].rpartition(".")[2], at(line, names[field])
         return
     for name in FIELDS[field]:
         for inner in _parts(line, inside):
             if inner.get(name) is not None:
                 yield name, inner[name]
+
+
+def at(line: Mapping[str, Any], name: str) -> Any:
+    """The value of this name, whose dots lead into objects; None where there is none."""
+    value: Any = line
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
 
 
 def _parts(

@@ -4,8 +4,6 @@ A log is read twice: once for what is asked and how it was rated, of which some 
 kept, and once for the texts that are needed. So it may be larger than memory.
 """
 
-import contextlib
-import gzip
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +14,8 @@ from typing import Any, Literal
 import xxhash
 
 from ..errors import DataError
-from .exchange import Exchange, read_exchange
+from .exchange import Exchange, at, read_exchange
+from .lines import read_lines
 from .mask import Masker
 from .messages import said
 from .plan import Plan, Retries, Seen
@@ -44,7 +43,7 @@ def make_rows(
     """Rows from logs, read in this order.
 
     Args:
-        paths: JSONL files, which may be gzipped.
+        paths: JSONL files, or JSON lists, which may be packed by gzip or zstd.
         to: "pairs": the best and the worst answer to a prompt, an edited answer and what it was,
             an answer and the one that was asked for in its place; "labels": each rated answer;
             "groups": all rated answers to a prompt with their ratings.
@@ -53,19 +52,24 @@ def make_rows(
         masker: what takes personal data out; None keeps it.
 
     Raises:
-        DataError: a file that cannot be read.
+        DataError: a file that cannot be read, or a name in `names` that no line has.
     """
     names = names or {}
     masker = masker or _Unmasked()
     plan, retries = Plan(), Retries()
     prompts: dict[bytes, list[Seen]] = defaultdict(list)
-    for number, found in _exchanges(paths, names):
+    missing = set(names.values())
+    for number, line in read_lines(paths):
+        missing = {name for name in missing if isinstance(line, str) or at(line, name) is None}
+        found = line if isinstance(line, str) else read_exchange(line, names)
         if isinstance(found, str):
             plan.outcomes[number] = found
             continue
         seen = _summary(number, found, masker)
         prompts[seen.key].append(seen)
         retries.add(seen, found)
+    if missing and (plan.outcomes or prompts):
+        raise DataError(f"no line has {', '.join(sorted(missing))}, which columns name")
     masker.counts.clear()
     if to == "pairs":
         plan.plan_pairs(prompts, retries, min_margin)
@@ -108,7 +112,8 @@ def _rows(
     edits, known, written = set(plan.edits), dict[int, Exchange](), set[bytes]()
     left = Counter({job: len(job) for job in jobs})
     needed = Counter(number for job in jobs for number in job)
-    for number, found in _exchanges(paths, names):
+    for number, line in read_lines(paths):
+        found = line if isinstance(line, str) else read_exchange(line, names)
         if isinstance(found, str):
             continue
         made = []
@@ -144,32 +149,3 @@ def _rows(
 def _row(asked: Exchange, **rest: Any) -> dict[str, Any]:
     tools = {"tools": asked.tools} if asked.tools else {}
     return {"prompt": asked.messages, **rest, **tools}
-
-
-def _exchanges(
-    paths: Sequence[Path], names: Mapping[str, str]
-) -> Iterator[tuple[int, Exchange | str]]:
-    """Every line that is not empty, by its number over all files."""
-    number = 0
-    for path in paths:
-        with _opened(path) as lines:
-            for line in lines:
-                if not line.strip():
-                    continue
-                number += 1
-                try:
-                    value = json.loads(line.decode("utf-8-sig"))
-                except (ValueError, RecursionError):
-                    yield number, "no JSON"
-                    continue
-                is_object = isinstance(value, dict)
-                yield number, read_exchange(value, names) if is_object else "no JSON object"
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            yield file
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error

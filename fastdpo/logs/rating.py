@@ -27,12 +27,12 @@ def read_rating(name: str, value: Any) -> tuple[float, str] | None:
         word = word.replace("-up", "_up").replace("-down", "_down")
         if word in THUMBS:
             return THUMBS[word], THUMB
-        try:
-            value = float(word)
-        except ValueError:
-            return None
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    try:
+        value = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    if not math.isfinite(value):
         return None
     if name in ("thumb", "thumbs", "vote") and value in (-1, 0, 1):
         return None if name == "vote" and value == 0 else (float(value > 0), THUMB)
-    return float(value), name
+    return value, name
