@@ -413,6 +413,7 @@ def test_calls_that_differ_by_their_names_alone_are_one_answer(tmp_path):
 
 
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
+BAD_CALL = {"function": {"name": "f", "arguments": "{bad"}}
 CUT = {"role": "assistant", "content": "cut"}
 
 
@@ -430,6 +431,10 @@ CUT = {"role": "assistant", "content": "cut"}
         (flat("q", "A", messages=[{"role": "Wizard", "content": "q"}]), "unknown role"),
         (flat("q", "A", messages=[*ask("q"), *says("B")]), "end with another answer"),
         (flat("q", [*says("A"), *says("B")]), "more than one answer"),
+        (flat("q", [*ask("q"), *says("B")]), "not the assistant's"),
+        (flat("q", "A", edited=ask("B")), "not the assistant's"),
+        (flat("q", [{**CUT, "tool_calls": ["x"]}]), "a message that training cannot read"),
+        (flat("q", [{**CUT, "tool_calls": [BAD_CALL]}]), "a message that training cannot read"),
         ({"messages": ask("q"), "choices": [{"message": CUT, "finish_reason": "length"}]}, "cut"),
         (
             {

@@ -2,11 +2,12 @@
 training reads.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from ..data.layouts.values import as_conversation, is_message, read_messages
-from ..data.messages import CALLS, ROLES, BadRow, parse_tools
+from ..data.messages import CALLS, ROLES, BadRow, check_text, parse_tools
 
 Message: TypeAlias = dict[str, Any]
 
@@ -64,6 +65,10 @@ def _read(items: list[Any], empty: str = "an empty message") -> list[Message]:
             found.append({"role": message["role"], "content": content, **kept})
         elif message["role"] not in ("system", "developer"):
             raise Unusable(empty)
+    try:
+        check_text(found or "", "messages", ROLES)
+    except BadRow:
+        raise Unusable(_UNREADABLE) from None
     return found
 
 
@@ -97,23 +102,31 @@ def read_answer(value: Any) -> list[Message]:
     """The messages of an answer, however deep it lies: a text, parts, messages, choices, a body.
 
     Raises:
-        Unusable: a part that is no text.
+        Unusable: a part that is no text, or messages that are no answer of an assistant.
     """
+    answer = _said_in(value)
+    roles = [message["role"] for message in answer]
+    if ("assistant", "assistant") in itertools.pairwise(roles):
+        raise Unusable("more than one answer")
+    if roles and (roles[0], roles[-1]) != ("assistant", "assistant"):
+        raise Unusable("an answer that is not the assistant's")
+    return answer
+
+
+def _said_in(value: Any) -> list[Message]:
     if isinstance(value, Mapping):
         if is_message(value):
-            return read_answer([value])
+            return _said_in([value])
         names = ("body", "choices", "output", "message", "content", "text")
-        return read_answer(
-            next((value[name] for name in names if value.get(name) is not None), None)
-        )
+        return _said_in(next((value[name] for name in names if value.get(name) is not None), None))
     if isinstance(value, list):
         items = [item for item in value if not _is_thought(item)]
         kinds = [item.get("type") for item in items if isinstance(item, Mapping)]
         if any(map(is_message, items)) or "message" in kinds:
             return _read([_with_role(item) for item in items], "no answer")
         if kinds[:1] == [None]:  # choices: the one that was shown
-            return read_answer(items[0])
-        return read_answer(read_text(items))
+            return _said_in(items[0])
+        return _said_in(read_text(items))
     said = isinstance(value, str) and value.strip()
     return [{"role": "assistant", "content": value}] if said else []
 
