@@ -178,6 +178,7 @@ def test_an_answer_with_several_ratings_has_their_mean(tmp_path):
         ({"thumb": "up"}, {}, False),
         ({"stars": 5}, {"thumb": "up"}, False),
         ({"thumb": "up"}, {"thumb": "up"}, False),
+        ({"stars": 3}, {"stars": 3}, False),
         ({"thumb": "down"}, {}, True),
         ({"thumb": "down"}, {"stars": 4}, True),
         ({}, {"stars": 5}, True),
@@ -207,6 +208,16 @@ def test_a_retry_says_nothing_against_a_rating(first, retry, beats, tmp_path):
 def test_a_retry_finds_what_it_retried(lines, tmp_path):
     rows, _ = made(lines, tmp_path)
     assert rows == [{"prompt": ask("q"), "chosen": says("B"), "rejected": says("A")}]
+
+
+def test_a_rating_says_more_than_a_retry(tmp_path):
+    lines = [
+        flat("q", "A", id=1, thumb="down"),
+        flat("q", "B", retry_of=1),
+        flat("q", "C", thumb="up"),
+    ]
+    rows, _ = made(lines, tmp_path)
+    assert rows == [{"prompt": ask("q"), "chosen": says("C"), "rejected": says("A")}]
 
 
 def test_retries_of_a_talk_that_begins_with_one_say_nothing(tmp_path):
@@ -469,6 +480,8 @@ def test_a_line_that_cannot_be_a_row_of_text_is_left_out_with_its_reason(line, r
         ({"prompt": "q", "choices": [{"text": "one"}, {"text": "two"}]}, "one"),
         (flat("q", "A", messages=[*ask("q"), *says("A")]), "A"),
         (flat("q", "A", messages=[{"role": "Human", "content": "q"}]), "A"),
+        (flat("q", "A", messages=json.dumps(ask("q"))), "A"),
+        (flat("q", "A", metadata={"system": "linux"}), "A"),
         (flat("q", [{"type": "text", "text": "A"}, {"type": "text", "text": "B"}]), "AB"),
     ],
 )
