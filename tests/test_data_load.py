@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import pytest
 
-from fastdpo.data.load import load_rows
+from fastdpo.data.load import Reader, load_rows
 from fastdpo.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -262,9 +262,63 @@ def test_text_that_looks_like_a_time_is_text(tmp_path: Path, other: str) -> None
     rows = [{"prompt": "2020-01-01", "chosen": "2020-01-02", "rejected": other}]
     loaded = load_rows(str(write_jsonl(tmp_path / "data.jsonl", rows)), "train")
     assert [{name: row[name] for name in rows[0]} for row in loaded] == rows
-    groups = [{"prompt": "p", "responses": ["2020-01-02", "2020-01-03"], "scores": [0, 1]}]
-    loaded = load_rows(str(write_jsonl(tmp_path / "groups.jsonl", groups)), "train")
-    assert loaded["responses"][:] == [row["responses"] for row in groups]
+    assert "fastdpo_line" not in loaded.column_names, "the library's reader failed"
+
+
+DAY, TIME = "2020-01-02", "2021-01-03T00:00:00Z"
+
+
+def deep(text: str, when: str) -> dict[str, Any]:
+    """A row in which dates stand wherever text may."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {"days": [when]}}}
+    default = {"day": {"type": "string", "default": DAY}}
+    return {
+        "prompt": [{"role": "user", "content": TIME}],
+        "chosen": [{"role": "assistant", "content": text, "tool_calls": [call]}],
+        "rejected": [{"role": "assistant", "content": DAY}],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": default}}],
+        "asked": {"at": [{"day": when}]},
+    }
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda path: load_rows(path, "train"),
+        lambda path: Reader("train", all_columns=True).read(path),
+        lambda path: Reader("train").hub("json", data_files=path),
+    ],
+    ids=["train", "score", "hub"],
+)
+def test_dates_within_messages_tools_and_any_column_are_text(
+    tmp_path: Path, read: Callable[[str], datasets.Dataset]
+) -> None:
+    rows = [deep(DAY, TIME), deep(TIME, DAY)]
+    path = write_jsonl(tmp_path / "data.jsonl", rows)
+    for stored in (False, True):  # by the library itself, in its cache
+        if stored:
+            datasets.load_dataset("json", data_files=str(path))
+        assert read(str(path)).to_list() == rows
+    grouped = [{"prompt": "p", "responses": [DAY, TIME], "scores": [0, 1]}]
+    loaded = read(str(write_jsonl(tmp_path / "groups.jsonl", grouped)))
+    assert loaded["responses"][:] == [[DAY, TIME]]
+
+
+def test_dates_after_other_texts_are_text(tmp_path: Path) -> None:
+    """The library reads 10 MB at a time, and may find nothing but dates in the second."""
+    rows = [PAIRS[0] | {"chosen": "x" * (1 << 20)} for _ in range(10)]
+    rows += [{"prompt": "p", "chosen": DAY, "rejected": TIME} for _ in range(2)]
+    loaded = load_rows(str(write_jsonl(tmp_path / "data.jsonl", rows)), "train")
+    assert loaded[-1] == rows[-1]
+
+
+def test_text_in_an_argument_of_several_types_is_text(tmp_path: Path) -> None:
+    """The library's reader makes the number 42 of it, at any depth."""
+    rows = [deep("", DAY), deep("", DAY)]
+    for row, value in zip(rows, ("42", [1]), strict=True):
+        row["chosen"][0]["tool_calls"][0]["function"]["arguments"] = {"a": value}
+    loaded = load_rows(str(write_jsonl(tmp_path / "data.jsonl", rows)), "train")
+    assert loaded["chosen"][:] == [row["chosen"] for row in rows]
 
 
 def test_other_columns_may_hold_anything(tmp_path: Path) -> None:

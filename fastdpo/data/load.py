@@ -18,8 +18,9 @@ from typing import Any
 import datasets
 
 from ..errors import DataError
-from .columns import PROBLEM_COLUMN, TEXT_FIELDS, row_kinds
+from .columns import FIELDS, PROBLEM_COLUMN, TEXT_FIELDS, row_kinds
 from .copies import Copies, is_url, whole_repository
+from .dates import dates_as_text, holds_times
 from .layouts import to_canonical
 from .readers import may_fail_fast, read_rows
 
@@ -142,10 +143,15 @@ class Reader:
         Raises:
             DataError: where it cannot be had.
         """
+        options |= {"split": self.split, "num_proc": self.num_proc}
         try:
-            return datasets.load_dataset(
-                name, self.config_name, split=self.split, num_proc=self.num_proc, **options
-            )
+            rows = datasets.load_dataset(name, self.config_name, **options)
+            if rows.info.builder_name == "json" and holds_times(rows.features):
+                with dates_as_text():
+                    rows = datasets.load_dataset(
+                        name, self.config_name, cache_dir=_with_dates_as_text(), **options
+                    )
+            return rows
         except (FileNotFoundError, ConnectionError) as error:
             message = f"{_not_found(Path(name))}; as a data set of the hub: {error}"
             raise DataError(message) from error
@@ -195,8 +201,9 @@ class Reader:
         if kind == "json" and not any(map(may_fail_fast, paths)):
             # Whatever makes the fast reader fail, the slow one names it or does not mind.
             with contextlib.suppress(Exception), _quiet():
-                rows = _read_fast(kind, selected, self.split)
-                if not _mangles_text(rows.features):
+                with dates_as_text():
+                    rows = _read_fast(kind, selected, self.split, _with_dates_as_text())
+                if not _mangles_text(rows.features, every=self.all_columns):
                     return rows
             logger.debug("%s: rows differ in type or cannot be read: reading line by line", where)
         read = {
@@ -253,36 +260,37 @@ def _not_found(path: Path) -> str:
     return f"{path}: not found{hint}"
 
 
-def _read_fast(kind: str, files: Mapping[str, Sequence[Path]], split: str) -> datasets.Dataset:
+def _with_dates_as_text() -> str:
+    """The cache of what is read by `dates_as_text`."""
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "fastdpo")
+
+
+def _read_fast(
+    kind: str, files: Mapping[str, Sequence[Path]], split: str, cache: str | None = None
+) -> datasets.Dataset:
     names = {base: [str(path) for path in listed] for base, listed in files.items()}
-    return datasets.load_dataset(kind, data_files=names, split=split)
+    return datasets.load_dataset(kind, data_files=names, split=split, cache_dir=cache)
 
 
-def _mangles_text(features: Mapping[str, Any]) -> bool:
-    """Whether text may have been stored as something else: as JSON without quotes, so that "42"
-    reads as a number, or as a time.
+def _mangles_text(features: Mapping[str, Any], *, every: bool) -> bool:
+    """Whether text may have been stored as JSON without quotes, so that "42" reads as a number, in
+    `every` column or in those that training reads.
     """
-
-    def untyped(feature: Any) -> bool:
-        if isinstance(feature, datasets.List) and isinstance(feature.feature, Mapping):
-            return isinstance(feature.feature.get("content"), datasets.Json)
-        is_time = isinstance(feature, datasets.Value) and feature.dtype.startswith(("time", "date"))
-        return is_time or isinstance(feature, datasets.Json)
-
-    if not row_kinds(features):  # any column may be read
-        return any(map(_holds_untyped, features.values()))
-    responses = features.get("responses")
-    inner = responses.feature if isinstance(responses, datasets.List) else responses
-    return untyped(inner) or any(untyped(features.get(name)) for name in TEXT_FIELDS)
+    read = features if every or not row_kinds(features) else set(features) & set(FIELDS)
+    messages = datasets.List(datasets.Json())  # of other fields each, and objects all of them
+    return any(
+        _holds_json(features[name])
+        for name in read
+        if name not in (*TEXT_FIELDS, "tools") or features[name] != messages
+    )
 
 
-def _holds_untyped(feature: Any) -> bool:
+def _holds_json(feature: Any) -> bool:
     if isinstance(feature, Mapping):
-        return any(map(_holds_untyped, feature.values()))
+        return any(map(_holds_json, feature.values()))
     if isinstance(feature, datasets.List | datasets.LargeList):
-        return _holds_untyped(feature.feature)
-    is_time = isinstance(feature, datasets.Value) and feature.dtype.startswith(("time", "date"))
-    return is_time or isinstance(feature, datasets.Json)
+        return _holds_json(feature.feature)
+    return isinstance(feature, datasets.Json)
 
 
 def _take(splits: Mapping[str, datasets.Dataset], split: str, where: str) -> datasets.Dataset:
