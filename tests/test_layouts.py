@@ -249,6 +249,42 @@ def test_sharegpt_pairs_of_whole_conversations(
     assert_same_tokens(load(tmp_path / "asked.jsonl", asked), [CHAT], tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"response_1": GOOD, "response_2": BAD, "preference": 1}, compared(0, chat=True)),
+        ({"response_0": GOOD, "response_1": BAD, "winner": 1}, compared(1, chat=True)),
+        (
+            {"response_1": GOOD, "response_2": BAD, "preference_strength": -2},
+            compared(0, chat=True),
+        ),
+        ({"output": GOOD, "kto_tag": True}, {"completion": [assistant(GOOD)], "label": True}),
+        (
+            {
+                "completions": [
+                    {"response": GOOD, "overall_score": 2},
+                    {"response": BAD, "overall_score": 1},
+                ]
+            },
+            {"responses": [[assistant(GOOD)], [assistant(BAD)]], "scores": [2, 1]},
+        ),
+    ],
+)
+def test_verdicts_follow_the_whole_of_what_is_asked(
+    tmp_path: Path, said: Row, expected: Row, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """An instruction with its input, its history and its system prompt, as in Alpaca."""
+    before = {"system": "Be brief.", "history": [["Hi", "Hello!"]]}
+    turns = [{"role": "system", "content": "Be brief."}, user("Hi"), assistant("Hello!")]
+    rows = [{"instruction": "Add.", "input": "12, 30", **before, **said}]
+    prompt = [*turns, user("Add.\n12, 30")]
+    assert_same_tokens(load(tmp_path / "a.jsonl", rows), [expected | {"prompt": prompt}], tokenizer)
+    if "completions" not in said:
+        rows = [{"prompt": "Add.", "history": [["Hi", "Hello!"]], **said}]
+        expected = expected | {"prompt": [*turns[1:], user("Add.")]}
+        assert_same_tokens(load(tmp_path / "b.jsonl", rows), [expected], tokenizer)
+
+
 def test_a_conversation_that_holds_the_better_answer(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:

@@ -20,7 +20,7 @@ from .recognise import recognise
 logger = logging.getLogger(__name__)
 
 # To be raised whenever the same rows are read as others than before.
-_VERSION = 2
+_VERSION = 3
 _BATCH = 512
 _SHOWN = 40
 _SIDES = ("chosen", "rejected")

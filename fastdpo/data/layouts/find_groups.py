@@ -74,7 +74,7 @@ def _asker(sample: Sample) -> dict[str, str] | None:
         return None
     value = sample.value(name)
     if name == "prompt":
-        return {"prompt": name}
+        return {"prompt": name, **({"history": "history"} if sample.filled("history") else {})}
     if name in TALK or as_conversation(value) is not None:
         return {"talk": name}
     return {"user": name}

@@ -82,8 +82,7 @@ def instruction(sample: Sample, forced: bool) -> Found:
     if two != RESPONSES[0]:
         name = "argilla"
     sides = dict(zip(("chosen", "rejected"), two, strict=True))
-    more = ("input", "history") if user == "instruction" else ("history",)
-    return Reading(name, with_shared(sample, {"user": user, **sides}, *more), pairs.pair)
+    return Reading(name, with_shared(sample, {"user": user, **sides}), pairs.pair)
 
 
 def _already_asked(sample: Sample, user: str, talk: Any) -> bool:
@@ -111,7 +110,8 @@ def output_list(sample: Sample, forced: bool) -> Found:
                 ),
             ),
         )
-    parts = with_shared(sample, {"user": user, "output": "output"}, "input", "history")
+    added = sample.first_filled("input")
+    parts = with_shared(sample, {"user": user, "input": added, "output": "output"})
     return Reading("alpaca_output", parts, pairs.output_list)
 
 
@@ -183,7 +183,7 @@ def swift_query(sample: Sample, forced: bool) -> Found:
     if not {"query", "response", "rejected_response"} <= sample.names:
         return None
     names = {"user": "query", "chosen": "response", "rejected": "rejected_response"}
-    return Reading("swift_query", with_shared(sample, names, "history"), pairs.pair)
+    return Reading("swift_query", with_shared(sample, names), pairs.pair)
 
 
 def whole_messages(sample: Sample, forced: bool) -> Found:

@@ -22,7 +22,8 @@ Fields = dict[str, Any]
 
 def _is_chat(raw: Raw, names: Names) -> bool:
     """Whether the prompt is messages: text in `prompt` stays text, as in TRL."""
-    if "prompt" not in names or not is_blank(raw.get(names.get("system", ""))):
+    before = (raw.get(names[part]) for part in ("system", "history") if part in names)
+    if "prompt" not in names or not all(map(is_blank, before)):
         return True
     return as_conversation(raw.get(names["prompt"])) is not None
 

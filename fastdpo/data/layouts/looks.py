@@ -13,9 +13,12 @@ TALK = ("messages", "conversations", "conversation")
 RESPONSES = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 
 
-def with_shared(sample: Sample, names: Mapping[str, str | None], *more: str) -> dict[str, str]:
-    """The parts that there are, with those that any layout may have: `system`, `tools`, ..."""
+def with_shared(sample: Sample, names: Mapping[str, str | None]) -> dict[str, str]:
+    """The parts that there are, with those that any layout may have: `system`, `tools`, ..., and
+    the input and the history beside what a user asks.
+    """
     parts = {part: name for part, name in names.items() if name is not None}
+    more = {"instruction": ("input", "history"), None: ()}.get(parts.get("user"), ("history",))
     optional = {"system": sample.first_filled(*SYSTEM)}
     optional |= {name: name if sample.filled(name) else None for name in more}
     optional |= {name: name if name in sample.names else None for name in TEMPLATE_FIELDS}
