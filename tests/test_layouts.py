@@ -205,7 +205,7 @@ def test_a_column_of_several_types(tmp_path: Path, tokenizer: PreTrainedTokenize
     rows = [
         {"messages": [user(ASKED)], "chosen": GOOD, "rejected": assistant(BAD)},
         {"messages": json.dumps([user(ASKED)]), "chosen": [assistant(GOOD)], "rejected": BAD},
-        {"messages": user(ASKED), "chosen": json.dumps(assistant(GOOD)), "rejected": [gpt(BAD)]},
+        {"messages": user(ASKED), "chosen": json.dumps([assistant(GOOD)]), "rejected": [gpt(BAD)]},
     ]
     assert_same_tokens(load(tmp_path / "data.jsonl", rows), [CHAT] * 3, tokenizer)
 
@@ -283,6 +283,44 @@ def test_verdicts_follow_the_whole_of_what_is_asked(
         rows = [{"prompt": "Add.", "history": [["Hi", "Hello!"]], **said}]
         expected = expected | {"prompt": [*turns[1:], user("Add.")]}
         assert_same_tokens(load(tmp_path / "b.jsonl", rows), [expected], tokenizer)
+
+
+ROLE_JSON = '{"role": "assistant", "content": "x"}'
+MAIL = '{"from": "bob", "to": "al"}'
+MAILS = '[{"from": "bob", "to": "al"}, {"from": "human", "value": "x"}]'
+
+
+@pytest.mark.parametrize("answers", [(ROLE_JSON, "nope"), (MAILS, "nope"), (MAIL, MAIL + " ")])
+def test_an_answer_that_is_json_is_text(tmp_path: Path, answers: tuple[str, str]) -> None:
+    """Rows that ask for JSON get it with `role` or `from` in it."""
+    one, other = answers
+    two = {"response_1": one, "response_2": other, "preference": 1}
+    pair = chat([user("q")], one, other)
+    chats = {"prompt": [user("q")], "responses": [[assistant(one)], [assistant(other)]]}
+    texts = {"prompt": "q", "responses": [one, other]}
+    first = {"comparisons": [[0, 1]]}
+    columns = {"prompt": "q", "responses": ["a", "b"], "scores": "s"}
+    cases: list[tuple[Row, Row, dict[str, Any]]] = [
+        ({"instruction": "q", "chosen": one, "rejected": other}, pair, {}),
+        ({"instruction": "q", "output": [one, other]}, pair, {"layout": "alpaca_output"}),
+        ({"instruction": "q", **two}, chats | first, {}),
+        ({"prompt": "q", **two}, texts | first, {}),
+        (
+            {"q": "q", "a": one, "b": other, "s": [2, 1]},
+            texts | {"scores": [2, 1]},
+            {"columns": columns},
+        ),
+    ]
+    for number, (row, expected, how) in enumerate(cases):
+        read = load(tmp_path / f"{number}.jsonl", [row], **how)
+        made = {name: read[0][name] for name in expected}
+        assert made == expected, read[0]
+
+
+def test_thumbs_for_answers_of_which_one_is_json(tmp_path: Path) -> None:
+    rows = [{"question": "q", "response": text, "thumb": "up"} for text in (ROLE_JSON, "nope")]
+    made = load(tmp_path / "data.jsonl", rows)["completion"][:]
+    assert made == [[assistant(ROLE_JSON)], [assistant("nope")]]
 
 
 def test_a_conversation_that_holds_the_better_answer(

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -15,7 +15,9 @@ from ..processes import processes_for
 from ..readers import stored
 from . import groups, mapping, pairs
 from .layout import Reading
+from .plain import as_plain, plain_columns
 from .recognise import recognise
+from .sample import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +77,11 @@ def to_canonical(
         DataError: columns that cannot be read, see `recognise`.
     """
     reading = recognise(dataset, where, layout, columns, scores=scores)
-    made = dataset if reading.function is None else _map(dataset, reading, where, num_proc)
+    if reading.function is None:
+        made = dataset
+    else:
+        reading = replace(reading, plain=plain_columns(Sample(dataset), reading.names))
+        made = _map(dataset, reading, where, num_proc)
     logger.info(f"layout: {describe(reading, made, where)}")
     return made
 
@@ -102,6 +108,7 @@ class _Convert:
         if raw.get(PROBLEM_COLUMN):
             return kept
         assert self.reading.function is not None
+        raw = {**raw, **{name: as_plain(raw[name]) for name in self.reading.plain}}
         try:
             fields = self.reading.function(raw, self.reading.names)
             problem = unreadable(fields)
@@ -128,7 +135,8 @@ def _map(
     convert = _Convert(reading, datasets.Features(features), kept)
     function = reading.function
     assert function is not None
-    key = [_VERSION, dataset._fingerprint, function.__name__, reading.names, list(kept)]
+    how = [function.__name__, reading.names, list(kept), list(reading.plain)]
+    key = [_VERSION, dataset._fingerprint, *how]
     return dataset.with_format(None).map(
         convert,
         batched=True,

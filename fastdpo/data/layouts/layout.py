@@ -17,12 +17,14 @@ class Reading:
         names: the column of each part, and settings of `function`.
         function: makes the canonical fields of a row; None where they stand there already.
         hint: what else is to be said of it.
+        plain: columns whose texts are no JSON, whatever they look like.
     """
 
     layout: str
     names: Names
     function: Callable[[Mapping[str, Any], Names], dict[str, Any]] | None = None
     hint: str = ""
+    plain: tuple[str, ...] = ()
 
     @property
     def columns(self) -> list[str]:

@@ -35,9 +35,17 @@ SPEAKERS: Mapping[str, str] = {
 """ShareGPT's names of who speaks, with the roles that they are."""
 
 
+class PlainText(str):
+    """A text that is no JSON, whatever it looks like."""
+
+
 def parsed(value: Any) -> Any:
     """What a text of JSON holds, where that is a list or an object; any other value as it is."""
-    if not isinstance(value, str) or value[:100].lstrip()[:1] not in ("[", "{"):
+    if (
+        not isinstance(value, str)
+        or isinstance(value, PlainText)
+        or value[:100].lstrip()[:1] not in ("[", "{")
+    ):
         return value
     try:
         held = json.loads(value)
