@@ -130,6 +130,21 @@ def test_reads_directories(tmp_path: Path) -> None:
     assert str(tmp_path / "nothing") in load_error(tmp_path / "nothing")
 
 
+def test_files_of_another_kind_in_a_directory_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", PAIRS)
+    (folder / "b.json").write_text(json.dumps(PAIRS))
+    (folder / "notes.txt").write_text("not data")
+    load_rows(str(folder), "train")
+    assert not caplog.records
+    write_csv(folder / "c.csv", PAIRS)
+    assert len(load_rows(str(folder), "train")) == 8
+    assert "only its json files are read, not 1 of other kinds, such as c.csv" in caplog.text
+
+
 def test_a_file_has_only_a_train_split(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "data.jsonl", PAIRS)
     assert load_rows(str(path), "train[:50%]").to_list() == PAIRS[:2]

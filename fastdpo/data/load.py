@@ -180,6 +180,7 @@ class Reader:
         kind = builder.__module__.rpartition(".")[2]
         if kind not in _KINDS.values() or not files:
             raise DataError(f"{where}: no data files; expected some of {', '.join(_KINDS)}")
+        _say_other_kinds(path, kind)
         return self.files(kind, files, where)
 
     def files(self, kind: str, files: Mapping[str, Sequence[Path]], where: str) -> datasets.Dataset:
@@ -238,6 +239,16 @@ def explain_disk(name: str) -> Iterator[None]:
 
 def _suffix(path: Path) -> str:
     return path.with_suffix("").suffix if path.suffix in (".gz", ".zst") else path.suffix
+
+
+def _say_other_kinds(folder: Path, kind: str) -> None:
+    """Warn of data files that are not read since most of the directory's are of another kind."""
+    kinds = {file: _KINDS.get(_suffix(file), kind) for file in folder.rglob("*")}
+    if others := sorted(str(f.relative_to(folder)) for f in kinds if kinds[f] != kind):
+        logger.warning(
+            f"{folder}: only its {kind} files are read, not {len(others)} of other kinds, such as "
+            f"{others[0]}; the key datasets reads several kinds"
+        )
 
 
 def looks_local(name: str) -> bool:
