@@ -554,6 +554,24 @@ def test_a_mapping_that_a_row_does_not_have(
     assert message == f"{path}, line 2: a.1: missing: the list has 1 items"
 
 
+def test_prompts_that_the_key_columns_leaves_out_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    columns = {"prompt": "ask.text", "chosen": "a", "rejected": "b"}
+    row = {"ask": {"text": "q"}, "a": "x", "b": "y", "system": "Be rude", "question": "Why?"}
+    with caplog.at_level(logging.INFO):
+        load(tmp_path / "a.jsonl", [row | {"history": [], "rank": 1}], columns=columns)
+    assert "question, system may hold a part of the prompt and are not read" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        load(
+            tmp_path / "b.jsonl",
+            [row],
+            columns=columns | {"system": "system", "prompt": "question"},
+        )
+    assert "not read" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ...errors import DataError
+from ..columns import may_hold_prompt
 from ..messages import BadRow
 from .asking import Names, Raw, answers_after, read_history, with_system
 from .layout import Reading
@@ -49,7 +50,17 @@ def mapped(columns: Mapping[str, Any], sample: Sample, where: str) -> Reading:
             "user's message) with chosen and rejected, with responses and scores, rankings or "
             "comparisons, or with completion and label"
         )
-    return Reading("columns", dict(columns), by_columns)
+    return Reading("columns", dict(columns), by_columns, _unread(columns, sample))
+
+
+def _unread(columns: Mapping[str, Any], sample: Sample) -> str:
+    """What is to be said of columns that the key leaves out and that may hold a prompt."""
+    paths = [
+        one for path in columns.values() for one in (path if isinstance(path, list) else [path])
+    ]
+    read = {_root(str(path), sample.names) for path in paths}
+    others = [n for n in sorted(sample.names - read) if may_hold_prompt(n) and sample.filled(n)]
+    return f"{', '.join(others)} may hold a part of the prompt and are not read" if others else ""
 
 
 def by_columns(raw: Raw, names: Names) -> Fields:
