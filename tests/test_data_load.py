@@ -254,9 +254,12 @@ def test_missing_columns_are_named(tmp_path: Path, kind: str) -> None:
     assert message.startswith(f"{path}: missing columns: found chosen, question; expected prompt, ")
 
 
-def test_a_column_of_images_is_refused(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "data.jsonl", [PAIRS[0] | {"images": ["a.png"]}])
-    assert "images" in load_error(path)
+@pytest.mark.parametrize("name", ["images", "videos", "audios", "video"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_column_of_what_is_no_text_is_refused(tmp_path: Path, name: str, kind: str) -> None:
+    path = WRITERS[kind](tmp_path / f"data.{kind}", [PAIRS[0] | {name: "a.png"}])
+    assert f"has a column of {name}; only text can be trained on" in load_error(path)
+    load_rows(str(WRITERS[kind](path, [PAIRS[0] | {"audios": ""}])), "train")
 
 
 def test_text_survives_rows_of_other_types(tmp_path: Path) -> None:

@@ -452,6 +452,54 @@ AMBIGUOUS = {
         "response_1, 2 is response_2 and 0 is a tie, or preference: tie in place of 2, and layout: "
         "feedback_index where 0 is response_1, 1 is response_2 and 2 is a tie",
     ),
+    "two numbers, one of which may be a tie": (
+        [TWO | {"preference": n} for n in (0, 2)],
+        "preference is 0, 1 or 2, one of which is a tie: write layout: feedback where 1 is "
+        "response_1, 2 is response_2 and 0 is a tie, or preference: tie in place of 2, and layout: "
+        "feedback_index where 0 is response_1, 1 is response_2 and 2 is a tie",
+    ),
+    "a scale": (
+        [TWO | {"preference": n} for n in (-3, 1, 2, None)],
+        "preference is a scale, of -3 to 2: write layout: helpsteer where response_1 is better "
+        "below 0 and response_2 above it, or 1, 2 or tie in preference where it means anything "
+        "else",
+    ),
+    "a scale of many values": (
+        [TWO | {"preference": n / 10} for n in range(5, 70)],
+        "preference is a scale, of 0.5 to 5.4: write layout: helpsteer where response_1 is better "
+        "below 0 and response_2 above it, or 1, 2 or tie in preference where it means anything "
+        "else",
+    ),
+    "two verdicts": (
+        [TWO | {"preference": p, "winner": w} for p, w in ((1, "a"), (1, "b"))],
+        "preference and winner contradict each other: write layout: feedback where preference "
+        "counts, or datasets: [{path: ..., columns: [prompt, response_1, response_2, winner]}] "
+        "where winner does",
+    ),
+    "three answers": (
+        [TWO | {"response_3": "So?", "preference": 1}],
+        "response_3 is a third answer beside response_1 and response_2: write layout: feedback "
+        "where preference compares response_1 and response_2, or columns: {prompt: prompt, "
+        "responses: [response_1, response_2, response_3], rankings: ...} where a column holds the "
+        "ranks of all",
+    ),
+    "an answer before the first": (
+        [TWO | {"response_0": "So?", "preference_strength": 1}],
+        "response_0 is a third answer beside response_1 and response_2: write layout: helpsteer "
+        "where preference_strength compares response_1 and response_2, or columns: {prompt: "
+        "prompt, responses: [response_1, response_2, response_0], rankings: ...} where a column "
+        "holds the ranks of all",
+    ),
+    "votes": (
+        [{"prompt": ASKED, "response": GOOD, "vote": n} for n in (1, 0, -1)],
+        "vote is -1, 0 or 1: write layout: thumbs where 0 is a thumb down, or null in place of 0 "
+        "in vote, and skip_bad_rows: true where 0 is no thumb",
+    ),
+    "one star or a thumb": (
+        [{"messages": [user(ASKED), assistant(GOOD)], "rating": 1}],
+        "rating is always 1: write layout: labelled_messages where 1 is a thumb up, or true or "
+        "false, in a column named thumb, where it is a number of stars",
+    ),
     "another conversation": (
         [{"conversations": [human("Hi"), gpt("Hello!"), human("So?")], **WHOLE}],
         "chosen is a conversation that does not begin with conversations: write layout: sharegpt "
@@ -471,6 +519,25 @@ def test_what_may_be_read_in_two_ways_is_refused(tmp_path: Path, name: str) -> N
     rows, expected = AMBIGUOUS[name]
     path = tmp_path / "data.jsonl"
     assert refusal(path, rows) == f"{path}: {expected}"
+
+
+def test_a_second_column_of_verdicts_may_count_in_another_way(tmp_path: Path) -> None:
+    rows = [TWO | {"preference": p, "better": p - 1, "label": "easy"} for p in (1, 2)]
+    assert load(tmp_path / "a.jsonl", rows)["comparisons"][:] == [[[0, 1]], [[1, 0]]]
+
+
+def test_a_comment_beside_a_thumb_is_none(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": ASKED, "response": GOOD, "feedback": said, "rating": rating}
+        for said, rating in (("Nice!", "up"), ("Meh", "down"))
+    ]
+    assert load(tmp_path / "a.jsonl", rows)["label"][:] == [True, False]
+
+
+def test_a_scale_is_read_as_it_is_named(tmp_path: Path) -> None:
+    rows = [TWO | {"preference": n} for n in (-3, 1, 2)]
+    made = load(tmp_path / "a.jsonl", rows, layout="helpsteer")
+    assert made["comparisons"][:] == [[[0, 1]], [[1, 0]], [[1, 0]]]
 
 
 def test_the_keys_of_an_ambiguity_decide(

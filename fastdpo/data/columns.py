@@ -44,6 +44,8 @@ RESPONSES: Mapping[RowKind, tuple[str, ...]] = {
 }
 # What a group says of its responses, each column being enough.
 PREFERENCES = ("comparisons", "scores", "rankings")
+# Columns of what cannot be trained on.
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 # Columns of our own readers: the line a row began on, and why it could not be read.
 LINE_COLUMN = "fastdpo_line"
 PROBLEM_COLUMN = "fastdpo_problem"

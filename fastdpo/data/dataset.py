@@ -11,7 +11,7 @@ import datasets
 from ..config import TrainConfig
 from ..errors import DataError
 from ..losses import TrainingLoss, loss_of
-from .columns import FIELDS, LINE_COLUMN, PROBLEM_COLUMN, may_hold_prompt, row_kinds
+from .columns import FIELDS, LINE_COLUMN, MEDIA, PROBLEM_COLUMN, may_hold_prompt, row_kinds
 from .grouping import check_agreement, make_groups
 from .groups import Groups, describe_units
 from .labels import describe_labels
@@ -236,7 +236,7 @@ def _in_memory(rows: RowsInMemory, name: str, *, all_columns: bool) -> datasets.
         c
         for c in columns
         if is_text[c]
-        or c in FIELDS
+        or c in (*FIELDS, *MEDIA)
         or may_hold_prompt(c)
         or (all(_is_plain(row.get(c)) for row in rows) and not chooses)
     ]

@@ -28,6 +28,7 @@ from ..errors import DataError
 from .columns import (
     FIELDS,
     LINE_COLUMN,
+    MEDIA,
     PROBLEM_COLUMN,
     TEXT_FIELDS,
     may_hold_prompt,
@@ -133,7 +134,7 @@ def read_rows(
     kept = [
         name
         for name in others
-        if everything or may_hold_prompt(name) or (implicit and only_text[name])
+        if everything or name in MEDIA or may_hold_prompt(name) or (implicit and only_text[name])
     ]
     named = [name for name in (*FIELDS, *kept) if name in only_text and _is_name(name)]
     if not named:

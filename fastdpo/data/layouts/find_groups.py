@@ -4,11 +4,12 @@ from collections.abc import Mapping
 
 from ..columns import row_kinds
 from . import groups
-from .layout import Ambiguous, Found, Reading
+from .layout import Found, Reading
 from .looks import TALK, USER, asks, is_transcript, sides_of, with_shared
 from .sample import Sample
+from .unclear import contradiction, third_answer, unclear_thumb, unclear_verdict
 from .values import as_conversation, parsed
-from .verdicts import is_thumb, word
+from .verdicts import is_thumb, number, word
 
 _TWO = (
     ("response_1", "response_2"),
@@ -93,38 +94,18 @@ def feedback(sample: Sample, forced: bool) -> Found:
     if found is None:
         return None
     names, from_zero = found
-    verdict = names["verdict"]
-    said = {word(value) for value in sample.distinct(verdict) or ()}
-    if from_zero or verdict == "better_response_id":
-        return Reading("feedback_index", names | {"way": "index"}, groups.versus)
-    unclear = said <= {"0", "1", "true", "false", "tie"} and bool(said & {"0", "true", "false"})
-    if not forced and (unclear or {"0", "1", "2"} <= said):
-        return _zero_or_one(names) if unclear else _which_is_the_tie(names)
-    return Reading("feedback", names | {"way": "order"}, groups.versus)
-
-
-def _zero_or_one(names: Mapping[str, str]) -> Ambiguous:
-    verdict, first, second = names["verdict"], names["first"], names["second"]
-    return Ambiguous(
-        f"{verdict} is 0 or 1, an index or a label",
-        (
-            (f"0 is {first}, 1 is {second}", "layout: feedback_index"),
-            (f"1 says that {first} is better, 0 that {second} is", "layout: feedback_first"),
-        ),
-    )
-
-
-def _which_is_the_tie(names: Mapping[str, str]) -> Ambiguous:
-    verdict, first, second = names["verdict"], names["first"], names["second"]
-    return Ambiguous(
-        f"{verdict} is 0, 1 or 2, one of which is a tie",
-        (
-            (f"1 is {first}, 2 is {second} and 0 is a tie", "layout: feedback"),
-            (
-                f"0 is {first}, 1 is {second} and 2 is a tie",
-                f"{verdict}: tie in place of 2, and layout: feedback_index",
-            ),
-        ),
+    if from_zero or names["verdict"] == "better_response_id":
+        reading = Reading("feedback_index", names | {"way": "index"}, groups.versus)
+        return (None if forced else third_answer(sample, reading)) or reading
+    reading = Reading("feedback", names | {"way": "order"}, groups.versus)
+    if forced:
+        return reading
+    others = [name for name in _VERDICT if name != names["verdict"] and sample.filled(name)]
+    return (
+        unclear_verdict(sample, names)
+        or contradiction(sample, names, others)
+        or third_answer(sample, reading)
+        or reading
     )
 
 
@@ -158,11 +139,13 @@ def feedback_first(sample: Sample, forced: bool) -> Found:
 def helpsteer(sample: Sample, forced: bool) -> Found:
     """HelpSteer: two answers and how much better one is."""
     two = next((two for two in _TWO if set(two) <= sample.names), None)
-    strength, asker = sample.first_filled(*_STRENGTH), _asker(sample)
+    strength = sample.first_filled(*_STRENGTH, *(_VERDICT if forced else ()))
+    asker = _asker(sample)
     if two is None or strength is None or asker is None:
         return None
     names = {**asker, "first": two[0], "second": two[1], "verdict": strength, "way": "strength"}
-    return Reading("helpsteer", with_shared(sample, names), groups.versus)
+    reading = Reading("helpsteer", with_shared(sample, names), groups.versus)
+    return (None if forced else third_answer(sample, reading)) or reading
 
 
 def shp(sample: Sample, forced: bool) -> Found:
@@ -202,7 +185,8 @@ def thumbs(sample: Sample, forced: bool) -> Found:
     if answer is None or asker is None or column is None:
         return None
     names = {**asker, "answer": answer, "thumb": column}
-    return Reading("thumbs", with_shared(sample, names), groups.thumbs)
+    reading = Reading("thumbs", with_shared(sample, names), groups.thumbs)
+    return (None if forced else unclear_thumb(sample, reading)) or reading
 
 
 def labelled_messages(sample: Sample, forced: bool) -> Found:
@@ -213,17 +197,22 @@ def labelled_messages(sample: Sample, forced: bool) -> Found:
     turns = as_conversation(sample.value(talk))
     if turns is None or (asks(turns[-1:]) and not forced):
         return None
-    names = {"talk": talk, "thumb": column}
-    return Reading("labelled_messages", with_shared(sample, names), groups.labelled_messages)
+    names = with_shared(sample, {"talk": talk, "thumb": column})
+    reading = Reading("labelled_messages", names, groups.labelled_messages)
+    return (None if forced else unclear_thumb(sample, reading)) or reading
 
 
 def _thumb_column(sample: Sample) -> str | None:
     """The column of a thumb, where there is one and no pair."""
-    column = sample.first_filled(*_THUMB)
-    values = sample.distinct(column) if column is not None else None
-    if sides_of(sample) or not values or not any(map(is_thumb, values)):
+    if sides_of(sample):
         return None
+    return next((name for name in _THUMB if sample.filled(name) and _is_thumbs(sample, name)), None)
+
+
+def _is_thumbs(sample: Sample, column: str) -> bool:
+    """Whether a column holds thumbs, and is no scale."""
+    values = sample.distinct(column)
+    if not values or not any(map(is_thumb, values)):
+        return False
     words = {word(value) for value in values}
-    if all(said.lstrip("-").isdigit() for said in words) and not words <= {"0", "1", "-1"}:
-        return None  # a scale
-    return column
+    return words <= {"0", "1", "-1"} or any(number(said) is None for said in words)

@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 
 from ...errors import DataError
-from ..columns import LINE_COLUMN, PROBLEM_COLUMN, row_kind, row_kinds
+from ..columns import LINE_COLUMN, MEDIA, PROBLEM_COLUMN, row_kind, row_kinds
 from .layout import Ambiguous, Reading
 from .mapping import mapped, suggested
 from .registry import LAYOUTS
@@ -36,8 +36,8 @@ def recognise(
     """
     own = [name for name in (LINE_COLUMN, PROBLEM_COLUMN) if name in dataset.column_names]
     sample = Sample(dataset.remove_columns(own) if own else dataset)
-    if sample.names & {"image", "images"}:
-        row_kind(sample.names, where)
+    if (media := sample.first_filled(*MEDIA)) is not None:
+        raise DataError(f"{where}: has a column of {media}; only text can be trained on")
     if columns:
         return mapped(columns, sample, where)
     if layout is not None:

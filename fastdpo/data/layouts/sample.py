@@ -33,6 +33,10 @@ class Sample:
         first = self.dataset.with_format(None)[:_ROWS]
         return [dict(zip(first, row, strict=True)) for row in zip(*first.values(), strict=True)]
 
+    def values(self, name: str) -> list[Any]:
+        """The values of a column in the first rows, without null."""
+        return [row[name] for row in self.rows if row.get(name) is not None]
+
     def value(self, name: str) -> Any:
         """The first value of a column that is not blank; None where the first rows have none."""
         return next((row[name] for row in self.rows if not is_blank(row.get(name))), None)

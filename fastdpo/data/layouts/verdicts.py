@@ -114,6 +114,14 @@ def word(value: Any) -> str:
         return re.sub(r"[\s\-()_]+", "_", _TONES.sub("", text)).strip("_")
 
 
+def number(said: str) -> float | None:
+    """The number that a verdict is, of those that `word` makes; None for any other."""
+    try:
+        return None if said == "nan" else float(said)
+    except ValueError:
+        return None
+
+
 def _wrong(expected: str, field: str, value: Any) -> BadRow:
     return BadRow(f"{field}: expected {expected}, found {json.dumps(value, default=str)[:60]}")
 
