@@ -686,6 +686,38 @@ def test_a_layout_that_the_columns_do_not_allow(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("a.json", json.dumps({"data": [TEXT]}), "data holds rows; expected a list of them"),
+        ("a.json", json.dumps({"v": 1, "rows": [TEXT]}), "rows holds rows; expected a list of"),
+        ("a.json", json.dumps({"data": [{"q": "x"}]}), "data holds rows; expected a list of"),
+        ("a.csv", "prompt;chosen;rejected\na;b;c\n", "the header has ';' in it; expected commas"),
+    ],
+)
+def test_a_file_whose_rows_are_not_found_is_named(
+    tmp_path: Path, name: str, text: str, reason: str
+) -> None:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        load_rows(str(path), "train")
+    assert str(caught.value).startswith(f"{path}: {reason}")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_what_a_human_quotes_is_no_system_prompt(tmp_path: Path, end: str) -> None:
+    said = "log:\n\nSystem: error 5\n\nwhy?"
+    sides = {
+        side: f"\n\nSystem: S\n\nHuman: {said}\n\nAssistant: {text}".replace("\n", end)
+        for side, text in (("chosen", GOOD), ("rejected", BAD))
+    }
+    system = {"role": "system", "content": "S"}
+    made = load(tmp_path / "a.jsonl", [sides], layout="hh")[0]
+    assert made["chosen"] == [system, user(said), assistant(GOOD)]
+    assert made["rejected"] == [system, user(said), assistant(BAD)]
+
+
 def test_images_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     row = {"messages": [user(ASKED)], "chosen": GOOD, "rejected": BAD}
     assert "has a column of images" in refusal(tmp_path / "a.jsonl", [row | {"images": ["a.png"]}])

@@ -91,6 +91,15 @@ def _both(ambiguous: Ambiguous, where: str) -> str:
 
 
 def _unknown(sample: Sample, where: str) -> str:
+    names = sample.dataset.column_names
+    for name in names:
+        held = sample.value(name)
+        items = held if isinstance(held, list) else []
+        if items and isinstance(items[0], Mapping) and (row_kinds(items[0]) or len(names) == 1):
+            return f"{where}: {name} holds rows; expected a list of them, or one a line"
+    if len(names) == 1 and (separators := {";", "\t"} & set(names[0])):
+        found = " and ".join(map(repr, sorted(separators)))
+        return f"{where}: the header has {found} in it; expected commas between the columns"
     try:
         row_kind(sample.names, where)
     except DataError as error:

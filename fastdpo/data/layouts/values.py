@@ -6,6 +6,7 @@ with every other row, by `fastdpo.data.messages`.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -215,6 +216,7 @@ def has_text_arguments(messages: Any) -> bool:
 
 def read_transcript(value: Any, field: str) -> list[Message]:
     """The messages of a transcript in Anthropic's form, "\\n\\nHuman: ...\\n\\nAssistant: ...".
+    It may begin with "System:", which means nothing further on.
 
     Raises:
         BadRow: a text that does not begin so.
@@ -222,9 +224,9 @@ def read_transcript(value: Any, field: str) -> list[Message]:
     text = read_text(value, field)
     marks = {"Human:": "user", "Assistant:": "assistant", "System:": "system"}
     messages: list[Message] = []
-    for part in ("\n\n" + text.lstrip()).split("\n\n"):
+    for part in re.split(r"\r?\n\r?\n", text.lstrip()):
         mark = next((mark for mark in marks if part.startswith(mark)), None)
-        if mark is not None:
+        if mark is not None and (mark != "System:" or not messages):
             messages.append({"role": marks[mark], "content": part.removeprefix(mark)})
         elif messages:
             messages[-1]["content"] += f"\n\n{part}"
