@@ -20,7 +20,7 @@ from fastdpo.config import TrainConfig
 from fastdpo.config.declare import GROUPS, default_of
 from fastdpo.config.rounds import RoundsConfig
 from fastdpo.config.values import show
-from fastdpo.data.layouts import LAYOUTS
+from fastdpo.data.layouts.registry import LAYOUTS
 from fastdpo.training import changes
 
 FOLDER = Path(__file__).resolve().parent

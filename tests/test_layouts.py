@@ -36,7 +36,7 @@ from transformers import PreTrainedTokenizerBase
 from fastdpo.config.datasets import FIELDS as MAPPED_FIELDS
 from fastdpo.config.datasets import LAYOUTS as LAYOUT_NAMES
 from fastdpo.data.columns import FIELDS, row_kinds
-from fastdpo.data.layouts import LAYOUTS
+from fastdpo.data.layouts.registry import LAYOUTS
 from fastdpo.data.load import load_rows
 from fastdpo.data.needs import Needs
 from fastdpo.data.notes import UNREAD_COLUMN

@@ -39,7 +39,7 @@ from fastdpo.config.rounds import RoundsConfig
 from fastdpo.data.columns import FIELDS
 from fastdpo.data.grouping import make_groups
 from fastdpo.data.groups import count_units
-from fastdpo.data.layouts import LAYOUTS
+from fastdpo.data.layouts.registry import LAYOUTS
 from fastdpo.data.load import load_rows
 from fastdpo.data.needs import Needs
 from fastdpo.data.tokenize import tokenize_dataset

@@ -15,7 +15,7 @@ from .columns import FIELDS, LINE_COLUMN, MEDIA, PROBLEM_COLUMN, may_hold_prompt
 from .grouping import check_agreement, make_groups
 from .groups import Groups, describe_units
 from .labels import describe_labels
-from .layouts import to_canonical
+from .layouts.convert import to_canonical
 from .load import load_rows
 from .messages import unreadable
 from .mixture import load_mixture

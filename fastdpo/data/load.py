@@ -21,7 +21,7 @@ from ..errors import DataError
 from .columns import FIELDS, PROBLEM_COLUMN, TEXT_FIELDS, row_kinds
 from .copies import Copies, is_url, whole_repository
 from .dates import dates_as_text, holds_times
-from .layouts import to_canonical
+from .layouts.convert import to_canonical
 from .readers import may_fail_fast, read_rows
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import xxhash
 
 from ..errors import DataError
 from .columns import FIELDS, LINE_COLUMN, PROBLEM_COLUMN, RESPONSES, RowKind, row_kinds
-from .layouts import to_canonical
+from .layouts.convert import to_canonical
 from .load import FILE_KINDS, Reader
 from .messages import BadRow
 from .needs import describe_kind

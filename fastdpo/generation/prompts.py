@@ -9,7 +9,7 @@ import datasets
 
 from ..config import TrainConfig
 from ..data.columns import PROBLEM_COLUMN, RESPONSES, TEMPLATE_FIELDS, row_kinds
-from ..data.layouts import to_canonical
+from ..data.layouts.convert import to_canonical
 from ..data.layouts.looks import SYSTEM
 from ..data.layouts.mapping import by_columns
 from ..data.layouts.recognise import recognise

@@ -17,7 +17,7 @@ from ..arguments import check_output
 from ..config import TrainConfig
 from ..config.datasets import paths_read
 from ..data.dataset import RowsInMemory
-from ..data.layouts import to_canonical
+from ..data.layouts.convert import to_canonical
 from ..data.load import Reader
 from ..data.write import as_dataset, writer_of
 from ..errors import ConfigError, DataError

@@ -14,7 +14,7 @@ from ..checks.show import brief
 from ..config import TrainConfig
 from ..data.columns import FIELDS, row_kinds
 from ..data.dataset import RowsInMemory
-from ..data.layouts import to_canonical
+from ..data.layouts.convert import to_canonical
 from ..data.load import load_rows
 from ..data.mixture import each_once, load_mixture
 from ..errors import one_line
