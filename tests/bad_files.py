@@ -140,7 +140,10 @@ KINDS = [
     file("rows.json", GOOD[:-20], ", line 2: invalid JSON", "cut off"),
     file("rows.json", b"[" + lines(PAIR), ", line …: invalid JSON", "open list"),
     file(
-        "rows.json", b'{"train": [' + lines(PAIR) + b"]}", ": missing columns: found train", "split"
+        "rows.json",
+        b'{"train": [' + lines(PAIR) + b"]}",
+        ": train holds rows; expected a list of them",
+        "split",
     ),
     file("rows.jsonl", GOOD + b'{"prompt": "x",\n', ", line 3: invalid JSON at column", "open row"),
     file("rows.jsonl", GOOD + b"{'prompt': 'x'}\n", ", line 3: invalid JSON at column", "quotes"),
@@ -187,7 +190,7 @@ KINDS = [
     file(
         "rows.csv",
         b"prompt;chosen;rejected\na;b;c\n",
-        ": missing columns: found prompt;ch",
+        ": the header has ';' in it; expected commas",
         "semicolons",
     ),
     file("rows.csv", b"a,b,c\n", ": has no rows", "no header"),
@@ -236,7 +239,7 @@ COLUMNS = [
     file(
         "rows.jsonl",
         lines({"chosen": 1, "rejected": 2, "image": 3}),
-        ": has a column of images",
+        ": has a column of image;",
         "image",
     ),
     file(

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdpo import train
 from fastdpo.config.rounds import RoundsConfig
+from fastdpo.data.write import writer_of
 from fastdpo.errors import ConfigError
 from fastdpo.rounds.pairing import Scored, make_rows
 
@@ -55,7 +56,7 @@ def trained(policies, tmp_path):
         }
         config = RoundsConfig.from_dict(values)
         rows = tmp_path / "train.parquet"
-        make_rows(config, scored).dataset().to_parquet(rows)
+        writer_of(rows)(make_rows(config, scored).rows)
         train(config.of_round(dataset_name=str(rows), ref_model_name_or_path=str(before)))
         after, start = weights(tmp_path / "out"), weights(policy)
         gradient = {name: start[name] - weight for name, weight in after.items()}

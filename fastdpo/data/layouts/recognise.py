@@ -11,6 +11,7 @@ from .layout import Ambiguous, Reading
 from .mapping import mapped, suggested
 from .registry import LAYOUTS
 from .sample import Sample
+from .values import is_message
 
 
 def recognise(
@@ -95,7 +96,9 @@ def _unknown(sample: Sample, where: str) -> str:
     for name in names:
         held = sample.value(name)
         items = held if isinstance(held, list) else []
-        if items and isinstance(items[0], Mapping) and (row_kinds(items[0]) or len(names) == 1):
+        if not items or not isinstance(items[0], Mapping) or is_message(items[0]):
+            continue
+        if row_kinds(items[0]) or len(names) == 1:
             return f"{where}: {name} holds rows; expected a list of them, or one a line"
     if len(names) == 1 and (separators := {";", "\t"} & set(names[0])):
         found = " and ".join(map(repr, sorted(separators)))
