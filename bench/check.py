@@ -63,18 +63,18 @@ def faults(rng: random.Random) -> Iterator[dict[str, Any]]:
     rng.shuffle(rows)
     held, rows = rows[:100], rows[100:]
     number = round(_SHARE * len(rows))
-    exact = [_respaced(row, rng) for row in rng.sample(rows, number)]
-    turned = [
-        {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
-        for row in rng.sample(rows, number)
-    ]
+    repeated_rows = rng.sample(rows, number)
+    exact = [_respaced(row, rng) for row in repeated_rows]
+    turned_rows = rng.sample(rows, number)
+    turned = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in turned_rows]
     test = [*held, *(_respaced(row, rng) for row in rng.sample(rows, 50))]
     leaked = range(len(held) + 1, len(test) + 1)
     found = _found([*rows, *exact, *turned], test)
     added = range(len(rows) + 1, len(rows) + 2 * number + 1)
     yield _judged("exact_duplicate", found, added[:number])
     found["contradiction"] &= {*added}  # what they contradict is named too
-    yield _judged("contradiction", found, added[number:])
+    both = [at for at, row in zip(added, repeated_rows, strict=False) if row in turned_rows]
+    yield _judged("contradiction", found, [*both, *added[number:]])
     yield _judged("shared_prompt", found, leaked)
     drawn = rng.sample(rows, 4 * number)
     near = [_reworded(row, rng, 1 + place % 8) for place, row in enumerate(drawn)]
