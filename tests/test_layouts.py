@@ -317,6 +317,19 @@ def test_an_answer_that_is_json_is_text(tmp_path: Path, answers: tuple[str, str]
         assert made == expected, read[0]
 
 
+@pytest.mark.parametrize("place", [0, -1])
+def test_one_cut_answer_makes_no_text_of_messages_as_json(tmp_path: Path, place: int) -> None:
+    rows = [
+        {"instruction": "q"}
+        | {name: json.dumps(assistant(f"{name[0]}{i}")) for name in ("chosen", "rejected")}
+        for i in range(4)
+    ]
+    rows[place]["rejected"] = rows[place]["rejected"][:-3]
+    read = load(tmp_path / "data.jsonl", rows)
+    assert read["chosen"][:] == [[assistant(f"c{i}")] for i in range(4)]
+    assert read[place]["rejected"] == [assistant(rows[place]["rejected"])]
+
+
 def test_thumbs_for_answers_of_which_one_is_json(tmp_path: Path) -> None:
     rows = [{"question": "q", "response": text, "thumb": "up"} for text in (ROLE_JSON, "nope")]
     made = load(tmp_path / "data.jsonl", rows)["completion"][:]
@@ -442,6 +455,12 @@ AMBIGUOUS = {
     ),
     "zero or one": (
         [TWO | {"preference": n} for n in (0, 1)],
+        "preference is 0 or 1, an index or a label: write layout: feedback_index where 0 is "
+        "response_1, 1 is response_2, or layout: feedback_first where 1 says that response_1 is "
+        "better, 0 that response_2 is",
+    ),
+    "zero or one, and a word for ties": (
+        [TWO | {"preference": n} for n in ("0", "1", "draw")],
         "preference is 0 or 1, an index or a label: write layout: feedback_index where 0 is "
         "response_1, 1 is response_2, or layout: feedback_first where 1 says that response_1 is "
         "better, 0 that response_2 is",

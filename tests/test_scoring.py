@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 import torch
 from peft import PeftModel
@@ -242,6 +243,40 @@ def test_what_an_earlier_score_wrote_is_gone(make_config, adapter):
     assert "chosen_reward" in first.column_names
     second = score(make_config(), first).rows
     assert second.to_list() == score(make_config(), rows).rows.to_list()
+
+
+def test_own_figures_beside_a_label_are_not_an_earlier_scores(make_config, tmp_path):
+    row = {"prompt": "the cat ", "completion": "sat", "label": True}
+    own = row | {"logp": -1.0, "tokens": 5, "reward": 3.0}
+    with pytest.raises(DataError, match="has columns that fastdpo score writes: logp, tokens, rew"):
+        score(make_config(), [own], output=tmp_path / "out.jsonl")
+
+
+def test_every_layout_of_training_is_scored(make_config):
+    said = [{"role": "user", "content": "the cat"}]
+    sides = {"chosen": "sat", "rejected": "ran"}
+    talk = {"conversations": [{"from": "human", "value": "the cat"}]}
+    shared = {side: {"from": "gpt", "value": text} for side, text in sides.items()}
+    plain = score(
+        make_config(),
+        [{"prompt": said} | {s: [{"role": "assistant", "content": t}] for s, t in sides.items()}],
+    )
+    for row in ({"instruction": "the cat", **sides}, {**talk, **shared}):
+        found = score(make_config(), [row])
+        assert found.columns["margin"] == pytest.approx(plain.columns["margin"], rel=1e-5)
+
+
+def test_rows_of_pandas_are_scored(make_config, tmp_path):
+    """Lists come out of Parquet as arrays of NumPy."""
+    rows = [
+        {"prompt": [{"role": "user", "content": "the cat"}], "n": number, "chosen": [
+            {"role": "assistant", "content": "sat"}], "rejected": [
+            {"role": "assistant", "content": "ran"}]}
+        for number in (1, 2)
+    ]  # fmt: skip
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    found = score(make_config(), pandas.read_parquet(tmp_path / "rows.parquet").to_dict("records"))
+    assert found.columns == score(make_config(), rows).columns and found.summary["unscored"] == 0
 
 
 def test_several_data_sets_are_scored_as_one(make_config, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
+import numpy as np
 import pyarrow
 
 from ..errors import ConfigError
@@ -63,8 +64,14 @@ def _feature(values: Sequence[Any]) -> Any:
 
 
 def json_line(value: Any) -> str:
-    """A value on one line, texts as they are, and as a text what JSON has no type for."""
-    return json.dumps(value, ensure_ascii=False, default=str)
+    """A value on one line, texts as they are, NumPy's values as Python's, and as a text what JSON
+    has no type for.
+    """
+    return json.dumps(value, ensure_ascii=False, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
 
 
 def _write_jsonl(rows: Rows, file: Path) -> None:

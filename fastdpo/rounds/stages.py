@@ -172,8 +172,8 @@ def add_logps(config: RoundsConfig, file: Path, rows: Sequence[dict[str, Any]]) 
 
 def _logps(config: RoundsConfig, groups: Sequence[Group]) -> list[list[float]]:
     with withheld():
-        scorer = load_response_scorer(config.of_round(dataset_name=None, devices=None))
-        scorer.reference = None
+        alone = config.of_round(dataset_name=None, devices=None)
+        scorer = load_response_scorer(alone, referred=False)
         found = [each.logps.tolist() for each in scorer(groups)]
     del scorer
     free()

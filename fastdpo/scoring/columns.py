@@ -30,9 +30,13 @@ def own_names(kind: str, dataset: datasets.Dataset) -> list[str]:
 
 
 def scored_before(kind: str, dataset: datasets.Dataset) -> bool:
-    """Whether an earlier score wrote those: all that it always writes, and none of them is text."""
+    """Whether an earlier score wrote those: all that it always writes, rewards with what they are
+    measured from, and none of them text.
+    """
     text = datasets.Value("string")
-    return all(dataset.features.get(name, text) != text for name in _names(kind, _ALWAYS))
+    has = {name for name in _names(kind, _MEASURED) if dataset.features.get(name, text) != text}
+    rewards = {*_names(kind, _MEASURED)} - {*_names(kind, _ALWAYS)}
+    return has >= {*_names(kind, _ALWAYS)} and (rewards <= has or rewards.isdisjoint(has))
 
 
 def score_columns(

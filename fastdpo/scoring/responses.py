@@ -129,10 +129,10 @@ class ResponseScorer:
 
 
 def load_response_scorer(
-    config: TrainConfig, model: Any = None, tokenizer: Any = None
+    config: TrainConfig, model: Any = None, tokenizer: Any = None, *, referred: bool = True
 ) -> ResponseScorer:
-    """Policy and reference that a configuration names, on the device at hand; an adapter stays one,
-    and its base is the reference where none is named.
+    """Policy and, if `referred`, reference that a configuration names, on the device at hand; an
+    adapter stays one, and its base is the reference where none is named.
 
     Raises:
         FastDPOError: a model that cannot be loaded or scored with.
@@ -151,11 +151,11 @@ def load_response_scorer(
     policy = load_scorer(config, device, autocast, model=model)
     policy.model.eval()
     reference = None
-    if config.ref_model_name_or_path:
+    if referred and config.ref_model_name_or_path:
         reference = OnlineReference(
             load_scorer(config, device, autocast, config.ref_model_name_or_path)
         )
-    elif hasattr(policy.model, "peft_config"):
+    elif referred and hasattr(policy.model, "peft_config"):
         reference = OnlineReference(policy, adapter_off=True)
     vocab_size = getattr(model_config.get_text_config(), "vocab_size", None)
     scorer = ResponseScorer(config, tokenizer, policy, reference, vocab_size)

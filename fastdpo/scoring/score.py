@@ -112,6 +112,8 @@ def score(
                 f"{name}: has columns that fastdpo score writes: {', '.join(clashing)}; expected "
                 "other names for them"
             )
+        if not clashing and (old := own_names(kind, dataset)):
+            logger.info(f"{name}: columns of an earlier score are replaced: {', '.join(old)}")
         scorer = load_response_scorer(config, model, tokenizer)
         result = _score(scorer, dataset, readable, name, by)
         if write is not None:
@@ -171,16 +173,19 @@ def _readable(config: TrainConfig, dataset: datasets.Dataset, name: str) -> data
     Raises:
         DataError: of no layout that is known.
     """
-    named = config.layout is not None or config.columns is not None
-    if not named and holds_responses(dataset.column_names):
-        return dataset
-    return to_canonical(
-        dataset,
-        name,
-        layout=config.layout,
-        columns=config.columns,
-        num_proc=config.dataset_num_proc,
-    )
+    try:
+        return to_canonical(
+            dataset,
+            name,
+            layout=config.layout,
+            columns=config.columns,
+            num_proc=config.dataset_num_proc,
+        )
+    except DataError:
+        named = config.layout is not None or config.columns is not None
+        if named or not holds_responses(dataset.column_names):
+            raise
+        return dataset  # responses of which nothing is said
 
 
 def _score(

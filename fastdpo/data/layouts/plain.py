@@ -1,8 +1,7 @@
 """Which columns hold text that stays text, though some of it may look like messages as JSON.
 
-An answer to "write an email as JSON" may have `from` or `role` in it. Columns of messages that are
-written as JSON hold nothing else; where any other text stands among the answers, an object as JSON
-is text too.
+An answer to "write an email as JSON" may have `from` or `role` in it. Where messages are written as
+JSON, most answers are; where most are other text, an object as JSON is text too.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,7 +29,7 @@ def plain_columns(sample: Sample, names: Mapping[str, Any]) -> tuple[str, ...]:
             for row in sample.rows
             for text in _texts(row.get(name), is_list)
         ]
-        if not all(map(_is_messages, texts)):
+        if texts and 2 * sum(map(_is_messages, texts)) <= len(texts):
             found += [name for name, _ in columns]
     return tuple(dict.fromkeys(found))
 

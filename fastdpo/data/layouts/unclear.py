@@ -6,7 +6,7 @@ from typing import Any
 from ..messages import BadRow
 from .layout import Ambiguous, Reading
 from .sample import Sample
-from .verdicts import WAYS, number, word
+from .verdicts import TIES, WAYS, number, word
 
 # By how the second of two answers ends, how others end.
 _FURTHER = {"1": "2", "2": "30", "b": "c", "B": "C"}
@@ -17,11 +17,11 @@ def unclear_verdict(sample: Sample, names: Mapping[str, str]) -> Ambiguous | Non
     or lettered; None where it can.
     """
     verdict = names["verdict"]
-    said = {word(value) for value in sample.distinct(verdict) or sample.values(verdict)}
+    said = {word(value) for value in sample.distinct(verdict) or sample.values(verdict)} - {"nan"}
     numbers = {value for each in said if (value := number(each)) is not None}
     if not numbers <= {0, 1, 2}:
         return _scale(names, numbers)
-    if said <= {"0", "1", "true", "false", "tie"} and said & {"0", "true", "false"}:
+    if said <= {"1", "true", "false", *TIES} and said & {"0", "true", "false"}:
         return _zero_or_one(names)
     return _which_is_the_tie(names) if {0, 2} <= numbers else None
 

@@ -43,7 +43,7 @@ _SECOND = frozenset(
         "conversation_b",
     ]
 )
-_TIES = frozenset(
+TIES = frozenset(
     [
         "0",
         "tie",
@@ -133,7 +133,7 @@ def ordered(value: Any, field: str) -> int | None:
         BadRow: a value that says neither.
     """
     said = word(value)
-    for words, index in ((_FIRST, 0), (_SECOND, 1), (_TIES, None)):
+    for words, index in ((_FIRST, 0), (_SECOND, 1), (TIES, None)):
         if said in words and value is not None:
             return index
     raise _wrong("1 or 2, A or B, model_a or model_b, or tie", field, value)
